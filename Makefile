@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help .venv demo test lint types check bench clean
+
+help:
+	@echo "make demo   pre-train a tiny BERT on this machine"
+	@echo "make check  lint, types and tests (none needs a GPU)"
+	@echo "make bench  time a training step on this CPU"
+	@echo "make clean  remove caches and builds; .venv and runs stay"
+
+.venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "fastbert needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/fastbert pretrain
+
+# Two workers with one thread each: more only fight for the cores of a small machine.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: $(INSTALLED)
+	$(BIN)/fastbert bench step --device cpu
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

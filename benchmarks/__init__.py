@@ -1,0 +1,1 @@
+"""Measurements: each compares contenders in one process, interleaved, and writes what it found."""

@@ -1,0 +1,642 @@
+"""Every setting of fastbert: its name, default, unit, bounds and help, defined here and only here.
+
+A configuration is a frozen dataclass whose fields carry that knowledge as metadata. Command-line
+options, TOML files, `--print-config` and validation all derive from the fields (`settings`), so a
+new setting is one new line. Names are Hugging Face's: `BertConfig` for the model,
+`TrainingArguments` for training. Standard library only, so that a mistake is told at once.
+"""
+
+import json
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, TypeVar, get_args
+
+from fastbert.errors import UserError, did_you_mean
+
+GROUPS = {
+    "run": "where and on what it runs",
+    "model": "its size and dropout",
+    "data": "text, tokens and batches",
+    "train": "the optimizer and its schedule",
+    "logs": "what is reported, evaluated and saved",
+    "bench": "what is measured, and against what",
+}
+
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a configuration, as the command line, TOML and validation see it."""
+
+    name: str
+    type: type
+    """bool, int, float or str."""
+    optional: bool
+    """Whether None is allowed."""
+    default: Any
+    group: str
+    help: str
+    choices: tuple[str, ...]
+    pattern: str
+    """Regular expression of values allowed beside `choices`."""
+    at_least: float | None
+    more_than: float | None
+    at_most: float | None
+    less_than: float | None
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+
+def _setting(
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    choices: tuple[str, ...] = (),
+    pattern: str = "",
+    at_least: float | None = None,
+    more_than: float | None = None,
+    at_most: float | None = None,
+    less_than: float | None = None,
+) -> Any:
+    metadata = {
+        "help": help,
+        "group": group,
+        "choices": choices,
+        "pattern": pattern,
+        "at_least": at_least,
+        "more_than": more_than,
+        "at_most": at_most,
+        "less_than": less_than,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def settings(config_class: type) -> tuple[Setting, ...]:
+    """Returns the settings of a configuration class, in the order of its fields."""
+    found = []
+    for f in fields(config_class):
+        kinds = [kind for kind in (get_args(f.type) or (f.type,)) if kind is not NoneType]
+        optional = NoneType in get_args(f.type)
+        found.append(Setting(f.name, kinds[0], optional, f.default, **f.metadata))
+    return tuple(found)
+
+
+def _show(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def checked(setting: Setting, value: Any, where: str = "") -> Any:
+    """Returns `value` in the setting's type (an int is fine for a float) once it is within bounds.
+
+    Args:
+        setting: what the value is for.
+        value: what a file, the command line or a caller gave.
+        where: "run.toml: " or the like, the start of the message.
+
+    Raises:
+        UserError: the type is wrong, or the value is out of bounds.
+    """
+    if value is None and setting.optional:
+        return None
+    shown = f"{where}{setting.name} = {_show(value)}"
+    if setting.type is float and type(value) is int:
+        try:
+            value = float(value)
+        except OverflowError:
+            raise UserError(f"{shown} must be a finite number") from None
+    if type(value) is not setting.type:
+        raise UserError(f"{shown} must be {_KINDS[setting.type]}")
+    if isinstance(value, str):
+        _check_text(setting, value, shown)
+    elif isinstance(value, int | float):
+        _check_number(setting, value, shown)
+    return value
+
+
+def _check_text(setting: Setting, value: str, shown: str) -> None:
+    if "\0" in value or not _is_utf8(value):
+        raise UserError(f"{shown} must be text in UTF-8 without NUL characters")
+    if not setting.choices or value in setting.choices:
+        return
+    if setting.pattern and re.fullmatch(setting.pattern, value):
+        return
+    raise UserError(f"{shown} must be {choices_text(setting)}")
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # a file name of undecodable bytes, which no TOML file can hold
+        return False
+    return True
+
+
+def choices_text(setting: Setting) -> str:
+    """Returns "auto, cpu, cuda or cuda:N"; empty where everything is allowed."""
+    allowed = [*setting.choices]
+    if setting.pattern:
+        allowed.append(setting.pattern.replace("[0-9]+", "N"))
+    return " or ".join(filter(None, [", ".join(allowed[:-1]), *allowed[-1:]]))
+
+
+def _check_number(setting: Setting, value: float, shown: str) -> None:
+    if not math.isfinite(value):
+        raise UserError(f"{shown} must be a finite number")
+    bounds = [
+        (setting.at_least, "at least", lambda bound: value >= bound),
+        (setting.more_than, "more than", lambda bound: value > bound),
+        (setting.at_most, "at most", lambda bound: value <= bound),
+        (setting.less_than, "less than", lambda bound: value < bound),
+    ]
+    given = [(bound, words, holds) for bound, words, holds in bounds if bound is not None]
+    if not all(holds(bound) for bound, _, holds in given):
+        raise UserError(f"{shown} must be " + " and ".join(f"{w} {b:g}" for b, w, _ in given))
+
+
+def _check_fields(config: Any) -> None:
+    for setting in settings(type(config)):
+        value = checked(setting, getattr(config, setting.name))
+        object.__setattr__(config, setting.name, value)
+
+
+# The model: names and defaults of transformers' BertConfig.
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a BERT, as transformers' `BertConfig` names it; the defaults are BERT base.
+
+    Raises:
+        UserError: a value is out of bounds, or two do not fit together.
+    """
+
+    vocab_size: int = _setting(30522, "tokens in the vocabulary", "model", at_least=1)
+    hidden_size: int = _setting(768, "width of the hidden states", "model", at_least=1)
+    num_hidden_layers: int = _setting(12, "layers of the encoder", "model", at_least=1)
+    num_attention_heads: int = _setting(12, "attention heads per layer", "model", at_least=1)
+    intermediate_size: int = _setting(3072, "width inside the MLP", "model", at_least=1)
+    hidden_act: str = _setting(
+        "gelu",
+        "activation of the MLP: gelu is exact (erf), the other two are its tanh form",
+        "model",
+        choices=("gelu", "gelu_new", "gelu_pytorch_tanh"),
+    )
+    hidden_dropout_prob: float = _setting(
+        0.1, "dropout of hidden states", "model", at_least=0, less_than=1
+    )
+    attention_probs_dropout_prob: float = _setting(
+        0.1, "dropout of attention probabilities", "model", at_least=0, less_than=1
+    )
+    max_position_embeddings: int = _setting(512, "longest sequence, tokens", "model", at_least=1)
+    type_vocab_size: int = _setting(2, "token types", "model", at_least=1)
+    initializer_range: float = _setting(
+        0.02, "standard deviation of initial weights", "model", at_least=0
+    )
+    layer_norm_eps: float = _setting(
+        1e-12, "added to the variance in LayerNorm", "model", more_than=0
+    )
+    pad_token_id: int = _setting(0, "token of padding", "model", at_least=0)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size = {self.hidden_size} must be a multiple of "
+                f"num_attention_heads = {self.num_attention_heads}"
+            )
+        if self.pad_token_id >= self.vocab_size:
+            raise UserError(
+                f"pad_token_id = {self.pad_token_id} must be less than "
+                f"vocab_size = {self.vocab_size}"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head, D."""
+        return self.hidden_size // self.num_attention_heads
+
+
+def _google_size(layers: int, hidden_size: int) -> ModelConfig:
+    return ModelConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden_size,
+        num_attention_heads=hidden_size // 64,
+        intermediate_size=4 * hidden_size,
+    )
+
+
+def tiny() -> ModelConfig:
+    """2 layers of 128, 2 heads: 4.4 million parameters."""
+    return _google_size(2, 128)
+
+
+def mini() -> ModelConfig:
+    """4 layers of 256, 4 heads: 11 million parameters."""
+    return _google_size(4, 256)
+
+
+def small() -> ModelConfig:
+    """4 layers of 512, 8 heads: 29 million parameters."""
+    return _google_size(4, 512)
+
+
+def medium() -> ModelConfig:
+    """8 layers of 512, 8 heads: 41 million parameters."""
+    return _google_size(8, 512)
+
+
+def base() -> ModelConfig:
+    """12 layers of 768, 12 heads: 109 million parameters."""
+    return _google_size(12, 768)
+
+
+def large() -> ModelConfig:
+    """24 layers of 1024, 16 heads: 335 million parameters."""
+    return _google_size(24, 1024)
+
+
+# Sizes of https://github.com/google-research/bert, all with heads 64 wide.
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
+    "tiny": tiny,
+    "mini": mini,
+    "small": small,
+    "medium": medium,
+    "base": base,
+    "large": large,
+}
+
+
+def model_config(name_or_path: str) -> ModelConfig:
+    """Returns the configuration of a preset, or of a Hugging Face config.json.
+
+    Args:
+        name_or_path: a key of `PRESETS`, the path of a config.json, or a folder that holds one.
+
+    Raises:
+        UserError: no such preset or file, or the file describes something other than this BERT.
+    """
+    if name_or_path in PRESETS:
+        return PRESETS[name_or_path]()
+    shown = f"model = {name_or_path!r}"
+    if not os.path.exists(name_or_path):
+        if name_or_path.endswith(".json") or os.path.dirname(name_or_path):
+            raise UserError(f"{shown}: no such file or folder (nothing is downloaded)")
+        raise UserError(
+            f"{shown} is not a preset{did_you_mean(name_or_path, PRESETS)} "
+            f"(presets: {', '.join(PRESETS)}; else the path of a config.json or its folder)"
+        )
+    path = name_or_path
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+        if not os.path.exists(path):
+            raise UserError(f"{shown}: the folder holds no config.json")
+    return _from_hf_dict(_read_json(path), path)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, absurd numbers or nesting
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold one JSON object, not {type(content).__name__}")
+    return content
+
+
+# What a config.json must say for this engine to compute the same model, and what its absence means.
+_HF_MUST_BE: dict[str, tuple[Any, Any]] = {
+    "model_type": ("bert", None),
+    "position_embedding_type": ("absolute", "absolute"),
+    "is_decoder": (False, False),
+    "add_cross_attention": (False, False),
+    "tie_word_embeddings": (True, True),
+}
+
+
+def _from_hf_dict(content: dict[str, Any], path: str) -> ModelConfig:
+    for key, (right, absent) in _HF_MUST_BE.items():
+        value = content.get(key, absent)
+        if value != right:
+            given = f"{key} = {json.dumps(value)}" if key in content else f"{key} is missing: it"
+            raise UserError(f"{path}: {given} must be {json.dumps(right)}")
+    known = [setting for setting in settings(ModelConfig) if setting.name in content]
+    try:
+        return ModelConfig(**{s.name: checked(s, content[s.name]) for s in known})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def to_hf_dict(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    """Returns the content of a config.json that transformers' `BertConfig` reads.
+
+    Args:
+        config: the model.
+        architecture: the transformers class of the weights, e.g. "BertForPreTraining".
+    """
+    return {
+        "architectures": [architecture],
+        "model_type": "bert",
+        "dtype": "float32",
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": True,
+        **{setting.name: getattr(config, setting.name) for setting in settings(ModelConfig)},
+    }
+
+
+_DEVICES: dict[str, Any] = {"choices": ("auto", "cpu", "cuda"), "pattern": "cuda:[0-9]+"}
+_PRECISIONS: dict[str, Any] = {"choices": ("auto", "fp32", "bf16")}
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything `fastbert pretrain` can be told.
+
+    Raises:
+        UserError: a value is out of bounds, or two do not fit together.
+    """
+
+    out: str = _setting(
+        "auto", "folder of the run (auto = the next free runs/pretrain-001 ...)", "run"
+    )
+    device: str = _setting("auto", "device (auto = the GPU if there is one)", "run", **_DEVICES)
+    seed: int = _setting(
+        42, "seed of weights, data order, masks and dropout", "run", at_least=0, at_most=2**63 - 1
+    )
+    resume: str = _setting(
+        "", "checkpoint to go on from: its path, or auto = the last one under out", "run"
+    )
+    precision: str = _setting(
+        "auto", "of activations (auto = bf16 where the device is fast at it)", "run", **_PRECISIONS
+    )
+    torch_compile: str = _setting(
+        "auto", "compile the model with torch.compile", "run", choices=("auto", "on", "off")
+    )
+    stop_at_step: int = _setting(
+        0, "end this call after that step, the schedule unchanged (0 = off)", "run", at_least=0
+    )
+    num_threads: int = _setting(
+        0, "CPU threads of one operation (0 = torch's choice)", "run", at_least=0
+    )
+
+    model: str = _setting(
+        "tiny", "preset (" + ", ".join(PRESETS) + ") or path of a config.json", "model"
+    )
+    hidden_dropout_prob: float | None = _setting(
+        None, "dropout of hidden states (none = the model's own)", "model", at_least=0, less_than=1
+    )
+    attention_probs_dropout_prob: float | None = _setting(
+        None,
+        "dropout of attention probabilities (none = the model's own)",
+        "model",
+        at_least=0,
+        less_than=1,
+    )
+
+    data: str = _setting("builtin", "text file or folder of text files, or builtin", "data")
+    tokenizer: str = _setting(
+        "train", "path of a tokenizer or its folder, or train = train one on the data", "data"
+    )
+    vocab_size: int = _setting(
+        8192, "tokens in the vocabulary of a trained tokenizer", "data", at_least=100
+    )
+    do_lower_case: bool = _setting(True, "lower-case the text before a trained tokenizer", "data")
+    max_seq_length: int = _setting(128, "longest sequence, tokens", "data", at_least=8)
+    mlm_probability: float = _setting(
+        0.15, "share of tokens to predict", "data", more_than=0, less_than=1
+    )
+    whole_word_mask: bool = _setting(False, "mask all pieces of a word together", "data")
+    nsp: bool = _setting(True, "train next-sentence prediction beside MLM", "data")
+    short_seq_prob: float = _setting(
+        0.1, "share of sequences cut short on purpose", "data", at_least=0, at_most=1
+    )
+    tokens_per_batch: int = _setting(
+        4096, "tokens of one forward and backward pass", "data", at_least=8
+    )
+    validation_fraction: float = _setting(
+        0.05, "share of documents held out (0 = none)", "data", at_least=0, less_than=1
+    )
+
+    max_steps: int = _setting(1500, "optimizer steps of the whole run", "train", at_least=1)
+    learning_rate: float = _setting(1e-3, "peak learning rate", "train", more_than=0)
+    weight_decay: float = _setting(
+        0.01, "decay of weights, not of biases and LayerNorm", "train", at_least=0
+    )
+    adam_beta1: float = _setting(0.9, "decay of the first moment", "train", at_least=0, less_than=1)
+    adam_beta2: float = _setting(
+        0.999, "decay of the second moment", "train", at_least=0, less_than=1
+    )
+    adam_epsilon: float = _setting(
+        1e-6, "added to the root of the second moment", "train", more_than=0
+    )
+    max_grad_norm: float = _setting(
+        1.0, "clip the gradient to this norm (0 = off)", "train", at_least=0
+    )
+    lr_scheduler_type: str = _setting(
+        "linear",
+        "shape of the learning rate after warm-up",
+        "train",
+        choices=("linear", "cosine", "constant", "warmup_stable_decay"),
+    )
+    warmup_steps: int = _setting(
+        100, "steps over which the learning rate rises", "train", at_least=0
+    )
+    decay_steps: int = _setting(
+        0, "steps of warmup_stable_decay's fall (0 = 10% of max_steps)", "train", at_least=0
+    )
+    gradient_accumulation_steps: int = _setting(
+        1, "batches per optimizer step", "train", at_least=1
+    )
+
+    logging_steps: int = _setting(10, "steps between log lines", "logs", at_least=1)
+    eval_steps: int = _setting(
+        250, "steps between evaluations (0 = only at the end)", "logs", at_least=0
+    )
+    save_steps: int = _setting(
+        250, "steps between checkpoints (0 = only at the end)", "logs", at_least=0
+    )
+    save_total_limit: int = _setting(3, "newest checkpoints kept", "logs", at_least=1)
+    max_eval_batches: int = _setting(32, "batches of one evaluation at most", "logs", at_least=1)
+    report_to: str = _setting(
+        "tensorboard", "where curves go beside the log", "logs", choices=("tensorboard", "none")
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        for name in ("out", "model", "data", "tokenizer"):
+            if not getattr(self, name):
+                raise UserError(f"{name} = '' must not be empty")
+        if self.tokens_per_batch < self.max_seq_length:
+            raise UserError(
+                f"tokens_per_batch = {self.tokens_per_batch} must be at least "
+                f"max_seq_length = {self.max_seq_length}"
+            )
+        if self.warmup_steps > self.max_steps:
+            raise UserError(
+                f"warmup_steps = {self.warmup_steps} must be at most max_steps = {self.max_steps}"
+            )
+        if self.lr_scheduler_type != "warmup_stable_decay":
+            if self.decay_steps:
+                raise UserError(
+                    f"decay_steps = {self.decay_steps} belongs to lr_scheduler_type = "
+                    f"'warmup_stable_decay': it must be 0 with {self.lr_scheduler_type!r}"
+                )
+        elif self.warmup_steps + self.stable_decay_steps > self.max_steps:
+            raise UserError(
+                f"decay_steps = {self.stable_decay_steps} and warmup_steps = {self.warmup_steps} "
+                f"together must be at most max_steps = {self.max_steps}"
+            )
+
+    @property
+    def stable_decay_steps(self) -> int:
+        """Steps of warmup_stable_decay's fall, its default of 10% filled in."""
+        return self.decay_steps or math.ceil(self.max_steps / 10)
+
+
+@dataclass(frozen=True)
+class StepBenchConfig:
+    """Everything `fastbert bench step` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = _setting("auto", "device (auto = the GPU if there is one)", "bench", **_DEVICES)
+    model: str = _setting(
+        "mini", "preset (" + ", ".join(PRESETS) + ") or path of a config.json", "bench"
+    )
+    batch_size: int = _setting(32, "sequences per batch", "bench", at_least=1)
+    max_seq_length: int = _setting(128, "longest sequence, tokens", "bench", at_least=8)
+    lengths: str = _setting(
+        "natural",
+        "of the sequences: as in real text, or all of max_seq_length",
+        "bench",
+        choices=("natural", "full"),
+    )
+    against: str = _setting(
+        "hf-eager,hf-sdpa,hf-compile", "rivals, separated by commas (none = no rival)", "bench"
+    )
+    rounds: int = _setting(5, "times each contender is measured, in turn", "bench", at_least=1)
+    json: str = _setting("", "file to write the measurements to", "bench")
+    seed: int = _setting(
+        42, "seed of weights, batches and dropout", "bench", at_least=0, at_most=2**63 - 1
+    )
+    precision: str = _setting(
+        "auto",
+        "of activations (auto = bf16 where the device is fast at it)",
+        "bench",
+        **_PRECISIONS,
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        known = settings(StepBenchConfig)
+        rivals = next(s for s in known if s.name == "against").default.split(",")
+        for rival in self.against.split(",") if self.against != "none" else []:
+            if rival not in rivals:
+                raise UserError(
+                    f"against = {self.against!r}: {rival!r} must be one of {', '.join(rivals)}"
+                )
+
+
+Config = TypeVar("Config")
+
+
+def load_config(
+    config_class: type[Config],
+    toml_path: str | os.PathLike[str] | None,
+    overrides: Mapping[str, Any],
+) -> Config:
+    """Returns the defaults, overridden by a TOML file, overridden by the command line.
+
+    Args:
+        config_class: `PretrainConfig` or another configuration of this file.
+        toml_path: file of flat `name = value` lines, or None.
+        overrides: settings by name, already of their types.
+
+    Raises:
+        UserError: the file is missing or broken, a name is unknown, a value is wrong.
+    """
+    values: dict[str, Any] = {}
+    if toml_path is not None:
+        path = os.fspath(toml_path)
+        values |= _known_values(config_class, _read_toml(path), f"{path}: ")
+    values |= _known_values(config_class, overrides, "")
+    return config_class(**values)
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not TOML: it must be text in UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        told = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error))
+        if told:
+            path, error_text = f"{path}:{told[2]}:{told[3]}", told[1]
+        else:
+            error_text = str(error)
+        raise UserError(f"{path}: not TOML: {error_text}") from None
+
+
+def _known_values(config_class: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    by_name = {setting.name: setting for setting in settings(config_class)}
+    for name, value in given.items():
+        if name in by_name:
+            continue
+        if isinstance(value, dict):
+            raise UserError(
+                f"{where}[{name}] is a table: settings stand at the top, as name = value"
+            )
+        raise UserError(f"{where}unknown setting {name!r}{did_you_mean(name, by_name)}")
+    return {name: checked(by_name[name], value, where) for name, value in given.items()}
+
+
+def to_toml(config: Any) -> str:
+    """Returns the configuration as TOML that `load_config` reads back exactly.
+
+    Settings stand in their groups, each below its help; one that is None is commented out.
+    """
+    lines: list[str] = []
+    group = ""
+    for setting in settings(type(config)):
+        if setting.group != group:
+            group = setting.group
+            lines += (
+                ["", f"## {group}: {GROUPS[group]}"] if lines else [f"## {group}: {GROUPS[group]}"]
+            )
+        allowed = choices_text(setting)
+        lines += ["", f"# {setting.help}" + (f": {allowed}" if allowed else "")]
+        value = getattr(config, setting.name)
+        lines.append(f"# {setting.name} =" if value is None else f"{setting.name} = {_toml(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):  # JSON's escapes are TOML's, but TOML escapes DEL as well
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)

@@ -1,0 +1,1 @@
+"""The encoder over packed tokens. It knows tensors: not files, not training."""

@@ -1,0 +1,33 @@
+"""The only door to kernels: a frozen bundle of ops, chosen once and passed down to the model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastbert_kernels import reference
+from torch import Tensor
+
+Op = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of every fused op; the signatures are those of `reference`."""
+
+    name: str
+    attention: Op
+    dropout_add_layer_norm: Op
+    linear_gelu: Op
+    gelu_layer_norm: Op
+    embed_layer_norm: Op
+    linear_cross_entropy: Op
+
+
+REFERENCE = Ops(
+    name="reference",
+    attention=reference.attention,
+    dropout_add_layer_norm=reference.dropout_add_layer_norm,
+    linear_gelu=reference.linear_gelu,
+    gelu_layer_norm=reference.gelu_layer_norm,
+    embed_layer_norm=reference.embed_layer_norm,
+    linear_cross_entropy=reference.linear_cross_entropy,
+)

@@ -1,0 +1,1 @@
+"""Optimizer, schedule, step, checkpoints and the loop: from batches to a trained model."""

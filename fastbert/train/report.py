@@ -1,0 +1,129 @@
+"""What a run tells: one progress bar, metrics.jsonl, TensorBoard, the loss curve as a picture."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fastbert.errors import RunError
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+class Reporter:
+    """Writes a run's metrics, and shows its progress on stderr.
+
+    Args:
+        run: the run's folder.
+        done: optimizer steps already done; metrics of later steps (of a run that died) are dropped.
+        max_steps: where the progress bar ends.
+        tensorboard: whether to write `tensorboard/` beside metrics.jsonl.
+    """
+
+    def __init__(self, run: Path, done: int, max_steps: int, tensorboard: bool) -> None:
+        self._path = run / "metrics.jsonl"
+        self._run = run
+        try:
+            kept = [row for row in read_metrics(self._path) if row.get("step", 0) <= done]
+            temporary = self._path.with_name(".metrics.jsonl.tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(temporary, self._path)
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{self._path}: cannot be written: {error.strerror}") from None
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
+        self._bar = tqdm(
+            total=max_steps,
+            initial=done,
+            unit="step",
+            desc="pretrain",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            # A log file gets a line every 10 s, a terminal a live bar.
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        )
+
+    def advance(self, loss: float | None, tokens_per_second: float | None) -> None:
+        """Moves the bar by one step."""
+        if loss is not None and tokens_per_second is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tok/s", False)
+        self._bar.update()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends one line to metrics.jsonl and the same scalars to TensorBoard."""
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in metrics.items():
+                    self._board.add_scalar(name, value, step)
+        except OSError as error:
+            raise RunError(f"{self._path}: cannot be written: {error.strerror}") from None
+
+    def say(self, line: str) -> None:
+        """Prints a line on stderr without tearing the bar."""
+        self._bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Ends the bar and closes the files."""
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def draw(self) -> Path:
+        """Draws training and held-out loss over steps into loss.png."""
+        return draw_loss(self._run)
+
+
+def draw_loss(run: Path) -> Path:
+    """Draws a run's metrics.jsonl as loss.png: training loss, held-out MLM loss, the baseline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(run / "metrics.jsonl")
+
+    def series(key: str) -> tuple[list[int], list[float]]:
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    axes.plot(*series("loss"), color="#9aa5b1", linewidth=1, label="training loss (MLM + NSP)")
+    axes.plot(*series("eval/mlm_loss"), "o-", color="#0b6e4f", label="held-out MLM loss")
+    steps, unigram = series("eval/unigram_loss")
+    if steps:
+        axes.axhline(unigram[-1], color="#c1121f", linestyle="--", label="unigram baseline")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    path = run / "loss.png"
+    temporary = path.with_name(".loss.tmp.png")
+    try:
+        figure.savefig(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        plt.close(figure)
+    return path

@@ -1,0 +1,190 @@
+"""Every op of the step in plain differentiable PyTorch: the specification, the CPU path, the oracle.
+
+N sequences packed, T tokens packed, S longest sequence, A heads, D head dimension, H hidden size,
+M masked tokens, V vocabulary, R any number of rows. Statistics and losses are taken in fp32 (fp64
+for fp64 inputs) whatever the storage type. `seed` is a (3,) int64 tensor holding the run's seed,
+the step and the layer, `stream` tells the dropouts of a layer apart: see `philox`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert_kernels.philox import keep_mask, keep_threshold
+
+
+def _accumulate(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def dropout(x: Tensor, dropout_p: float, seed: Tensor, stream: int) -> Tensor:
+    """x · keep / P(keep), elementwise; `x` is (..., rows, columns)."""
+    if dropout_p == 0.0:
+        return x
+    scale = 256 / keep_threshold(dropout_p)
+    return x * (keep_mask(tuple(x.shape), dropout_p, seed, stream).to(x.dtype) * scale)
+
+
+class _Gather(torch.autograd.Function):
+    """rows[index] with zeros where not `valid`; its gradient is the inverse gather, not a scatter.
+
+    Both directions of a (un)padding are gathers, because each token sits in exactly one slot.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, index, valid, inverse_index, inverse_valid):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inverse_index, inverse_valid)
+        return _take(rows, index, valid)
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        return _take(dout, *ctx.saved_tensors), None, None, None, None
+
+
+def _take(rows: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+    taken = rows.index_select(0, index)
+    return taken.masked_fill(~valid.view(-1, *(1,) * (taken.dim() - 1)), 0.0)
+
+
+def attention(
+    qkv: Tensor,  # (T, 3, A, D)
+    cu_seqlens: Tensor,  # (N + 1,) int32
+    max_seqlen: int,
+    dropout_p: float,
+    seed: Tensor,
+    stream: int,
+) -> Tensor:  # (T, A, D)
+    """softmax(Q Kᵀ / √D) V within each sequence, dropout on the probabilities.
+
+    Vaswani et al. 2017, equation 1. A sequence sees itself only; rows beyond cu_seqlens[-1] are 0.
+    """
+    T, _, A, D = qkv.shape
+    N, S = cu_seqlens.numel() - 1, max_seqlen
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    position = torch.arange(S, device=qkv.device)
+    slot_valid = position < (ends - starts)[:, None]  # (N, S)
+    slot_token = (starts[:, None] + position).clamp(max=T - 1)
+    token = torch.arange(T, device=qkv.device)
+    sequence = torch.searchsorted(ends, token, right=True).clamp(max=N - 1)
+    token_slot = sequence * S + (token - starts[sequence]).clamp(0, S - 1)
+    token_valid = token < ends[-1]
+
+    to_padded = (slot_token.flatten(), slot_valid.flatten(), token_slot, token_valid)
+    to_packed = (token_slot, token_valid, slot_token.flatten(), slot_valid.flatten())
+    q, k, v = _Gather.apply(qkv, *to_padded).view(N, S, 3, A, D).permute(2, 0, 3, 1, 4)
+    scores = _accumulate((q * D**-0.5) @ k.transpose(-1, -2))  # (N, A, S, S)
+    # A finite floor instead of -inf: an empty sequence has no key, and must not make NaN.
+    scores = scores.masked_fill(~slot_valid[:, None, None, :], -1e30)
+    probabilities = dropout(torch.softmax(scores, dim=-1), dropout_p, seed, stream)
+    context = probabilities.to(qkv.dtype) @ v  # (N, A, S, D)
+    return _Gather.apply(context.transpose(1, 2).reshape(N * S, A, D), *to_packed)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / √(variance + eps) · weight + bias over the last dimension; Ba et al. 2016."""
+    wide = _accumulate(x)
+    out = F.layer_norm(wide, (x.shape[-1],), weight.to(wide.dtype), bias.to(wide.dtype), eps)
+    return out.to(x.dtype)
+
+
+def dropout_add_layer_norm(
+    x: Tensor,  # (R, H)
+    bias: Tensor,  # (H,)
+    residual: Tensor,  # (R, H)
+    weight: Tensor,  # (H,)
+    beta: Tensor,  # (H,)
+    eps: float,
+    dropout_p: float,
+    seed: Tensor,
+    stream: int,
+) -> Tensor:  # (R, H)
+    """LayerNorm(dropout(x + bias) + residual)."""
+    dropped = dropout(_accumulate(x) + _accumulate(bias), dropout_p, seed, stream)
+    return layer_norm(dropped + _accumulate(residual), weight, beta, eps).to(x.dtype)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x Φ(x) (Hendrycks & Gimpel 2016); `approximate` = "tanh" for the models trained so."""
+    return F.gelu(x, approximate=approximate)
+
+
+def linear_gelu(
+    x: Tensor,  # (R, H)
+    weight: Tensor,  # (F, H)
+    bias: Tensor,  # (F,)
+    approximate: str = "none",
+) -> Tensor:  # (R, F)
+    """GELU(x Wᵀ + b)."""
+    return gelu(F.linear(x, weight, bias), approximate)
+
+
+def gelu_layer_norm(
+    x: Tensor,  # (R, H)
+    bias: Tensor,  # (H,)
+    weight: Tensor,  # (H,)
+    beta: Tensor,  # (H,)
+    eps: float,
+    approximate: str = "none",
+) -> Tensor:  # (R, H)
+    """LayerNorm(GELU(x + bias)): the transform of BERT's masked-word head."""
+    activated = gelu(_accumulate(x) + _accumulate(bias), approximate)
+    return layer_norm(activated, weight, beta, eps).to(x.dtype)
+
+
+class _Embedding(torch.autograd.Function):
+    """table[ids], its gradient summed in fp32 over the tokens that share a row.
+
+    A row of a bf16 table can be read by hundreds of tokens; autograd would sum them in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx, table, ids, skip_id):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(ids)
+        ctx.num_rows, ctx.dtype, ctx.skip_id = table.shape[0], table.dtype, skip_id
+        return _accumulate(table[ids])
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        (ids,) = ctx.saved_tensors
+        used, compact = torch.unique(ids, return_inverse=True)
+        sums = torch.ops.aten.embedding_dense_backward(dout, compact, used.numel(), -1, False)
+        sums[used == ctx.skip_id] = 0.0
+        dtable = dout.new_zeros(ctx.num_rows, dout.shape[-1], dtype=ctx.dtype)
+        dtable[used] = sums.to(ctx.dtype)
+        return dtable, None, None
+
+
+def embed_layer_norm(
+    input_ids: Tensor,  # (T,)
+    token_type_ids: Tensor,  # (T,)
+    position_ids: Tensor,  # (T,)
+    word: Tensor,  # (V, H)
+    token_type: Tensor,  # (2, H)
+    position: Tensor,  # (P, H)
+    weight: Tensor,  # (H,)
+    beta: Tensor,  # (H,)
+    pad_token_id: int,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor,
+    stream: int,
+) -> Tensor:  # (T, H)
+    """dropout(LayerNorm(word[ids] + token_type[types] + position[positions])).
+
+    `word[pad_token_id]` is used but gets no gradient, as in Hugging Face's BERT.
+    """
+    total = _Embedding.apply(word, input_ids, pad_token_id)
+    total = total + _Embedding.apply(token_type, token_type_ids, -1)
+    total = total + _Embedding.apply(position, position_ids, -1)
+    return dropout(layer_norm(total, weight, beta, eps), dropout_p, seed, stream).to(word.dtype)
+
+
+def linear_cross_entropy(
+    x: Tensor,  # (M, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor,  # (V,)
+    labels: Tensor,  # (M,) int64, -100 where nothing is to be predicted
+) -> Tensor:  # () fp32
+    """Sum over rows of -log softmax(x Wᵀ + b)[label]; rows labelled -100 count nothing."""
+    logits = _accumulate(F.linear(x, weight, bias))
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")

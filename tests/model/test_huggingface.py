@@ -1,0 +1,245 @@
+"""Against transformers' BERT with the same weights: fp32, dropout 0, every output and gradient."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import BertConfig
+from transformers import BertForMaskedLM as HFMaskedLM
+from transformers import BertForPreTraining as HFPreTraining
+from transformers import BertModel as HFModel
+
+import fastbert
+from fastbert.config import ModelConfig
+from fastbert.errors import UserError
+
+SHAPES = [(2, 32), (2, 64), (1, 64), (4, 32)]  # heads, head size
+LENGTHS = {
+    "full": [24, 24, 24],
+    "ragged": [24, 3, 17, 9],
+    "length_1": [1, 24, 1, 2],
+    "single": [1],
+}
+
+
+def hf_config(heads=2, head_size=32, **changes):
+    values = {
+        "vocab_size": 311,
+        "hidden_size": heads * head_size,
+        "num_hidden_layers": 3,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * heads * head_size,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": 64,
+    }
+    return BertConfig(**(values | changes))
+
+
+def randomized(model):
+    """Weights large enough that a wrong LayerNorm, bias or scale shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def padded_batch(lengths, vocab_size=311):
+    S = max(lengths)
+    attention_mask = (torch.arange(S) < torch.tensor(lengths)[:, None]).long()
+    input_ids = torch.randint(0, vocab_size, (len(lengths), S)) * attention_mask
+    token_type_ids = torch.randint(0, 2, input_ids.shape) * attention_mask
+    chosen = (torch.rand(input_ids.shape) < 0.3) & attention_mask.bool()
+    chosen[0, 0] = True
+    labels = torch.where(chosen, torch.randint(0, vocab_size, input_ids.shape), -100)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "labels": labels,
+        "next_sentence_label": torch.randint(0, 2, (len(lengths),)),
+    }
+
+
+def both(tmp_path, theirs_class, ours_class, config=None):
+    theirs = randomized(theirs_class(config or hf_config())).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    return theirs, ours_class.from_pretrained(tmp_path / "theirs")
+
+
+def largest(a, b):
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(("heads", "head_size"), SHAPES)
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new"])
+def test_pretraining_outputs_loss_and_every_gradient(
+    tmp_path, lengths, heads, head_size, hidden_act
+):
+    config = hf_config(heads, head_size, hidden_act=hidden_act)
+    theirs, ours = both(tmp_path, HFPreTraining, fastbert.BertForPreTraining, config)
+    batch = padded_batch(lengths)
+    want = theirs(**batch, output_hidden_states=True)
+    got = ours(**batch, output_hidden_states=True)
+    real = batch["attention_mask"].bool()
+    assert largest(got.prediction_logits[real], want.prediction_logits[real]) < 1e-5
+    assert largest(got.seq_relationship_logits, want.seq_relationship_logits) < 1e-5
+    assert len(got.hidden_states) == len(want.hidden_states)
+    for mine, other in zip(got.hidden_states, want.hidden_states, strict=True):
+        assert largest(mine[real], other[real]) < 1e-5
+        assert not mine[~real].any()
+    assert abs(got.loss / want.loss - 1) < 1e-6
+
+    want.loss.backward()
+    ours.train()
+    sparse = ours(**batch)  # the road that computes labelled and [CLS] rows only
+    assert sparse.prediction_logits is None
+    assert abs(sparse.loss / want.loss - 1) < 1e-6
+    sparse.loss.backward()
+    gradients = ours.hf_gradients()
+    expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        scale = expected[name].abs().max().clamp(min=1e-3)  # a key's bias has gradient 0 exactly
+        assert largest(gradient, expected[name]) < 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_encoder_and_pooler(tmp_path, lengths):
+    theirs, ours = both(tmp_path, HFModel, fastbert.BertModel)
+    batch = {k: v for k, v in padded_batch(lengths).items() if "label" not in k}
+    want, got = theirs(**batch), ours(**batch)
+    real = batch["attention_mask"].bool()
+    assert largest(got.last_hidden_state[real], want.last_hidden_state[real]) < 1e-5
+    assert largest(got.pooler_output, want.pooler_output) < 1e-5
+    assert type(got) is type(want)
+
+
+def test_masked_lm(tmp_path):
+    theirs, ours = both(tmp_path, HFMaskedLM, fastbert.BertForMaskedLM)
+    batch = padded_batch([24, 7, 13])
+    del batch["next_sentence_label"]
+    want, got = theirs(**batch), ours(**batch)
+    assert type(got) is type(want)
+    assert abs(got.loss / want.loss - 1) < 1e-6
+    assert ours(**batch, return_dict=False)[0] == got.loss
+    del batch["labels"]
+    assert largest(ours(**batch).logits[0], theirs(**batch).logits[0]) < 1e-5
+
+
+def test_holes_in_the_attention_mask_keep_their_positions(tmp_path):
+    theirs, ours = both(tmp_path, HFModel, fastbert.BertModel)
+    batch = {k: v for k, v in padded_batch([24, 24]).items() if "label" not in k}
+    batch["attention_mask"][:, 5:9] = 0
+    real = batch["attention_mask"].bool()
+    difference = ours(**batch).last_hidden_state - theirs(**batch).last_hidden_state
+    assert difference[real].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
+def test_round_trip_is_exact_and_key_sets_are_equal(tmp_path, name):
+    import transformers
+
+    theirs, ours = both(tmp_path, getattr(transformers, name), getattr(fastbert, name))
+    ours.save_pretrained(tmp_path / "ours")
+    with (
+        safe_open(tmp_path / "theirs/model.safetensors", "pt") as a,
+        safe_open(tmp_path / "ours/model.safetensors", "pt") as b,
+    ):
+        assert set(a.keys()) == set(b.keys())
+        assert a.metadata() == b.metadata() == {"format": "pt"}
+        for key in a.keys():  # noqa: SIM118 (not a dict)
+            assert torch.equal(a.get_tensor(key), b.get_tensor(key)), key
+    again, info = getattr(transformers, name).from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for (key, mine), other in zip(
+        again.state_dict().items(), theirs.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, other), key
+    second = getattr(fastbert, name).from_pretrained(tmp_path / "ours")
+    for mine, other in zip(second.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_pretrained_heads_are_optional_but_the_encoder_is_not(tmp_path):
+    HFModel(hf_config()).save_pretrained(tmp_path / "encoder")
+    with pytest.warns(UserWarning, match=r"cls\.predictions\.bias.*cls\.seq_relationship\.bias"):
+        fastbert.BertForPreTraining.from_pretrained(tmp_path / "encoder")
+    config = json.loads((tmp_path / "encoder/config.json").read_text())
+    config["num_hidden_layers"] = 4
+    (tmp_path / "encoder/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="16 weights are missing|12 weights are missing"):
+        fastbert.BertModel.from_pretrained(tmp_path / "encoder")
+
+
+def test_old_names_and_bin_files_load(tmp_path):
+    theirs = randomized(HFPreTraining(hf_config()))
+    theirs.save_pretrained(tmp_path)
+    state = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in theirs.state_dict().items()
+    }
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    ours = fastbert.BertForPreTraining.from_pretrained(tmp_path).hf_state_dict()
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(ours[name], parameter), name
+
+
+class _Exploit:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_a_pickle_is_not_executed(tmp_path, capsys):
+    HFModel(hf_config()).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"x": _Exploit()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be read"):
+        fastbert.BertModel.from_pretrained(tmp_path)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_bad_folders_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="not a folder, and not to be had from a hub"):
+        fastbert.BertModel.from_pretrained(tmp_path / "nowhere")
+    HFModel(hf_config()).save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        fastbert.BertModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds neither model\.safetensors"):
+        fastbert.BertModel.from_pretrained(tmp_path)
+
+
+def test_wrong_inputs_are_value_errors():
+    model = fastbert.BertForMaskedLM(
+        ModelConfig(64, 32, 1, 1, 64, max_position_embeddings=16, hidden_dropout_prob=0.0)
+    )
+    ids = torch.ones(2, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        model(ids, attention_mask=torch.ones(2, 7))
+    with pytest.raises(ValueError, match="the model has 16 positions"):
+        model(torch.ones(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="-100 wherever attention_mask is 0"):
+        mask = torch.tensor([[1] * 7 + [0]] * 2)
+        model(ids, attention_mask=mask, labels=ids)
+
+
+def test_torch_seed_governs_dropout():
+    model = fastbert.BertModel(ModelConfig(64, 32, 2, 1, 64)).train()
+    ids = torch.randint(0, 64, (2, 8))
+    torch.manual_seed(1)
+    first, second = model(ids).last_hidden_state, model(ids).last_hidden_state
+    torch.manual_seed(1)
+    assert torch.equal(model(ids).last_hidden_state, first)
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model(ids).last_hidden_state, model(ids).last_hidden_state)

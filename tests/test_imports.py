@@ -1,0 +1,146 @@
+"""The import law of CONTRIBUTING.md, read from the source: left never imports right."""
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FACADE = "fastbert"  # fastbert/__init__.py: lends names lazily, and only type checkers follow them
+COMMON = ("errors", "config")
+ORDER = ("fastbert_kernels", "ops", "model", "data", "train", "finetune", "hf", "cli")
+NEVER = ("tests", "benchmarks")
+
+
+def sources() -> list[Path]:
+    return sorted([*(ROOT / "fastbert").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "kernels":
+        parts = parts[1:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str:
+    """fastbert.model.bert -> model, fastbert_kernels.gelu -> fastbert_kernels."""
+    top, *below = module.split(".")
+    return below[0] if top == "fastbert" and below else top
+
+
+def imports(source: str, module: str, is_package: bool) -> Iterator[str]:
+    """Yields the full names of imported modules; `from a import b` gives a.b."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            "import_module",
+            "__import__",
+        ):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def breaches(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Returns what a module imports against the law."""
+    here = room(module)
+    found = []
+    for name in imports(source, module, is_package):
+        top, *below = name.split(".")
+        if top == "transformers" and here != "hf":
+            found.append(f"{module} imports {name}: only hf may import transformers")
+        elif top in NEVER and not (here == "cli" and top == "benchmarks"):
+            found.append(f"{module} imports {name}")
+        elif top in ("fastbert", "fastbert_kernels") and here != FACADE:
+            there = room(name)
+            if below == ["__version__"] or there == here or may_import(here, there):
+                continue
+            found.append(f"{module} imports {name}: {here} may not import {there}")
+    return found
+
+
+def may_import(here: str, there: str) -> bool:
+    if here in COMMON:
+        return there in COMMON[: COMMON.index(here)]
+    if there in COMMON:
+        return here != "fastbert_kernels"
+    return there in ORDER and ORDER.index(there) < ORDER.index(here)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_law_holds(path: Path) -> None:
+    module = module_name(path)
+    assert room(module) in (FACADE, *COMMON, *ORDER), f"{path.name} is in no room of the law"
+    assert breaches(path.read_text("utf-8"), module, path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fastbert.errors", "from fastbert import config"),
+        ("fastbert.config", "import fastbert.ops"),
+        ("fastbert.ops", "from fastbert.model import bert"),
+        ("fastbert.model.bert", "from fastbert.data.batch import Batch"),
+        ("fastbert.model.bert", "from ..data.batch import Batch"),
+        ("fastbert.model.bert", "from fastbert import BertModel"),
+        ("fastbert.data.pack", "from fastbert.train import loop"),
+        ("fastbert.train.loop", "def f():\n    from fastbert.hf import export_run"),
+        ("fastbert.train.loop", "import importlib; importlib.import_module('fastbert.hf')"),
+        ("fastbert.train.loop", "import transformers"),
+        ("fastbert.cli", "from transformers import BertConfig"),
+        ("fastbert.cli", "import tests"),
+        ("fastbert.hf", "from benchmarks import step"),
+        ("fastbert_kernels.gelu", "from fastbert.config import ModelConfig"),
+    ],
+)
+def test_a_breach_is_seen(module: str, source: str) -> None:
+    assert len(breaches(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fastbert.config", "from fastbert.errors import UserError"),
+        ("fastbert.ops", "from fastbert_kernels import reference"),
+        ("fastbert.model.bert", "from . import heads\nfrom fastbert.ops import Ops"),
+        ("fastbert.train.loop", "from fastbert.data.batch import Batch"),
+        ("fastbert.hf", "import transformers\nfrom fastbert.model import bert"),
+        ("fastbert.cli", "from fastbert import __version__\nfrom benchmarks import step"),
+    ],
+)
+def test_what_the_law_allows_passes(module: str, source: str) -> None:
+    assert breaches(source, module) == []
+
+
+def test_benchmarks_are_imported_only_inside_a_function() -> None:
+    tree = ast.parse((ROOT / "fastbert" / "cli.py").read_text("utf-8"))
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert "benchmarks" not in " ".join(ast.unparse(node) for node in top)
+
+
+def test_config_and_errors_need_only_the_standard_library() -> None:
+    import sys
+
+    for name in COMMON:
+        source = (ROOT / "fastbert" / f"{name}.py").read_text("utf-8")
+        tops = {imported.split(".")[0] for imported in imports(source, f"fastbert.{name}", False)}
+        assert tops <= {*sys.stdlib_module_names, "fastbert"}
+
+
+def test_kernels_folder_is_no_package() -> None:
+    # transformers probes `import kernels` for the hub package of that name.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_wheel_lists_every_package() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    folders = {path.parent for path in sources() if path.name == "__init__.py"}
+    packages = {module_name(folder / "__init__.py") for folder in folders} | {"benchmarks"}
+    assert set(pyproject["tool"]["setuptools"]["packages"]) >= packages
