@@ -8,6 +8,7 @@ B sequences, S longest sequence, T real tokens of a batch, V vocabulary.
 """
 
 import dataclasses
+import functools
 import json
 import platform
 import statistics
@@ -63,9 +64,7 @@ def natural_lengths(B: int, S: int, rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.rint(rng.normal(0.55 * S, 0.25 * S, B)), min(8, S), S).astype(np.int64)
 
 
-def make_batches(
-    config: StepBenchConfig, vocab_size: int
-) -> tuple[list[PaddedBatch], list[Batch]]:
+def make_batches(config: StepBenchConfig, vocab_size: int) -> tuple[list[PaddedBatch], list[Batch]]:
     """The same random sequences twice: padded for Hugging Face, packed for us.
 
     Every batch has the same lengths in another order, so T is constant.
@@ -130,9 +129,7 @@ def ours(
     train_step = TrainStep(model, recipe, dtype)
     batch = batches[0]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        sums = model.eval()(
-            *model_inputs(batch), batch.masked_labels, batch.next_sentence_labels
-        )
+        sums = model.eval()(*model_inputs(batch), batch.masked_labels, batch.next_sentence_labels)
     first_loss = sums.mlm / batch.masked_labels.numel() + sums.next_sentence / batch.num_sequences
     flat, optimizer = train_step.flat, train_step.optimizer
     state = [flat.master, flat.grad, optimizer.exp_avg, optimizer.exp_avg_sq]
@@ -162,7 +159,8 @@ def hugging_face(
 
     config = BertConfig(**to_hf_dict(sizes, "BertForPreTraining"))
     config._attn_implementation = "eager" if name == "hf-eager" else "sdpa"
-    model = BertForPreTraining(config).to(device)
+    model: Any = BertForPreTraining(config)
+    model.to(device)
     model.load_state_dict(weights, strict=False)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -240,9 +238,7 @@ def _allocations(events: Any) -> Iterator[tuple[int, int]]:
         yield from _allocations(event.children)
 
 
-def measure(
-    contenders: Sequence[Contender], rounds: int, device: torch.device
-) -> None:
+def measure(contenders: Sequence[Contender], rounds: int, device: torch.device) -> None:
     """Fills in `seconds` (one entry a round) and `peak_bytes`; compilation happens beforehand."""
 
     def synchronized(contender: Contender, index: int) -> None:
@@ -257,7 +253,7 @@ def measure(
         synchronized(contender, 0)
         synchronized(contender, 1)
         contender.peak_bytes = contender.state_bytes + peak_of(
-            lambda contender=contender: synchronized(contender, 2), device
+            functools.partial(synchronized, contender, 2), device
         )
         started = time.perf_counter()
         synchronized(contender, 3)

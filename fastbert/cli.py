@@ -257,7 +257,10 @@ def _parse(setting: Setting, given: str | bool) -> Any:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    config = load_config(PretrainConfig, args.config, _overrides(PretrainConfig, args))
+    overrides = _overrides(PretrainConfig, args)
+    config = load_config(PretrainConfig, args.config, overrides)
+    if config.resume and args.config is None:
+        config = _config_of_run(config, overrides)
     if args.print_config:
         print(to_toml(config), end="")
         return 0
@@ -267,6 +270,17 @@ def _pretrain(args: argparse.Namespace) -> int:
 
     pretrain(config, export=export_run)
     return 0
+
+
+def _config_of_run(config: PretrainConfig, overrides: dict[str, Any]) -> PretrainConfig:
+    """A run that goes on keeps its settings; only what was typed changes."""
+    _check_path("resume", config.resume, words=("auto",))
+    from fastbert.train.prepare import run_folder
+
+    run = run_folder(config)
+    if not (run / "config.toml").exists():
+        return config
+    return load_config(PretrainConfig, run / "config.toml", overrides | {"out": str(run)})
 
 
 def check_pretrain(config: PretrainConfig) -> None:

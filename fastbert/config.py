@@ -490,20 +490,10 @@ class PretrainConfig:
                 f"tokens_per_batch = {self.tokens_per_batch} must be at least "
                 f"max_seq_length = {self.max_seq_length}"
             )
-        if self.warmup_steps > self.max_steps:
+        if self.decay_steps and self.lr_scheduler_type != "warmup_stable_decay":
             raise UserError(
-                f"warmup_steps = {self.warmup_steps} must be at most max_steps = {self.max_steps}"
-            )
-        if self.lr_scheduler_type != "warmup_stable_decay":
-            if self.decay_steps:
-                raise UserError(
-                    f"decay_steps = {self.decay_steps} belongs to lr_scheduler_type = "
-                    f"'warmup_stable_decay': it must be 0 with {self.lr_scheduler_type!r}"
-                )
-        elif self.warmup_steps + self.stable_decay_steps > self.max_steps:
-            raise UserError(
-                f"decay_steps = {self.stable_decay_steps} and warmup_steps = {self.warmup_steps} "
-                f"together must be at most max_steps = {self.max_steps}"
+                f"decay_steps = {self.decay_steps} belongs to lr_scheduler_type = "
+                f"'warmup_stable_decay': it must be 0 with {self.lr_scheduler_type!r}"
             )
 
     @property

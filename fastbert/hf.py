@@ -190,7 +190,7 @@ def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path:
     if folder.is_dir():
         return folder
     try:
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         config_file = cached_file(os.fspath(name_or_folder), "config.json")
         for weights in ("model.safetensors", "pytorch_model.bin"):
@@ -203,6 +203,7 @@ def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path:
         raise UserError(
             f"{name_or_folder}: not a folder, and not to be had from a hub: {reason}"
         ) from None
+    assert config_file is not None  # a missing file raises
     return Path(config_file).parent
 
 
@@ -236,9 +237,7 @@ class _HuggingFaceModel(nn.Module):
         self.packed = Bert(config, ops, **self.parts)
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | os.PathLike[str], ops: Ops = REFERENCE
-    ) -> Self:
+    def from_pretrained(cls, name_or_folder: str | os.PathLike[str], ops: Ops = REFERENCE) -> Self:
         """Loads a Hugging Face BERT checkpoint in fp32, dropout off (`eval()`).
 
         Args:
@@ -284,9 +283,7 @@ class _HuggingFaceModel(nn.Module):
         Raises:
             RunError: the folder cannot be written.
         """
-        save_folder(
-            folder, dict(self.packed.named_parameters()), self.config, self.architecture
-        )
+        save_folder(folder, dict(self.packed.named_parameters()), self.config, self.architecture)
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         """The weights under transformers' names (those of BertForPreTraining)."""
@@ -518,7 +515,7 @@ class BertForPreTraining(_MaskedLanguageModel):
             loss=loss,
             prediction_logits=logits,
             seq_relationship_logits=scores,
-            hidden_states=states,
+            hidden_states=states,  # type: ignore[arg-type]  # annotated as a tuple of one
         )
         return output if return_dict else output.to_tuple()
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastbert_kernels import reference
 from torch import Tensor
+
+from fastbert_kernels import reference
 
 Op = Callable[..., Tensor]
 

@@ -200,14 +200,9 @@ def test_unknown_keys_of_config_json_are_ignored(tmp_path: Path) -> None:
             "tokens_per_batch = 100 must be at least max_seq_length = 128",
         ),
         ({"vocab_size": 99}, "vocab_size = 99 must be at least 100"),
-        ({"warmup_steps": 2000}, "warmup_steps = 2000 must be at most max_steps = 1500"),
         (
             {"decay_steps": 10},
             "decay_steps = 10 belongs to lr_scheduler_type = 'warmup_stable_decay': it must be 0",
-        ),
-        (
-            {"lr_scheduler_type": "warmup_stable_decay", "decay_steps": 1401},
-            "decay_steps = 1401 and warmup_steps = 100 together must be at most max_steps = 1500",
         ),
         ({"seed": -1}, "seed = -1 must be at least 0 and at most"),
         ({"device": "cuda:a"}, "device = 'cuda:a' must be auto, cpu, cuda or cuda:N"),
@@ -226,7 +221,7 @@ def test_pretrain_config_refuses(changes: dict[str, Any], message: str) -> None:
 
 
 def test_values_at_their_bounds_are_fine() -> None:
-    PretrainConfig(max_seq_length=8, tokens_per_batch=8, warmup_steps=1500, device="cuda:12")
+    PretrainConfig(max_seq_length=8, tokens_per_batch=8, warmup_steps=2000, device="cuda:12")
     PretrainConfig(short_seq_prob=1, validation_fraction=0, max_grad_norm=0, weight_decay=0)
     PretrainConfig(lr_scheduler_type="warmup_stable_decay", decay_steps=1400)
     assert StepBenchConfig(against="none").against == "none"
@@ -330,7 +325,7 @@ def values(setting: Setting) -> st.SearchStrategy[Any]:
 
 
 # These hang together; the rest may take any value of their own.
-BOUND = {"max_seq_length", "tokens_per_batch", "max_steps", "warmup_steps", "decay_steps"}
+BOUND = {"max_seq_length", "tokens_per_batch", "decay_steps"}
 FREE = {s.name: values(s) for s in settings(PretrainConfig) if s.name not in BOUND}
 
 

@@ -123,7 +123,8 @@ class Bert(nn.Module):
             input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen,
             torch.cat((masked_positions, cls_positions)),
         )  # fmt: skip
-        return x.tensor_split((masked_positions.numel(),))
+        M = masked_positions.numel()
+        return x[:M], x[M:]
 
     def forward(
         self,

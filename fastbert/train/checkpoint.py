@@ -125,7 +125,7 @@ def load(folder: Path) -> Checkpoint:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
-            raise UserError(f"{folder}: checkpoint format {state['format']}, this one reads {FORMAT}")
+            raise UserError(f"{folder}: has format {state['format']}, this version reads {FORMAT}")
         for name in _FILES:
             if _fingerprint(folder / name) != state["files"][name]:
                 raise _damaged(folder, f"{name} is cut short or changed")
@@ -165,10 +165,12 @@ def load_newest(run: Path, warn: Any) -> Checkpoint | None:
 
 
 # What may differ between a checkpoint and the run that goes on from it.
-_FREE = frozenset(
-    "out device resume torch_compile stop_at_step num_threads max_steps logging_steps eval_steps "
-    "save_steps save_total_limit max_eval_batches report_to precision data tokenizer".split()
-)
+_FREE = {
+    *("out", "device", "precision", "torch_compile", "num_threads", "resume", "stop_at_step"),
+    *("data", "tokenizer"),  # their content is checked by fingerprint
+    *("max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+    *("max_eval_batches", "report_to"),
+}
 
 
 def check_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:

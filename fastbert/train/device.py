@@ -119,13 +119,11 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_threshold, 2**30) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
-def _compile(
-    config: PretrainConfig, model: ModelConfig, device: torch.device
-) -> tuple[bool, str]:
+def _compile(config: PretrainConfig, model: ModelConfig, device: torch.device) -> tuple[bool, str]:
     compiler = can_compile(device)
     if config.torch_compile == "on":
         if not compiler:
-            raise UserError("torch_compile = 'on' needs a C++ compiler (g++) here: install one, or off")
+            raise UserError("torch_compile = 'on' needs a C++ compiler: install g++, or use auto")
         return True, "on (asked for)"
     if config.torch_compile == "off":
         return False, "off (asked for)"

@@ -1,10 +1,8 @@
-"""All parameters of a model in one buffer: fp32 masters, gradients, and the weights it computes with.
+"""All parameters of a model in flat buffers: fp32 masters, gradients, the weights in use.
 
 A step then clips, updates and writes back in a handful of passes whatever the number of tensors
 (199 in BERT-base), gradients never need to be allocated, and a checkpoint is a few large tensors.
 """
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +62,7 @@ class FlatParameters:
 
     @torch.no_grad()
     def collect_gradients(self, *, accumulate: bool) -> None:
-        """Moves the module's gradients into `grad`, replacing it or adding to it, and frees them."""
+        """Moves the module's gradients into `grad`, replacing or adding, and frees them."""
         for view, parameter in zip(self._gradient_views.values(), self._parameters, strict=True):
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
@@ -81,8 +79,3 @@ class FlatParameters:
         """Rounds the masters into the weights the module computes with."""
         if self.weights is not self.master:
             self.weights.copy_(self.master)
-
-
-def count_elements(tensors: Iterable[Tensor]) -> int:
-    """The number of elements of all tensors together."""
-    return sum(tensor.numel() for tensor in tensors)

@@ -53,6 +53,11 @@ def pretrain(config: PretrainConfig, export: Export) -> Path:
     tokenizer, train_shards, validation_shards = prepare_data(config, run)
     sizes = _model_sizes(config, tokenizer)
     execution = choose_execution(config, sizes)
+    if config.warmup_steps >= config.max_steps:
+        say(
+            f"warmup_steps = {config.warmup_steps} is not less than max_steps = "
+            f"{config.max_steps}: the learning rate never reaches its peak"
+        )
     for line in execution.reasons:
         say(line)
     trainer = _Trainer(

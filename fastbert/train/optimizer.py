@@ -1,4 +1,4 @@
-"""AdamW over the flat buffers: two tensors, clipped by the global norm, non-finite steps skipped."""
+"""AdamW over the flat buffers: clipped by the global norm, non-finite steps skipped."""
 
 import torch
 from torch import Tensor, nn

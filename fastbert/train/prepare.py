@@ -56,9 +56,7 @@ def _numbered(newest: bool) -> Path:
     return RUNS / f"pretrain-{taken[-1][0] + 1 if taken else 1:03d}"
 
 
-def prepare_data(
-    config: PretrainConfig, run: Path
-) -> tuple[WordPiece, Shards, Shards | None]:
+def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, Shards | None]:
     """Makes (or finds, in a run that goes on) the tokenizer and the token shards of a run.
 
     Returns:

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward over its micro-batches, then clip, update, write back."""
+"""One optimizer step: forward and backward over its micro-batches, then the update."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -41,9 +41,7 @@ class TrainStep:
         self.flat = FlatParameters(model, dtype)
         self.optimizer = FlatAdamW(self.flat, config)
 
-    def __call__(
-        self, batches: Sequence[Batch], step: int, learning_rate: float
-    ) -> StepResult:
+    def __call__(self, batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
         """Trains on the micro-batches of one step (`step` counts from 0 and seeds the dropout)."""
         model = self.model.train()
         masked = sum(int((batch.masked_labels != -100).sum()) for batch in batches)

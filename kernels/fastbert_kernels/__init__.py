@@ -1,4 +1,4 @@
 """Fused kernels for BERT pre-training, one op per file, each with its specification in `reference`.
 
-Importing this package imports neither Triton nor a CUDA library; it works on a machine without a GPU.
+Importing this package does not import Triton: it works on a machine without a GPU.
 """

@@ -1,4 +1,4 @@
-"""Every op of the step in plain differentiable PyTorch: the specification, the CPU path, the oracle.
+"""Every op of the step in plain differentiable PyTorch: specification, CPU path and oracle.
 
 N sequences packed, T tokens packed, S longest sequence, A heads, D head dimension, H hidden size,
 M masked tokens, V vocabulary, R any number of rows. Statistics and losses are taken in fp32 (fp64
