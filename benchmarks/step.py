@@ -4,6 +4,9 @@ The same sequences, weights, dropout, precision (bf16 autocast for Hugging Face)
 AdamW for every contender, in one process, interleaved round by round. Before anything is timed, all
 contenders must give the same loss (dropout off) on the first batch. Only real tokens count.
 
+On a CPU, fastbert tells glibc to keep freed memory; Hugging Face runs with glibc's own policy, as
+its users have it, and as `hf-...+malloc` once more with ours, which helps it much.
+
 B sequences, S longest sequence, T real tokens of a batch, V vocabulary.
 """
 
@@ -30,6 +33,7 @@ from fastbert.data.batch import Batch
 from fastbert.errors import RunError, UserError
 from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
+from fastbert.ops import choose_ops
 from fastbert.train.device import can_compile, choose_device, choose_dtype, keep_freed_memory
 from fastbert.train.step import TrainStep, compile_model, model_inputs
 
@@ -54,6 +58,8 @@ class Contender:
     """Loss of batch 0 with the initial weights, dropout off."""
     state_bytes: int
     """Weights, masters and moments, which live between steps."""
+    keeps_memory: bool
+    """Whether freed memory stays with the process (on a CPU, see `keep_freed_memory`)."""
     seconds: list[float] = dataclasses.field(default_factory=list)
     peak_bytes: int = 0
     """State and the most that one step holds beside it, gradients included."""
@@ -124,7 +130,7 @@ def ours(
     compiled: bool,
 ) -> Contender:
     """fastbert's own training step, the one `fastbert pretrain` runs."""
-    if compiled:
+    if compiled and model.embeddings.word.is_cuda:
         compile_model(model)
     train_step = TrainStep(model, recipe, dtype)
     batch = batches[0]
@@ -140,7 +146,7 @@ def ours(
         result = train_step([batches[index % NUM_BATCHES]], index, recipe.learning_rate)
         return result.loss
 
-    return Contender(name, step, float(first_loss), _bytes(state))
+    return Contender(name, step, float(first_loss), _bytes(state), keeps_memory=True)
 
 
 def hugging_face(
@@ -193,7 +199,8 @@ def hugging_face(
         return float(loss.detach())
 
     # Weights and two moments; gradients are freed after each step and so count in its peak.
-    return Contender(name, step, first_loss, 3 * _bytes(list(model.parameters())))
+    state_bytes = 3 * _bytes(list(model.parameters()))
+    return Contender(name, step, first_loss, state_bytes, keeps_memory=False)
 
 
 def check_same_loss(contenders: Sequence[Contender], dtype: torch.dtype) -> None:
@@ -250,6 +257,7 @@ def measure(contenders: Sequence[Contender], rounds: int, device: torch.device) 
     bar = tqdm(contenders, desc="warm-up", unit="contender", file=sys.stderr)
     for contender in bar:
         bar.set_postfix_str(contender.name)
+        _set_allocator(contender, device)
         synchronized(contender, 0)
         synchronized(contender, 1)
         contender.peak_bytes = contender.state_bytes + peak_of(
@@ -263,12 +271,19 @@ def measure(contenders: Sequence[Contender], rounds: int, device: torch.device) 
         # Every other round runs backwards, so that a drift of the machine favours nobody.
         for contender in contenders if round_index % 2 == 0 else reversed(contenders):
             count = steps_per_round[contender.name]
+            _set_allocator(contender, device)
+            synchronized(contender, 0)  # settles caches and heap after the one before
             started = time.perf_counter()
             for index in range(count):
                 contender.step(4 + round_index * count + index)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             contender.seconds.append((time.perf_counter() - started) / count)
+
+
+def _set_allocator(contender: Contender, device: torch.device) -> None:
+    if device.type == "cpu":
+        keep_freed_memory(contender.keeps_memory)
 
 
 def summary(contenders: Sequence[Contender], T: int) -> list[dict[str, Any]]:
@@ -302,12 +317,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text, one line a contender."""
     first = rows[0]["name"]
     lines = [
-        f"{'contender':<16}{'ms/step':>9}{'p20':>8}{'p80':>8}{'real tok/s':>12}"
+        f"{'contender':<18}{'ms/step':>9}{'p20':>8}{'p80':>8}{'real tok/s':>12}"
         f"{'peak MiB':>10}{'memory':>8}   {first} is"
     ]
     for row in rows:
         lines.append(
-            f"{row['name']:<16}{row['ms_per_step']:>9.1f}{row['ms_p20']:>8.1f}{row['ms_p80']:>8.1f}"
+            f"{row['name']:<18}{row['ms_per_step']:>9.1f}{row['ms_p20']:>8.1f}{row['ms_p80']:>8.1f}"
             f"{row['real_tokens_per_second']:>12,.0f}{row['peak_memory_bytes'] / 2**20:>10,.0f}"
             f"{row['memory_of_first_over_this']:>8.0%}"
             f"   {row['speedup_of_first_over_this']:.2f}x as fast"
@@ -360,8 +375,6 @@ def run(config: StepBenchConfig) -> dict[str, Any]:
     """Measures as `config` says and returns conditions and rows."""
     device = choose_device(config.device)
     dtype, _ = choose_dtype(config.precision, device)
-    if device.type == "cpu":
-        keep_freed_memory()
     sizes = model_config(config.model)
     if config.max_seq_length > sizes.max_position_embeddings:
         raise UserError(
@@ -373,9 +386,9 @@ def run(config: StepBenchConfig) -> dict[str, Any]:
     packed = [batch.to(device) for batch in packed]
     recipe = PretrainConfig(seed=config.seed, learning_rate=1e-4, max_steps=10**6)
 
-    def model() -> Bert:
+    def model(compiled: bool = False) -> Bert:
         torch.manual_seed(config.seed)
-        return Bert(sizes).to(device)
+        return Bert(sizes, choose_ops(device.type, compiled)).to(device)
 
     weights = {
         name: tensor.detach().clone()
@@ -383,13 +396,21 @@ def run(config: StepBenchConfig) -> dict[str, Any]:
     }
     contenders = []
     if can_compile(device):
-        contenders.append(ours("fastbert", model(), packed, recipe, dtype, compiled=True))
+        contenders.append(
+            ours("fastbert", model(compiled=True), packed, recipe, dtype, compiled=True)
+        )
     contenders.append(ours("fastbert-eager", model(), packed, recipe, dtype, compiled=False))
+    rivals: dict[str, Contender] = {}
     for name in config.against.split(",") if config.against != "none" else []:
-        if name == "hf-compile" and not can_compile(device):
-            print("hf-compile: left out, no C++ compiler here", file=sys.stderr)
+        plain = name.removesuffix("+malloc")
+        if plain == "hf-compile" and not can_compile(device):
+            print(f"{name}: left out, no C++ compiler here", file=sys.stderr)
             continue
-        contenders.append(hugging_face(name, sizes, weights, padded, recipe, dtype, device))
+        if plain not in rivals:
+            rivals[plain] = hugging_face(plain, sizes, weights, padded, recipe, dtype, device)
+        contenders.append(
+            dataclasses.replace(rivals[plain], name=name, keeps_memory=name != plain, seconds=[])
+        )
     check_same_loss(contenders, dtype)
     measure(contenders, config.rounds, device)
     T = packed[0].num_tokens

@@ -395,10 +395,14 @@ def _describe_ops() -> dict[str, str]:
         from fastbert import ops
     except ImportError as error:
         return {"ops": f"not usable: {error}"}
-    bundle = ops.REFERENCE
+    import torch
+
+    bundle = ops.choose_ops(
+        "cuda" if torch.cuda.is_available() else "cpu", compiled=_cxx_compiler() is not None
+    )
     found = [field.name for field in fields(bundle) if field.name != "name"]
-    return {f"op {name}": f"{bundle.name}: {_home(getattr(bundle, name))}" for name in found}
+    return {f"op {name}": _home(getattr(bundle, name)) for name in found}
 
 
 def _home(op: Any) -> str:
-    return f"{op.__module__}.{op.__name__}"
+    return f"{op.__module__}.{op.__qualname__}"

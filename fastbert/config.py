@@ -523,7 +523,9 @@ class StepBenchConfig:
         choices=("natural", "full"),
     )
     against: str = _setting(
-        "hf-eager,hf-sdpa,hf-compile", "rivals, separated by commas (none = no rival)", "bench"
+        "hf-eager,hf-sdpa,hf-compile,hf-sdpa+malloc,hf-compile+malloc",
+        "rivals, separated by commas (none = no rival; +malloc = with our allocator setting)",
+        "bench",
     )
     rounds: int = _setting(5, "times each contender is measured, in turn", "bench", at_least=1)
     json: str = _setting("", "file to write the measurements to", "bench")
@@ -540,7 +542,8 @@ class StepBenchConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         known = settings(StepBenchConfig)
-        rivals = next(s for s in known if s.name == "against").default.split(",")
+        listed = next(s for s in known if s.name == "against").default.split(",")
+        rivals = sorted({name.removesuffix("+malloc") for name in listed} | {*listed})
         for rival in self.against.split(",") if self.against != "none" else []:
             if rival not in rivals:
                 raise UserError(

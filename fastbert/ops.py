@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastbert_kernels import reference
+from fastbert_kernels.cpu import CpuOps
 
 Op = Callable[..., Tensor]
 
@@ -32,3 +33,24 @@ REFERENCE = Ops(
     embed_layer_norm=reference.embed_layer_norm,
     linear_cross_entropy=reference.linear_cross_entropy,
 )
+
+
+def choose_ops(device_type: str, compiled: bool) -> Ops:
+    """The fastest implementation there is for a device.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        compiled: on a CPU, fuse pointwise chains with torch.compile (needs a C++ compiler).
+    """
+    if device_type != "cpu":
+        return REFERENCE
+    ops = CpuOps(compiled)
+    return Ops(
+        name="cpu (pointwise chains compiled)" if compiled else "cpu",
+        attention=ops.attention,
+        dropout_add_layer_norm=ops.dropout_add_layer_norm,
+        linear_gelu=reference.linear_gelu,
+        gelu_layer_norm=ops.gelu_layer_norm,
+        embed_layer_norm=ops.embed_layer_norm,
+        linear_cross_entropy=ops.linear_cross_entropy,
+    )

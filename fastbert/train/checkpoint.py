@@ -3,7 +3,7 @@
     checkpoints/step-000010/
         weights.safetensors     fp32 masters under the model's parameter names
         optimizer.safetensors   AdamW's moments
-        state.json              step, data position, counters, the recipe, size and SHA-256 of both
+    state.json              step, data position, counters, recipe, SHA-256 of all three
 
 A checkpoint is written under a temporary name, flushed to the disk, and renamed. What a resume
 needs beside it is the run's `config.toml`, `data/` and `tokenizer/`.
@@ -37,7 +37,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
-    """JSON: `updates`, `data` (the packer's state), `tokens`, `recipe`."""
+    """JSON: `updates`, `data` (the packer's state), `tokens`, `skipped`, `recipe`, `sizes`."""
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -48,13 +48,17 @@ def folder_of(run: Path, step: int) -> Path:
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes a checkpoint and deletes all but the newest `keep` of the run.
 
+    Later ones, of a run that went on from an earlier checkpoint, belong to a past that this run no
+    longer has: they are deleted as well.
+
     Raises:
         RunError: it cannot be written (disk full, no permission); nothing half-written stays.
     """
     final = folder_of(run, checkpoint.step)
     temporary = final.with_name(f".{final.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_over in final.parent.glob(".step-*.tmp"):  # of a run that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, tensors in zip(_FILES, (checkpoint.weights, checkpoint.optimizer), strict=True):
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
@@ -64,6 +68,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "files": {name: _fingerprint(temporary / name) for name in _FILES},
             **checkpoint.state,
         }
+        state["sha256"] = _digest(state)
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         for path in (*(temporary / name for name in _FILES), temporary / "state.json", temporary):
             _flush(path)
@@ -76,8 +81,11 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         newest = newest_folder(run)
         kept = f"; the newest whole checkpoint is {newest}" if newest else ""
         raise RunError(f"{final}: cannot write the checkpoint: {_reason(error)}{kept}") from None
-    for old in list(_folders(run))[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    earlier = [folder for folder in _folders(run) if _step_of(folder) < checkpoint.step]
+    kept_folders = {final, *earlier[: keep - 1]}
+    for folder in list(_folders(run)):
+        if folder not in kept_folders:
+            shutil.rmtree(folder, ignore_errors=True)
     return final
 
 
@@ -99,6 +107,14 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
 def _folders(run: Path) -> Iterator[Path]:
     """The run's checkpoints, newest first; temporary ones do not match."""
     found = [
@@ -106,7 +122,7 @@ def _folders(run: Path) -> Iterator[Path]:
         for path in (run / "checkpoints").glob("step-*")
         if path.is_dir() and path.name.removeprefix("step-").isdigit()
     ]
-    yield from sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    yield from sorted(found, key=_step_of, reverse=True)
 
 
 def newest_folder(run: Path) -> Path | None:
@@ -120,26 +136,34 @@ def load(folder: Path) -> Checkpoint:
     Raises:
         UserError: the folder is not a checkpoint, or is damaged.
     """
+    try:
+        return _read(folder)
+    except UserError as error:
+        raise UserError(f"{error}; --resume auto takes the newest whole one") from None
+
+
+def _read(folder: Path) -> Checkpoint:
     if not (folder / "state.json").is_file():
-        raise UserError(f"resume = {str(folder)!r} is not a checkpoint: it holds no state.json")
+        raise _damaged(folder, "it holds no state.json")
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise UserError(f"{folder}: has format {state['format']}, this version reads {FORMAT}")
+        if state.pop("sha256") != _digest(state):
+            raise _damaged(folder, "state.json is changed")
         for name in _FILES:
             if _fingerprint(folder / name) != state["files"][name]:
                 raise _damaged(folder, f"{name} is cut short or changed")
         weights, optimizer = (load_file(folder / name) for name in _FILES)
         return Checkpoint(int(state["step"]), weights, optimizer, state)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, str(error)) from None
+    except OSError as error:
+        raise _damaged(folder, f"{Path(error.filename or folder).name}: {error.strerror}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _damaged(folder, "state.json is cut short or changed") from None
 
 
 def _damaged(folder: Path, what: str) -> UserError:
-    return UserError(
-        f"{folder}: damaged checkpoint ({what}): delete it and resume from another (--resume auto "
-        "takes the newest whole one)"
-    )
+    return UserError(f"{folder}: damaged checkpoint: {what}")
 
 
 def load_newest(run: Path, warn: Any) -> Checkpoint | None:
@@ -152,15 +176,21 @@ def load_newest(run: Path, warn: Any) -> Checkpoint | None:
     Raises:
         UserError: checkpoints are there, but every one is damaged.
     """
-    last_error: UserError | None = None
+    passed_over: list[UserError] = []
     for folder in _folders(run):
         try:
-            return load(folder)
+            found = _read(folder)
         except UserError as error:
-            last_error = error
-            warn(f"{folder.name} is damaged and was passed over: {error}")
-    if last_error is not None:
-        raise last_error
+            passed_over.append(error)
+            continue
+        for reason in passed_over:
+            warn(f"passed over: {reason}")
+        return found
+    if passed_over:
+        raise UserError(
+            f"resume = 'auto': none of the {len(passed_over)} checkpoints in {run} is whole "
+            f"({passed_over[0]}): start a new run with another --out"
+        )
     return None
 
 

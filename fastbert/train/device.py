@@ -8,6 +8,7 @@ import torch
 
 from fastbert.config import ModelConfig, PretrainConfig
 from fastbert.errors import RunError, UserError
+from fastbert.ops import Ops, choose_ops
 
 # torch.compile takes about 40 s to warm up on 2 cores and then saves a third of the time.
 _COMPILE_WORTH_FLOPS = {"cpu": 5e14, "cuda": 1e16}
@@ -20,12 +21,13 @@ class Execution:
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    ops: Ops
     reasons: tuple[str, ...]
     """One line each, for the log."""
 
 
 def training_flops(model: ModelConfig, config: PretrainConfig) -> float:
-    """FLOPs of a whole run, a multiply-add counted as 2: 3 x forward (see CONTRIBUTING.md)."""
+    """FLOPs of a whole run, a multiply-add counted as 2: 3 x forward (formula: CONTRIBUTING.md)."""
     hidden = model.hidden_size
     per_token = (
         72 * model.num_hidden_layers * hidden**2
@@ -49,6 +51,7 @@ def choose_execution(config: PretrainConfig, model: ModelConfig) -> Execution:
     device = choose_device(config.device)
     dtype, precision_reason = choose_dtype(config.precision, device)
     compiled, compile_reason = _compile(config, model, device)
+    ops = choose_ops(device.type, compiled)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if device.type == "cpu":
         keep_freed_memory()
@@ -57,10 +60,11 @@ def choose_execution(config: PretrainConfig, model: ModelConfig) -> Execution:
         device,
         dtype,
         compiled,
+        ops,
         (
             f"device: {device} ({name}{threads})",
             f"precision: {precision_reason}",
-            "ops: reference (plain PyTorch) for every op",
+            f"ops: {ops.name}, plain PyTorch",
             f"torch.compile: {compile_reason}",
         ),
     )
@@ -105,18 +109,31 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++"))
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(keep: bool = True) -> bool:
     """Lets glibc keep the memory of freed tensors instead of giving it back to the system.
 
-    A tensor of some MB is otherwise mapped, zeroed page by page and unmapped at every use: with it,
-    a step of BERT-tiny took 119 ms instead of 80 (2 cores). Returns whether there is a glibc.
+    A large tensor is otherwise mapped, zeroed page by page and unmapped at every use: a step of
+    BERT-tiny took 119 ms so, and 80 ms with the memory kept (2 cores).
+
+    Args:
+        keep: False brings back glibc's own policy, as it is once tensors of 32 MB have been freed.
+
+    Returns:
+        Whether there is a glibc to tell.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        glibc = ctypes.CDLL(None)
+        mallopt, malloc_trim = glibc.mallopt, glibc.malloc_trim
     except (OSError, AttributeError):
         return False
     m_trim_threshold, m_mmap_threshold = -1, -3
-    return bool(mallopt(m_mmap_threshold, 2**30) and mallopt(m_trim_threshold, 2**31 - 1))
+    done = bool(
+        mallopt(m_mmap_threshold, 2**30 if keep else 2**25)
+        and mallopt(m_trim_threshold, 2**31 - 1 if keep else 2**26)
+    )
+    if not keep:
+        malloc_trim(0)
+    return done
 
 
 def _compile(config: PretrainConfig, model: ModelConfig, device: torch.device) -> tuple[bool, str]:

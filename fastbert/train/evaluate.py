@@ -120,6 +120,7 @@ def fill_masks(
                 len(ids),
                 torch.tensor([hole], device=device),
             ).mlm[0]
+        logits[torch.from_numpy(tokenizer.special_ids)] = float("-inf")  # no word of a text
         best = torch.softmax(logits.float(), -1).topk(top)
         guesses = tuple(
             (tokenizer.tokens[index], probability)

@@ -5,6 +5,7 @@ checkpoints/step-000010/, loss.png, hf/.
 """
 
 import dataclasses
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from fastbert.model.bert import Bert
 from fastbert.train import checkpoint
 from fastbert.train.device import Execution, choose_execution
 from fastbert.train.evaluate import evaluate, fill_masks, unigram_log_probabilities
-from fastbert.train.prepare import prepare_data, run_folder, say
+from fastbert.train.prepare import prepare_data, run_folder, say, taken_back_on_failure
 from fastbert.train.report import Reporter
 from fastbert.train.schedule import learning_rate
 from fastbert.train.step import TrainStep, compile_model
@@ -49,7 +51,19 @@ def pretrain(config: PretrainConfig, export: Export) -> Path:
         torch.set_num_threads(config.num_threads)
     run = run_folder(config)
     config = dataclasses.replace(config, out=str(run))
+    choose_execution(config, model_config(config.model))  # a wrong device is told before the work
     restored = _restored(config, run)
+    with taken_back_on_failure(run):
+        trainer = _prepared(config, run, restored)
+    with _graceful_stop() as stop:
+        trainer.run(stop)
+    trainer.finish(export)
+    return run
+
+
+def _prepared(
+    config: PretrainConfig, run: Path, restored: checkpoint.Checkpoint | None
+) -> "_Trainer":
     tokenizer, train_shards, validation_shards = prepare_data(config, run)
     sizes = _model_sizes(config, tokenizer)
     execution = choose_execution(config, sizes)
@@ -60,13 +74,9 @@ def pretrain(config: PretrainConfig, export: Export) -> Path:
         )
     for line in execution.reasons:
         say(line)
-    trainer = _Trainer(
+    return _Trainer(
         config, run, sizes, execution, tokenizer, train_shards, validation_shards, restored
     )
-    with _graceful_stop() as stop:
-        trainer.run(stop)
-    trainer.finish(export)
-    return run
 
 
 def _restored(config: PretrainConfig, run: Path) -> checkpoint.Checkpoint | None:
@@ -97,6 +107,11 @@ def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
         raise UserError(
             f"max_seq_length = {config.max_seq_length} must be at most the model's "
             f"max_position_embeddings = {sizes.max_position_embeddings}"
+        )
+    if config.nsp and sizes.type_vocab_size < 2:
+        raise UserError(
+            f"model = {config.model!r} has type_vocab_size = {sizes.type_vocab_size}: sentence "
+            "pairs need 2; give another model, or --no-nsp"
         )
     return dataclasses.replace(sizes, **changes)
 
@@ -178,9 +193,9 @@ class _Trainer:
     def _build_model(self, execution: Execution) -> Bert:
         torch.manual_seed(self.config.seed)
         nsp = self.config.nsp
-        model = Bert(self.sizes, pooler=nsp, mlm=True, next_sentence=nsp)
+        model = Bert(self.sizes, execution.ops, pooler=nsp, mlm=True, next_sentence=nsp)
         model.to(execution.device)
-        if execution.compile:
+        if execution.compile and execution.device.type == "cuda":
             compile_model(model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         say(
@@ -194,6 +209,13 @@ class _Trainer:
 
     def _restore(self, restored: checkpoint.Checkpoint) -> None:
         flat, state = self.train_step.flat, restored.state
+        sizes = dataclasses.asdict(self.sizes)
+        for name, value in state["sizes"].items():
+            if sizes[name] != value:
+                raise UserError(
+                    f"model = {self.config.model!r} has {name} = {sizes[name]}, but had {value} at "
+                    f"the checkpoint of step {restored.step}: put it back, or start a new run"
+                )
         try:
             with torch.no_grad():
                 for name, view in flat.views(flat.master).items():
@@ -218,6 +240,7 @@ class _Trainer:
             "skipped": self.skipped,
             "window": self.window,
             "recipe": dataclasses.asdict(self.config),
+            "sizes": dataclasses.asdict(self.sizes),
         }
         checkpoint.save(
             self.folder,
@@ -243,7 +266,8 @@ class _Trainer:
                 if skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
                     raise RunError(
                         f"the gradient was not finite in {skipped_in_a_row} steps in a row, up to "
-                        f"step {self.step}: lower the learning rate; {self._newest_checkpoint()}"
+                        f"step {self.step}: start a new run with a lower --learning-rate; "
+                        f"{self._newest_checkpoint()}"
                     )
                 if self.step % config.logging_steps == 0 or self.step == last:
                     now = time.perf_counter()
@@ -263,7 +287,7 @@ class _Trainer:
             if stop_signal() and self.step < last:
                 raise RunError(
                     f"stopped by {stop_signal()} at step {self.step}; everything is saved: go on "
-                    f"with  fastbert pretrain --resume auto --out {self.folder}"
+                    f"with: fastbert pretrain --resume auto --out {shlex.quote(str(self.folder))}"
                 )
             self._evaluate()
         except BaseException:
@@ -333,14 +357,14 @@ class _Trainer:
         shards = self.validation_shards
         if shards is None:
             return []
-        fitting = [
-            index
-            for index, length in enumerate(shards.sentence_lengths)
-            if 8 <= length <= min(24, self.config.max_seq_length - 2)
-        ]
+        longest = min(24, self.config.max_seq_length - 2)
+        lengths = shards.sentence_lengths
+        fitting = np.flatnonzero((lengths >= 8) & (lengths <= longest))
+        if not len(fitting):
+            fitting = np.argsort(-lengths, kind="stable")[:wanted]  # cut to what fits
         stride = max(1, len(fitting) // wanted)
         offsets = shards.sentence_offsets
         return [
-            shards.tokens(offsets[index], offsets[index + 1]).tolist()
+            shards.tokens(offsets[index], offsets[index + 1])[:longest].tolist()
             for index in fitting[::stride][:wanted]
         ]

@@ -1,9 +1,12 @@
 """Everything before the first step: the run's folder, its tokenizer, its token shards."""
 
 import dataclasses
+import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,6 +18,8 @@ from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
 
 RUNS = Path("runs")
+_PREPARED = ("config.toml", "tokenizer", "data", "metrics.jsonl", "tensorboard")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def say(line: str) -> None:
@@ -26,23 +31,83 @@ def run_folder(config: PretrainConfig) -> Path:
     """The folder of the run: as told by `out`, by `resume`, or the next free runs/pretrain-NNN.
 
     Raises:
-        UserError: the folder holds something that is not to be written into.
+        UserError: the folder holds something that is not to be written into, or `resume` is not one
+            of its checkpoints.
     """
+    if config.resume not in ("", "auto"):
+        return _run_of(Path(config.resume), config.out)
     if config.out != "auto":
         run = Path(config.out)
-    elif config.resume not in ("", "auto"):
-        run = Path(config.resume).resolve().parent.parent
     else:
         run = _numbered(newest=config.resume == "auto")
-    if run.exists() and not run.is_dir():
-        raise UserError(f"out = {str(run)!r} is a file: name a folder")
-    if not config.resume and run.is_dir() and any(run.iterdir()):
-        what = "another run" if (run / "config.toml").exists() else "other files"
+    try:
+        if run.exists() and not run.is_dir():
+            raise UserError(f"out = {str(run)!r} is a file: name a folder")
+        holds_files = run.is_dir() and any(run.iterdir())
+        holds_run = (run / "config.toml").exists()
+    except OSError as error:
+        raise UserError(f"out = {str(run)!r} cannot be used: {error.strerror}") from None
+    if holds_files and not holds_run:
+        raise UserError(f"out = {str(run)!r} already holds other files: name another folder")
+    if holds_files and not config.resume:
         raise UserError(
-            f"out = {str(run)!r} already holds {what}: name another folder"
-            + (", or continue it with --resume auto" if what == "another run" else "")
+            f"out = {str(run)!r} already holds another run: name another folder, or continue it "
+            "with --resume auto"
         )
     return run
+
+
+def _run_of(checkpoint: Path, out: str) -> Path:
+    shown = f"resume = {str(checkpoint)!r}"
+    if (checkpoint / "checkpoints").is_dir():
+        raise UserError(f"{shown} is a run, not a checkpoint: use --resume auto --out {checkpoint}")
+    if not (checkpoint / "state.json").is_file():
+        raise UserError(
+            f"{shown} is not a whole checkpoint: it holds no state.json; --resume auto takes the "
+            "newest whole one"
+        )
+    run = checkpoint.resolve().parent.parent
+    if out != "auto" and Path(out).resolve() != run:
+        raise UserError(f"out = {out!r} is not the run of {shown}: leave --out away")
+    return run
+
+
+@contextmanager
+def taken_back_on_failure(run: Path) -> Iterator[None]:
+    """Removes what a new run has written if its preparation fails, so that it can start again."""
+    is_new = not run.exists() or not any(run.iterdir())
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for name in _PREPARED if is_new else ():
+            if (run / name).is_dir():
+                shutil.rmtree(run / name, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    (run / name).unlink()
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def make_folder(run: Path) -> None:
+    """Makes the run's folder.
+
+    Raises:
+        UserError: it cannot be made there.
+        RunError: the disk is full.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if not os.access(run, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        kind = RunError if error.errno in _FULL else UserError
+        raise kind(
+            f"out = {str(run)!r} cannot be written: {error.strerror}; name another folder"
+        ) from None
 
 
 def _numbered(newest: bool) -> Path:
@@ -67,26 +132,24 @@ def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, 
         RunError: the folder cannot be written.
     """
     tokenizer_folder, data_folder = run / "tokenizer", run / "data"
-    if config.resume and (tokenizer_folder / "tokenizer.json").exists():
-        tokenizer = WordPiece.load(tokenizer_folder)
-    else:
-        tokenizer = _tokenizer(config)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(tokenizer_folder)
-        _write_config(config, run)
-    except OSError as error:
-        raise RunError(f"{run}: cannot be written: {error.strerror}") from None
+    make_folder(run)
+    tokenizer = _tokenizer(config, tokenizer_folder)
     key = fingerprint(
         config.data, tokenizer, validation_fraction=config.validation_fraction, seed=config.seed
     )
     found = shards_fingerprint(data_folder)
+    if found not in (None, key) and (run / "checkpoints").exists():
+        raise UserError(
+            f"data = {config.data!r} has changed since the run in {run} began: put it back as "
+            "it was, or start a new run with another --out"
+        )
+    try:
+        _write_config(config, run)
+        tokenizer.save(tokenizer_folder)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(f"{run}: cannot be written: {reason}") from None
     if found != key:
-        if found is not None and (run / "checkpoints").exists():
-            raise UserError(
-                f"data = {config.data!r} has changed since the run in {run} began: put it back as "
-                "it was, or start a new run with another --out"
-            )
         stats = build_shards(
             config.data,
             tokenizer,
@@ -111,13 +174,25 @@ def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, 
 def _write_config(config: PretrainConfig, run: Path) -> None:
     temporary = run / ".config.toml.tmp"
     written = dataclasses.replace(config, resume="", stop_at_step=0)
-    temporary.write_text(to_toml(written), encoding="utf-8")
-    os.replace(temporary, run / "config.toml")
+    try:
+        temporary.write_text(to_toml(written), encoding="utf-8")
+        os.replace(temporary, run / "config.toml")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _tokenizer(config: PretrainConfig) -> WordPiece:
-    if config.tokenizer != "train":
-        return WordPiece.load(config.tokenizer)
+def _tokenizer(config: PretrainConfig, of_run: Path) -> WordPiece:
+    given = WordPiece.load(config.tokenizer) if config.tokenizer != "train" else None
+    if config.resume and (of_run / "tokenizer.json").exists():
+        tokenizer = WordPiece.load(of_run)
+        if given is not None and given.digest != tokenizer.digest:
+            raise UserError(
+                f"tokenizer = {config.tokenizer!r} is not the one in {of_run}, which this run "
+                "began with: leave it out to go on, or start a new run with another --out"
+            )
+        return tokenizer
+    if given is not None:
+        return given
     tokenizer = WordPiece.train(_sentences(config.data), config.vocab_size, config.do_lower_case)
     say(f"tokenizer: WordPiece trained, {tokenizer.vocab_size:,} tokens")
     return tokenizer

@@ -15,11 +15,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
@@ -37,18 +39,16 @@ class Reporter:
         self._path = run / "metrics.jsonl"
         self._run = run
         try:
-            kept = [row for row in read_metrics(self._path) if row.get("step", 0) <= done]
+            kept = [row for row in read_metrics(self._path) if row["step"] <= done]
             temporary = self._path.with_name(".metrics.jsonl.tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             os.replace(temporary, self._path)
             self._file = self._path.open("a", encoding="utf-8")
+            self._board = _summary_writer(run, done) if tensorboard else None
         except OSError as error:
             raise RunError(f"{self._path}: cannot be written: {error.strerror}") from None
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
+        # A run that goes on from its last step would evaluate that one again.
+        self._logged = {(row["step"], key) for row in kept if row["step"] == done for key in row}
         self._bar = tqdm(
             total=max_steps,
             initial=done,
@@ -67,7 +67,9 @@ class Reporter:
         self._bar.update()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line to metrics.jsonl and the same scalars to TensorBoard."""
+        """Appends one line to metrics.jsonl and the same scalars to TensorBoard, each only once."""
+        if metrics.keys() <= {key for logged, key in self._logged if logged == step}:
+            return
         try:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
@@ -91,6 +93,12 @@ class Reporter:
     def draw(self) -> Path:
         """Draws training and held-out loss over steps into loss.png."""
         return draw_loss(self._run)
+
+
+def _summary_writer(run: Path, done: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
 
 
 def draw_loss(run: Path) -> Path:
@@ -125,5 +133,6 @@ def draw_loss(run: Path) -> Path:
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
+        temporary.unlink(missing_ok=True)
         plt.close(figure)
     return path

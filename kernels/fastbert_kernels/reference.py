@@ -13,7 +13,8 @@ from torch import Tensor
 from fastbert_kernels.philox import keep_mask, keep_threshold
 
 
-def _accumulate(x: Tensor) -> Tensor:
+def accumulate(x: Tensor) -> Tensor:
+    """`x` in the type sums and statistics are taken in."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -21,8 +22,12 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor, stream: int) -> Tensor:
     """x · keep / P(keep), elementwise; `x` is (..., rows, columns)."""
     if dropout_p == 0.0:
         return x
-    scale = 256 / keep_threshold(dropout_p)
-    return x * (keep_mask(tuple(x.shape), dropout_p, seed, stream).to(x.dtype) * scale)
+    return apply_keep(x, keep_mask(tuple(x.shape), dropout_p, seed, stream), dropout_p)
+
+
+def apply_keep(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
+    """Dropout with its mask at hand."""
+    return x * (keep.to(x.dtype) * (256 / keep_threshold(dropout_p)))
 
 
 class _Gather(torch.autograd.Function):
@@ -72,7 +77,7 @@ def attention(
     to_padded = (slot_token.flatten(), slot_valid.flatten(), token_slot, token_valid)
     to_packed = (token_slot, token_valid, slot_token.flatten(), slot_valid.flatten())
     q, k, v = _Gather.apply(qkv, *to_padded).view(N, S, 3, A, D).permute(2, 0, 3, 1, 4)
-    scores = _accumulate((q * D**-0.5) @ k.transpose(-1, -2))  # (N, A, S, S)
+    scores = accumulate((q * D**-0.5) @ k.transpose(-1, -2))  # (N, A, S, S)
     # A finite floor instead of -inf: an empty sequence has no key, and must not make NaN.
     scores = scores.masked_fill(~slot_valid[:, None, None, :], -1e30)
     probabilities = dropout(torch.softmax(scores, dim=-1), dropout_p, seed, stream)
@@ -82,7 +87,7 @@ def attention(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / √(variance + eps) · weight + bias over the last dimension; Ba et al. 2016."""
-    wide = _accumulate(x)
+    wide = accumulate(x)
     out = F.layer_norm(wide, (x.shape[-1],), weight.to(wide.dtype), bias.to(wide.dtype), eps)
     return out.to(x.dtype)
 
@@ -99,8 +104,8 @@ def dropout_add_layer_norm(
     stream: int,
 ) -> Tensor:  # (R, H)
     """LayerNorm(dropout(x + bias) + residual)."""
-    dropped = dropout(_accumulate(x) + _accumulate(bias), dropout_p, seed, stream)
-    return layer_norm(dropped + _accumulate(residual), weight, beta, eps).to(x.dtype)
+    dropped = dropout(accumulate(x) + accumulate(bias), dropout_p, seed, stream)
+    return layer_norm(dropped + accumulate(residual), weight, beta, eps).to(x.dtype)
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -127,7 +132,7 @@ def gelu_layer_norm(
     approximate: str = "none",
 ) -> Tensor:  # (R, H)
     """LayerNorm(GELU(x + bias)): the transform of BERT's masked-word head."""
-    activated = gelu(_accumulate(x) + _accumulate(bias), approximate)
+    activated = gelu(accumulate(x) + accumulate(bias), approximate)
     return layer_norm(activated, weight, beta, eps).to(x.dtype)
 
 
@@ -141,7 +146,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx, table, ids, skip_id):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(ids)
         ctx.num_rows, ctx.dtype, ctx.skip_id = table.shape[0], table.dtype, skip_id
-        return _accumulate(table[ids])
+        return accumulate(table[ids])
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
@@ -186,5 +191,5 @@ def linear_cross_entropy(
     labels: Tensor,  # (M,) int64, -100 where nothing is to be predicted
 ) -> Tensor:  # () fp32
     """Sum over rows of -log softmax(x Wᵀ + b)[label]; rows labelled -100 count nothing."""
-    logits = _accumulate(F.linear(x, weight, bias))
+    logits = accumulate(F.linear(x, weight, bias))
     return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
