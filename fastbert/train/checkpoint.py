@@ -79,8 +79,13 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         newest = newest_folder(run)
-        kept = f"; the newest whole checkpoint is {newest}" if newest else ""
-        raise RunError(f"{final}: cannot write the checkpoint: {_reason(error)}{kept}") from None
+        kept = (
+            f"the newest whole checkpoint is {newest}" if newest else "no checkpoint is there yet"
+        )
+        raise RunError(
+            f"{final}: cannot write the checkpoint: {_reason(error)}; make room and go on with "
+            f"--resume auto ({kept})"
+        ) from None
     earlier = [folder for folder in _folders(run) if _step_of(folder) < checkpoint.step]
     kept_folders = {final, *earlier[: keep - 1]}
     for folder in list(_folders(run)):

@@ -51,7 +51,7 @@ def pretrain(config: PretrainConfig, export: Export) -> Path:
         torch.set_num_threads(config.num_threads)
     run = run_folder(config)
     config = dataclasses.replace(config, out=str(run))
-    choose_execution(config, model_config(config.model))  # a wrong device is told before the work
+    choose_execution(config, _asked_model(config))  # a wrong device is told before the work
     restored = _restored(config, run)
     with taken_back_on_failure(run):
         trainer = _prepared(config, run, restored)
@@ -97,12 +97,8 @@ def _restored(config: PretrainConfig, run: Path) -> checkpoint.Checkpoint | None
     return found
 
 
-def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
+def _asked_model(config: PretrainConfig) -> ModelConfig:
     sizes = model_config(config.model)
-    changes: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if getattr(config, name) is not None:
-            changes[name] = getattr(config, name)
     if config.max_seq_length > sizes.max_position_embeddings:
         raise UserError(
             f"max_seq_length = {config.max_seq_length} must be at most the model's "
@@ -113,7 +109,15 @@ def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
             f"model = {config.model!r} has type_vocab_size = {sizes.type_vocab_size}: sentence "
             "pairs need 2; give another model, or --no-nsp"
         )
-    return dataclasses.replace(sizes, **changes)
+    return sizes
+
+
+def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
+    changes: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if getattr(config, name) is not None:
+            changes[name] = getattr(config, name)
+    return dataclasses.replace(_asked_model(config), **changes)
 
 
 @contextmanager

@@ -2,7 +2,10 @@
 
 import json
 import os
+import platform
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ class Reporter:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             os.replace(temporary, self._path)
             self._file = self._path.open("a", encoding="utf-8")
-            self._board = _summary_writer(run, done) if tensorboard else None
+            self._board = _Board(run / "tensorboard", done) if tensorboard else None
         except OSError as error:
             raise RunError(f"{self._path}: cannot be written: {error.strerror}") from None
         # A run that goes on from its last step would evaluate that one again.
@@ -74,10 +77,12 @@ class Reporter:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
             if self._board is not None:
-                for name, value in metrics.items():
-                    self._board.add_scalar(name, value, step)
+                self._board.write(step, metrics)
         except OSError as error:
-            raise RunError(f"{self._path}: cannot be written: {error.strerror}") from None
+            raise RunError(
+                f"{self._path}: cannot be written: {error.strerror}; go on with --resume auto once "
+                "it can"
+            ) from None
 
     def say(self, line: str) -> None:
         """Prints a line on stderr without tearing the bar."""
@@ -86,19 +91,46 @@ class Reporter:
     def close(self) -> None:
         """Ends the bar and closes the files."""
         self._bar.close()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for file in filter(None, (self._file, self._board)):
+            with suppress(OSError):  # each write was flushed: what failed then was told then
+                file.close()
 
     def draw(self) -> Path:
         """Draws training and held-out loss over steps into loss.png."""
         return draw_loss(self._run)
 
 
-def _summary_writer(run: Path, done: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+class _Board:
+    """A TensorBoard event file of scalars.
 
-    return SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
+    torch's SummaryWriter writes in a thread of its own, which meets a full disk with a traceback.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(exist_ok=True)
+        now = time.time_ns()
+        path = folder / f"events.out.tfevents.{now // 10**9}.{platform.node()}.{now}"
+        self._records = RecordWriter(path.open("wb"))
+        self._append(Event(file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)  # steps from here on replace earlier ones
+        self._append(Event(step=done + 1, session_log=start))
+
+    def _append(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        values = [self._summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
+        self._append(self._event(step=step, summary=self._summary(value=values)))
+
+    def close(self) -> None:
+        self._records.close()
 
 
 def draw_loss(run: Path) -> Path:

@@ -30,10 +30,10 @@ ROUNDS = 7
 
 
 def _multiply_wide(value: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    # The 64-bit product may wrap into the sign bit; the masks undo that, because two's complement
-    # keeps the low 64 bits.
-    product = value * factor
-    return (product >> 32) & _MASK32, product & _MASK32
+    # By 16-bit halves of the factor, so that nothing reaches bit 63: signed overflow is undefined in
+    # the C++ that torch.compile writes, and g++ does drop the mask of a product it takes for >= 0.
+    low, high = value * (factor & 0xFFFF), value * (factor >> 16)
+    return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & _MASK32
 
 
 def philox_4x32(
