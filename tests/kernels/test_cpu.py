@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastbert_kernels import reference
 from fastbert_kernels.cpu import CpuOps
 

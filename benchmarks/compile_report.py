@@ -1,0 +1,208 @@
+"""Every kernel we ship, compiled ahead of time: `python -m benchmarks.compile_report`.
+
+Needs no GPU. Compiles each case of each op module with Triton's own ptxas and reads the machine
+code: registers, spills, shared memory, tensor-core and bulk-copy instructions. Exits 1 where a
+kernel keeps a stack, spills, wants more shared memory than a multiprocessor lends, or does a dot
+without wgmma that was meant to use it: the ways in which a Triton upgrade ruins a kernel silently.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fastbert_kernels
+from fastbert_kernels.compile_cases import CompileCase
+
+# What one program may ask for: CUDA C++ Programming Guide, table of compute capabilities.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+HEADER = (
+    f"{'kernel':<34} {'configuration':<32} {'arch':<6} {'regs':>4} {'shared':>7} {'spills':>6} "
+    f"{'stack':>5} {'mma':>12} {'bulk':>4} {'16 B':>7} {'sass':>6}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One case compiled for one architecture."""
+
+    kernel: str
+    configuration: str
+    arch: int
+    registers: int
+    shared: int
+    """Bytes of shared memory a program asks for."""
+    spills: int
+    """LDL and STL instructions."""
+    stack: int
+    """Bytes a thread."""
+    hmma: int
+    hgmma: int
+    bulk_copies: int
+    wide_accesses: int
+    """Global loads and stores of 16 bytes a thread."""
+    accesses: int
+    """All global loads and stores."""
+    instructions: int
+    failures: tuple[str, ...]
+
+    def row(self) -> str:
+        mma = f"{self.hgmma} HGMMA" if self.hgmma else f"{self.hmma} HMMA" if self.hmma else "-"
+        return (
+            f"{self.kernel:<34} {self.configuration:<32} sm_{self.arch:<3} {self.registers:>4} "
+            f"{self.shared:>7} {self.spills:>6} {self.stack:>5} {mma:>12} {self.bulk_copies:>4} "
+            f"{f'{self.wide_accesses}/{self.accesses}':>7} {self.instructions:>6}"
+        )
+
+
+def shipped_cases() -> Iterator[CompileCase]:
+    """The cases of every op module of the kernel library."""
+    for module in pkgutil.iter_modules(fastbert_kernels.__path__):
+        yield from cases_of(f"fastbert_kernels.{module.name}")
+
+
+def cases_of(module: str) -> list[CompileCase]:
+    found = getattr(importlib.import_module(module), "compile_cases", None)
+    return found() if found else []
+
+
+def compile_case(case: CompileCase, arch: int) -> Compiled:
+    """Compiles one case and reads the result.
+
+    Raises:
+        Exception: whatever the compiler raises.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.fn.arg_names
+    unknown = (case.signature.keys() | case.constexprs.keys()) ^ set(names)
+    if unknown:
+        raise ValueError(f"{case.name}: {sorted(unknown)} given or expected, but not both")
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    divisible = [
+        (i,)
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in case.divisible_by_16
+    ]
+    kernel = triton.compile(
+        ASTSource(
+            case.fn,
+            signature,
+            constexprs=dict(case.constexprs),
+            attrs={index: [["tt.divisibility", 16]] for index in divisible},
+        ),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    return _read(case, arch, kernel.asm["cubin"], kernel.metadata.shared)
+
+
+def _read(case: CompileCase, arch: int, cubin: bytes, shared: int) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    opcodes = Counter(
+        re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    )
+
+    def count(pattern: str) -> int:
+        return sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
+
+    registers, stack = (
+        max(map(int, re.findall(rf"{field}:(\d+)", usage))) for field in ("REG", "STACK")
+    )
+    spills, hgmma = count(r"(LDL|STL)\b"), count("HGMMA")
+    failures = []
+    if stack:
+        failures.append(f"keeps {stack} bytes of stack a thread")
+    if spills:
+        failures.append(f"spills: {spills} LDL/STL")
+    if shared > SHARED_LIMIT[arch]:
+        failures.append(f"wants {shared} bytes of shared memory, has {SHARED_LIMIT[arch]}")
+    if arch == 90 and case.needs_wgmma and not hgmma:
+        failures.append("needs wgmma and has no HGMMA")
+    return Compiled(
+        kernel=case.name,
+        configuration=case.configuration,
+        arch=arch,
+        registers=registers,
+        shared=shared,
+        spills=spills,
+        stack=stack,
+        hmma=count("HMMA"),
+        hgmma=hgmma,
+        bulk_copies=count("UTMA(LDG|STG|REDG)|UBLK"),
+        wide_accesses=count(r"(LDG|STG|LDGSTS)\b.*\.128"),
+        accesses=count(r"(LDG|STG|LDGSTS)\b"),
+        instructions=sum(opcodes.values()) - opcodes["NOP"],
+        failures=tuple(failures),
+    )
+
+
+def _tool(name: str, *args: str) -> str:
+    """Runs one of the CUDA tools that Triton ships."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run(
+        [str(path), *args], check=True, capture_output=True, text=True, errors="replace"
+    ).stdout
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report")
+    parser.add_argument(
+        "--arch", action="append", choices=[f"sm_{arch}" for arch in SHARED_LIMIT],
+        help="repeatable; default sm_80 and sm_90",
+    )  # fmt: skip
+    parser.add_argument(
+        "--module", action="append", help="a module with compile_cases(); default all of ours"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the table")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled. Unset it")
+    archs = [int(arch.removeprefix("sm_")) for arch in args.arch or ("sm_80", "sm_90")]
+    cases = [case for module in args.module for case in cases_of(module)] if args.module else None
+    cases = list(shipped_cases()) if cases is None else cases
+
+    print(HEADER)
+    table: list[dict[str, Any]] = []
+    failures = []
+    for case in cases:
+        for arch in archs:
+            if arch not in case.archs:
+                continue
+            label = f"{case.name} [{case.configuration}] sm_{arch}"
+            try:
+                compiled = compile_case(case, arch)
+            except Exception as error:  # what the compiler raises is the finding
+                failures.append(f"{label}: does not compile: {type(error).__name__}: {error}")
+                continue
+            print(compiled.row(), flush=True)
+            table.append(dataclasses.asdict(compiled))
+            failures += [f"{label}: {failure}" for failure in compiled.failures]
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=1) + "\n")
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    print(f"{len(table)} compiled, {len(failures)} failures")
+    return 1 if failures or not table else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Kernels run on CPU tensors in Triton's interpreter here.
+
+Triton reads TRITON_INTERPRET where a kernel is defined, so it is set while the test modules and
+the kernels they import are collected, and put back before any test runs: other tests in this
+process, and the processes they start, do not see it.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+_BEFORE = os.environ.get("TRITON_INTERPRET")
+if _BEFORE != "1" and "triton" in sys.modules:
+    raise RuntimeError("triton was imported before tests/kernels: run the tests by pytest")
+os.environ["TRITON_INTERPRET"] = "1"
+
+import triton.language  # noqa: E402, F401  its library functions are kernels, too
+
+
+def pytest_collection_finish() -> None:
+    if _BEFORE is None:
+        os.environ.pop("TRITON_INTERPRET", None)
+    else:
+        os.environ["TRITON_INTERPRET"] = _BEFORE
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN (the largest value, if integer): what a kernel leaves unwritten shows.
+
+    `torch.empty` and `torch.empty_like` are patched; a test may not rely on `Tensor.new_empty`.
+    """
+
+    def fill(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def poison(*args: object, **kwargs: object) -> torch.Tensor:
+            out = allocate(*args, **kwargs)
+            if out.dtype.is_floating_point:
+                return out.fill_(torch.nan)
+            return out.fill_(torch.iinfo(out.dtype).max)
+
+        return poison
+
+    monkeypatch.setattr(torch, "empty", fill(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))

@@ -1,0 +1,356 @@
+"""A run can die at any moment and go on bit for bit; a damaged checkpoint is never trusted."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastbert.train.loop import _Trainer
+from fastbert.train.report import read_metrics
+
+ROOT = Path(__file__).parent.parent.parent
+Run = Callable[..., Path]
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def state(run: Path, step: int = 20) -> dict[str, Any]:
+    found = json.loads((step_folder(run, step) / "state.json").read_text())
+    return {key: found[key] for key in ("step", "updates", "data", "tokens", "skipped")}
+
+
+def assert_same(one: Path, other: Path, step: int = 20) -> None:
+    """Weights, moments, data position and the exported model, bit for bit."""
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        a, b = (load_file(step_folder(run, step) / name) for run in (one, other))
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]), key
+    assert state(one, step) == state(other, step)
+    hf = [(run / "hf/model.safetensors").read_bytes() for run in (one, other)]
+    assert hf[0] == hf[1]
+
+
+def assert_steps_once(run: Path, last: int = 20) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, last + 1))
+    evaluated = [row["step"] for row in rows if "eval/mlm_loss" in row]
+    assert evaluated == list(range(10, last + 1, 10))
+
+
+KINDS = {
+    "plain": "",
+    "no nsp": "--no-nsp",
+    "whole words": "--whole-word-mask",
+    "accumulation": "--gradient-accumulation-steps 2",
+    "bf16": "--precision bf16",
+}
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_ten_and_ten_are_twenty(
+    pretrain: Run, resume: Run, losses: Callable[..., Any], options: str
+) -> None:
+    whole = pretrain("whole", options)
+    pretrain("parts", f"{options} --stop-at-step 10")
+    assert not step_folder(whole.parent / "parts", 15).exists()
+    parts = resume("parts")
+    assert_same(whole, parts)
+    assert losses(whole) == losses(parts)
+    assert_steps_once(parts)
+    evaluations = [
+        [row for row in read_metrics(run / "metrics.jsonl") if "loss" not in row]
+        for run in (whole, parts)
+    ]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_a_shorter_run_can_be_prolonged(
+    pretrain: Run, resume: Run, losses: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--lr-scheduler-type constant"
+    whole = pretrain("whole", options)
+    pretrain("parts", f"{options} --max-steps 10")
+    capsys.readouterr()
+    parts = resume("parts", "--resume auto --max-steps 20")
+    assert "resume: max_steps is now 20, was 10\n" in capsys.readouterr().err
+    assert_same(whole, parts)
+    assert losses(whole) == losses(parts)
+    assert_steps_once(parts)
+    assert "max_steps = 20\n" in (parts / "config.toml").read_text()
+
+
+def test_a_finished_run_can_be_resumed_and_changes_nothing(pretrain: Run, resume: Run) -> None:
+    run = pretrain("run")
+    before = (run / "metrics.jsonl").read_text()
+    weights = (run / "hf/model.safetensors").read_bytes()
+    resume("run")
+    assert (run / "metrics.jsonl").read_text() == before
+    assert (run / "hf/model.safetensors").read_bytes() == weights
+
+
+def test_seeds(pretrain: Run, losses: Callable[..., Any]) -> None:
+    one, same, other = (
+        losses(pretrain(name, f"--max-steps 8 --seed {seed}"))
+        for name, seed in (("one", 7), ("same", 7), ("other", 8))
+    )
+    assert one == same
+    assert not {loss for _, loss in one} & {loss for _, loss in other}
+
+
+def test_explicit_checkpoint_replaces_what_came_after(
+    pretrain: Run, losses: Callable[..., Any], settings: list[str]
+) -> None:
+    from fastbert.cli import main
+
+    run = pretrain("run")
+    whole = shutil.copytree(run, run.parent / "whole")
+    # Were step 20 left as it is, `--resume auto` would then go on from an abandoned branch.
+    argv = ["pretrain", "--resume", str(step_folder(run, 5)), "--stop-at-step", "10"]
+    assert main(argv) == 0
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        "step-000005",
+        "step-000010",
+    ]
+    assert main(["pretrain", "--resume", str(step_folder(run, 10))]) == 0
+    assert_same(whole, run)
+    assert losses(whole) == losses(run)
+    assert_steps_once(run)
+
+
+def test_killed_and_resumed(
+    pretrain: Run, resume: Run, settings: list[str], losses: Callable[..., Any]
+) -> None:
+    whole = pretrain("whole")
+    killed = whole.parent / "killed"
+    code = (
+        "import os, signal, sys\n"
+        "from fastbert.cli import main\n"
+        "from fastbert.train.loop import _Trainer\n"
+        "step = _Trainer._one_step\n"
+        "def one_step(self):\n"
+        "    if self.step == 13:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self)\n"
+        "_Trainer._one_step = one_step\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "pretrain", *settings, "--out", str(killed)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert losses(killed)[-1][0] == 13
+    # As if the kill had come while files were being written.
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 14, "lo')
+    left_over = killed / "checkpoints/.step-000012.tmp"
+    left_over.mkdir()
+    (left_over / "weights.safetensors").write_bytes(b"\0" * 100)
+    resume("killed")
+    assert_same(whole, killed)
+    assert losses(whole) == losses(killed)
+    assert_steps_once(killed)
+    assert not left_over.exists()
+    assert not list(killed.rglob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(
+    pretrain: Run,
+    resume: Run,
+    losses: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    whole = pretrain("whole")
+    one_step = _Trainer._one_step
+
+    def signalled(self: _Trainer) -> Any:
+        if self.step == 6:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)  # until the handler has run
+        return one_step(self)
+
+    monkeypatch.setattr(_Trainer, "_one_step", signalled)
+    capsys.readouterr()
+    run = pretrain("run", exit_code=1)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        f"fastbert: error: stopped by {number.name} at step 7; everything is saved: go on with: "
+        f"fastbert pretrain --resume auto --out {run}"
+    )
+    assert step_folder(run, 7).is_dir()
+    assert not (run / "hf").exists()
+    monkeypatch.setattr(_Trainer, "_one_step", one_step)
+    resume("run")
+    assert_same(whole, run)
+    assert losses(whole) == losses(run)
+    assert_steps_once(run)
+
+
+def cut_short(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+def change_a_number(path: Path) -> None:
+    content = path.read_text()
+    assert '"skipped": 0' in content
+    path.write_text(content.replace('"skipped": 0', '"skipped": 1'))
+
+
+DAMAGES = [
+    ("weights.safetensors", cut_short),
+    ("weights.safetensors", flip_a_bit),
+    ("weights.safetensors", Path.unlink),
+    ("optimizer.safetensors", cut_short),
+    ("optimizer.safetensors", flip_a_bit),
+    ("state.json", cut_short),
+    ("state.json", flip_a_bit),
+    ("state.json", change_a_number),
+    ("state.json", Path.unlink),
+]
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_refused(
+    pretrain: Run, resume: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--max-steps 6 --save-steps 3 --validation-fraction 0"
+    original = pretrain("original", options)
+    weights = (original / "hf/model.safetensors").read_bytes()
+    for index, (name, damage) in enumerate(DAMAGES):
+        case = f"{name} {damage.__name__}"
+        run = shutil.copytree(original, original.parent / f"run{index}")
+        newest = step_folder(run, 6)
+        damage(newest / name)
+        capsys.readouterr()
+
+        resume(run.name, f"--resume {newest}", exit_code=2)
+        shown = capsys.readouterr().err
+        assert shown.startswith("fastbert: error: ") and shown.count("\n") == 1, case
+        assert "step-000006" in shown and "--resume auto" in shown, case
+
+        resume(run.name)
+        shown = capsys.readouterr().err.splitlines()
+        assert shown[0].startswith(f"passed over: {newest}: damaged checkpoint: "), case
+        assert shown[1] == "resume: going on from step 3", case
+        assert (run / "hf/model.safetensors").read_bytes() == weights, case
+        assert_same(original, run, 6)
+
+
+def test_when_every_checkpoint_is_damaged(
+    pretrain: Run, resume: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain("run", "--max-steps 2 --save-steps 1 --validation-fraction 0")
+    for folder in (run / "checkpoints").iterdir():
+        cut_short(folder / "optimizer.safetensors")
+    before = (run / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    resume("run", exit_code=2)
+    shown = capsys.readouterr().err
+    assert shown.startswith("fastbert: error: resume = 'auto': none of the 2 checkpoints in")
+    assert shown.endswith("start a new run with another --out\n") and shown.count("\n") == 1
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_no_pickle_and_no_more_checkpoints_than_asked(pretrain: Run) -> None:
+    run = pretrain("run", "--save-steps 2 --save-total-limit 3 --report-to tensorboard")
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step-000016", "step-000018", "step-000020"]
+    for path in run.rglob("*"):
+        if path.is_file():
+            start = path.read_bytes()[:2]
+            assert start != b"PK" and start[:1] != b"\x80", path  # torch.save's zip, pickle
+            assert path.suffix not in (".pt", ".pth", ".bin", ".pkl") or path.parent.name == "data"
+
+
+def test_what_a_run_cannot_change_half_way(
+    pretrain: Run,
+    resume: Run,
+    corpus: Path,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = pretrain("run", "--max-steps 4 --save-steps 2")
+    other = pretrain("other", "--max-steps 2 --vocab-size 120")
+    config = (run / "config.toml").read_bytes()
+    changed = tmp_path / "changed.txt"
+    changed.write_text(corpus.read_text() + "One more sentence.\n")
+    refused = {
+        "--learning-rate 5e-4": "learning_rate = 0.0005 differs from 0.001 in the checkpoint of",
+        "--seed 1": "seed = 1 differs from 42 in the checkpoint of step 4",
+        "--no-nsp": "nsp = False differs from True",
+        "--hidden-dropout-prob 0.2": "hidden_dropout_prob = 0.2 differs from None",
+        f"--data {changed}": f"data = '{changed}' has changed since the run in {run} began",
+        f"--tokenizer {other}/tokenizer": f"tokenizer = '{other}/tokenizer' is not the one in",
+    }
+    capsys.readouterr()
+    for options, message in refused.items():
+        resume("run", f"--resume auto {options}", exit_code=2)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith(f"fastbert: error: {message}"), options
+        assert [line for line in lines[:-1] if not line.startswith("resume: ")] == [], options
+        assert (run / "config.toml").read_bytes() == config, options
+
+    sizes = json.loads(model.read_text())
+    model.write_text(json.dumps(sizes | {"hidden_act": "gelu_new"}))
+    resume("run", exit_code=2)
+    assert "has hidden_act = gelu_new, but had gelu at" in capsys.readouterr().err
+    model.write_text(json.dumps(sizes))
+    corpus.write_text(changed.read_text())
+    resume("run", exit_code=2)
+    assert f"data = '{corpus}' has changed since" in capsys.readouterr().err
+    assert (run / "config.toml").read_bytes() == config
+
+
+def test_resume_that_names_the_wrong_thing(
+    pretrain: Run, resume: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain("run", "--max-steps 1 --validation-fraction 0")
+    other = pretrain("other", "--max-steps 1 --validation-fraction 0")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/plan.md").touch()
+    refused = {
+        ("other", f"--resume {step_folder(run, 1)}"): f"out = '{other}' is not the run of resume =",
+        ("run", f"--resume {run}"): f"resume = '{run}' is a run, not a checkpoint",
+        ("run", f"--resume {run}/hf"): f"resume = '{run}/hf' is not a whole checkpoint",
+        ("notes", "--resume auto"): f"out = '{tmp_path}/notes' already holds other files",
+    }
+    capsys.readouterr()
+    for (name, options), message in refused.items():
+        resume(name, options, exit_code=2)
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"fastbert: error: {message}") and shown.count("\n") == 1
+
+
+def test_resume_without_a_checkpoint_begins(
+    pretrain: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain("run", "--resume auto --max-steps 2")
+    assert f"resume: {run} has no checkpoint yet, starting at step 0" in capsys.readouterr().err
+    assert step_folder(run, 2).is_dir()

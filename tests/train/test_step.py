@@ -1,0 +1,168 @@
+"""One optimizer step: accumulation changes nothing, and the losses lie on Hugging Face's."""
+
+import math
+
+import torch
+from transformers import BertForPreTraining as HFPreTraining
+from transformers import get_linear_schedule_with_warmup
+
+import fastbert
+from fastbert.config import ModelConfig, PretrainConfig
+from fastbert.data.batch import Batch
+from fastbert.hf import to_hf
+from fastbert.model.bert import Bert
+from fastbert.train.schedule import learning_rate
+from fastbert.train.step import TrainStep
+
+V, S = 211, 24
+SIZES = ModelConfig(
+    V, 64, 2, 2, 128, max_position_embeddings=32, hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+
+
+Sequence = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
+"""ids, types, labels (-100 where nothing is predicted), next-sentence label."""
+
+
+def sequences(lengths: list[int], generator: torch.Generator) -> list[Sequence]:
+    def draw(high: int, size: int) -> torch.Tensor:
+        return torch.randint(1, high, (size,), generator=generator)
+
+    found = []
+    for n in lengths:
+        types = (torch.arange(n) >= n // 2).long()
+        chosen = torch.rand(n, generator=generator) < 0.2
+        labels = torch.where(chosen, draw(V, n) // 4, -100)
+        found.append((draw(V, n), types, labels, int(draw(3, 1)) - 1))
+    return found
+
+
+def packed(rows: list[Sequence], T: int, N: int, M: int) -> Batch:
+    """As the packer lays them: [PAD] in sequences of its own, empty slots at T."""
+    ids, types, positions = (torch.zeros(T, dtype=torch.int64) for _ in range(3))
+    cu = [0]
+    masked, labels, next_sentence = [], [], []
+    for row_ids, row_types, row_labels, follows in rows:
+        start, n = cu[-1], len(row_ids)
+        ids[start : start + n], types[start : start + n] = row_ids, row_types
+        positions[start : start + n] = torch.arange(n)
+        where = (row_labels != -100).nonzero().flatten()
+        masked += (where + start).tolist()
+        labels += row_labels[where].tolist()
+        next_sentence.append(follows)
+        cu.append(start + n)
+    used = cu[-1]
+    while cu[-1] < T:
+        cu.append(min(cu[-1] + S, T))
+        positions[cu[-2] : cu[-1]] = torch.arange(cu[-1] - cu[-2])
+    assert len(cu) <= N + 1 and len(masked) <= M
+    cu += [T] * (N + 1 - len(cu))
+    spare = M - len(masked)
+    return Batch(
+        ids, types, positions, torch.tensor(cu, dtype=torch.int32),
+        torch.tensor(masked + [0] * spare), torch.tensor(labels + [-100] * spare),
+        torch.tensor(next_sentence + [-100] * (N - len(rows))), S, used, len(rows),
+    )  # fmt: skip
+
+
+def padded(rows: list[Sequence]) -> dict[str, torch.Tensor]:
+    def pad(index: int, value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            [row[index] for row in rows],  # type: ignore[misc]
+            batch_first=True,
+            padding_value=value,
+        )
+
+    lengths = torch.tensor([len(row[0]) for row in rows])
+    return {
+        "input_ids": pad(0, 0),
+        "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+        "token_type_ids": pad(1, 0),
+        "labels": pad(2, -100),
+        "next_sentence_label": torch.tensor([row[3] for row in rows]),
+    }
+
+
+def gradient(rows: list[list[Sequence]], T: int) -> tuple[dict[str, torch.Tensor], float]:
+    torch.manual_seed(3)
+    config = PretrainConfig(max_grad_norm=0.0)
+    step = TrainStep(Bert(SIZES), config, torch.float32)
+    result = step([packed(part, T, 12, 80) for part in rows], 0, 1e-3)
+    return {n: g.clone() for n, g in step.flat.views(step.flat.grad).items()}, result.loss
+
+
+def test_accumulation_changes_nothing_but_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = sequences([24, 3, 17, 9, 24, 1, 12, 20], generator)
+    whole, loss = gradient([rows], 160)
+    # Micro-batches of unequal token, mask and sequence counts: a mean of means would differ.
+    parts, sum_of_losses = gradient([rows[:1], rows[1:3], rows[3:7], rows[7:]], 64)
+    assert math.isclose(loss, sum_of_losses, rel_tol=1e-6)
+    total = math.hypot(*(g.norm().item() for g in whole.values()))
+    for name, wanted in whole.items():
+        # A bias's gradient may be a small rest of large terms: 1% of the whole is its floor.
+        scale = max(wanted.norm().item(), 0.01 * total)
+        assert (parts[name] - wanted).norm() <= 1e-6 * scale, name
+
+
+def test_gradients_are_those_of_hugging_face(tmp_path: object) -> None:
+    torch.manual_seed(3)
+    model = fastbert.BertForPreTraining(SIZES)
+    theirs = _theirs(model, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    rows = sequences([24, 3, 17, 9, 1], generator)
+    step = TrainStep(model.packed, PretrainConfig(max_grad_norm=0.0), torch.float32)
+    result = step([packed(rows, 96, 8, 40)], 0, 0.0)
+    want = theirs(**padded(rows)).loss
+    want.backward()
+    assert math.isclose(result.loss, want.item(), rel_tol=1e-6)
+    ours = to_hf(step.flat.views(step.flat.grad), SIZES)
+    for name, parameter in theirs.named_parameters():
+        assert parameter.grad is not None
+        scale = parameter.grad.abs().max().clamp(min=1e-3)
+        assert (ours[name] - parameter.grad).abs().max() < 1e-4 * scale, name
+
+
+def _theirs(model: fastbert.BertForPreTraining, tmp_path: object) -> HFPreTraining:
+    model.save_pretrained(f"{tmp_path}/hf")
+    return HFPreTraining.from_pretrained(f"{tmp_path}/hf").train()
+
+
+def test_100_steps_lie_on_hugging_faces(tmp_path: object) -> None:
+    torch.manual_seed(3)
+    model = fastbert.BertForPreTraining(SIZES)
+    theirs = _theirs(model, tmp_path)
+    config = PretrainConfig(
+        learning_rate=2e-3, max_steps=100, warmup_steps=10, lr_scheduler_type="linear"
+    )
+    step = TrainStep(model.packed, config, torch.float32)
+    matrices = [p for p in theirs.parameters() if p.dim() > 1]
+    vectors = [p for p in theirs.parameters() if p.dim() < 2]
+    rule = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+    rates = get_linear_schedule_with_warmup(rule, config.warmup_steps, config.max_steps)
+    generator = torch.Generator().manual_seed(5)
+    differences, first, last, clipped = [], 0.0, 0.0, 0
+    for index in range(100):
+        lengths = torch.randint(1, S + 1, (10,), generator=generator).tolist()
+        rows = sequences(lengths, generator)
+        ours = step([packed(rows, 10 * S, 22, 100)], index, learning_rate(config, index))
+        want = theirs(**padded(rows)).loss
+        want.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.max_grad_norm)
+        clipped += bool(norm > config.max_grad_norm)
+        rule.step()
+        rates.step()
+        rule.zero_grad()
+        differences.append(abs(ours.loss - want.item()))
+        first, last = first or ours.loss, ours.loss
+    assert max(differences) < 1e-3
+    assert clipped > 10 and last < first - 1  # both were at work, and both learnt
