@@ -38,6 +38,7 @@ from fastbert.train.device import can_compile, choose_device, choose_dtype, keep
 from fastbert.train.step import TrainStep, compile_model, model_inputs
 
 MLM_PROBABILITY = 0.15
+LEARNING_RATE = 1e-4
 NUM_BATCHES = 4
 # bf16 keeps 8 bits: logits of either side are off by some 1e-2, a mean loss of ~10 by less.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
@@ -143,7 +144,7 @@ def ours(
         state.append(flat.weights)
 
     def step(index: int) -> float:
-        result = train_step([batches[index % NUM_BATCHES]], index, recipe.learning_rate)
+        result = train_step([batches[index % NUM_BATCHES]], index, LEARNING_RATE)
         return result.loss
 
     return Contender(name, step, float(first_loss), _bytes(state), keeps_memory=True)
@@ -175,7 +176,7 @@ def hugging_face(
             {"params": decayed, "weight_decay": recipe.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ],
-        lr=recipe.learning_rate,
+        lr=LEARNING_RATE,
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         eps=recipe.adam_epsilon,
         fused=True,
@@ -384,7 +385,7 @@ def run(config: StepBenchConfig) -> dict[str, Any]:
     padded, packed = make_batches(config, sizes.vocab_size)
     padded = [{key: value.to(device) for key, value in batch.items()} for batch in padded]
     packed = [batch.to(device) for batch in packed]
-    recipe = PretrainConfig(seed=config.seed, learning_rate=1e-4, max_steps=10**6)
+    recipe = PretrainConfig(seed=config.seed, learning_rate=LEARNING_RATE, max_steps=10**6)
 
     def model(compiled: bool = False) -> Bert:
         torch.manual_seed(config.seed)

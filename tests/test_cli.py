@@ -123,7 +123,7 @@ BAD_REQUESTS = [
     ("bench stp", "unknown bench 'stp': did you mean 'step'? (step)"),
     (
         "bench step --against hf",
-        "against = 'hf': 'hf' must be one of hf-eager, hf-sdpa, hf-compile",
+        "against = 'hf': 'hf' must be one of hf-compile, hf-compile+malloc, hf-eager, hf-sdpa",
     ),
     ("bench step --max-seq-length 513", "max_seq_length = 513 must be at most 512, max_position"),
     ("pretrain --lerning-rate 1", "unknown option --lerning-rate: did you mean --learning-rate?"),
@@ -212,7 +212,7 @@ def test_help_shows_every_setting_with_its_default(
         assert setting.help in shown
     for line in ("run: ", "model: ", "data: ", "train: ", "logs: "):
         assert f"\n{line}" in shown
-    assert "optimizer steps of the whole run (default: 1500)" in shown
+    assert "optimizer steps of the whole run (default: 2400)" in shown
     assert "--nsp, --no-nsp" in shown
     assert "(default: true)" in shown
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.config import ModelConfig, PretrainConfig, model_config
+from fastbert.config import ModelConfig, PretrainConfig, model_config, resolved
 from fastbert.data.pack import Packer, evaluation_batches
 from fastbert.data.shards import Shards
 from fastbert.data.tokenize import WordPiece
@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig, export: Export) -> Path:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     run = run_folder(config)
-    config = dataclasses.replace(config, out=str(run))
+    config = dataclasses.replace(resolved(config), out=str(run))
     choose_execution(config, _asked_model(config))  # a wrong device is told before the work
     restored = _restored(config, run)
     with taken_back_on_failure(run):

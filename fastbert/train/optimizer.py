@@ -24,7 +24,7 @@ class FlatAdamW:
                 {"params": parameters[:1], "weight_decay": config.weight_decay},
                 {"params": parameters[1:], "weight_decay": 0.0},
             ],
-            lr=config.learning_rate,
+            lr=0.0,  # set at each step
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             fused=True,

@@ -91,9 +91,11 @@ class Reporter:
     def close(self) -> None:
         """Ends the bar and closes the files."""
         self._bar.close()
-        for file in filter(None, (self._file, self._board)):
-            with suppress(OSError):  # each write was flushed: what failed then was told then
-                file.close()
+        with suppress(OSError):  # each write was flushed: what failed then was told then
+            self._file.close()
+        if self._board is not None:
+            with suppress(OSError):
+                self._board.close()
 
     def draw(self) -> Path:
         """Draws training and held-out loss over steps into loss.png."""

@@ -113,6 +113,15 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
+def bias_gelu(
+    x: Tensor,  # (R, H)
+    bias: Tensor,  # (H,)
+    approximate: str = "none",
+) -> Tensor:  # (R, H)
+    """GELU(x + bias)."""
+    return gelu(accumulate(x) + accumulate(bias), approximate).to(x.dtype)
+
+
 def linear_gelu(
     x: Tensor,  # (R, H)
     weight: Tensor,  # (F, H)

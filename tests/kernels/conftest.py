@@ -1,13 +1,12 @@
 """Kernels run on CPU tensors in Triton's interpreter here.
 
-Triton reads TRITON_INTERPRET where a kernel is defined, so it is set while the test modules and
-the kernels they import are collected, and put back before any test runs: other tests in this
-process, and the processes they start, do not see it.
+Triton reads TRITON_INTERPRET where a kernel is defined and at its first launch, so it is set while
+these modules are collected and while their tests run; other tests in this process do not see it.
 """
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -20,11 +19,22 @@ os.environ["TRITON_INTERPRET"] = "1"
 import triton.language  # noqa: E402, F401  its library functions are kernels, too
 
 
-def pytest_collection_finish() -> None:
+def _restore() -> None:
     if _BEFORE is None:
         os.environ.pop("TRITON_INTERPRET", None)
     else:
         os.environ["TRITON_INTERPRET"] = _BEFORE
+
+
+def pytest_collection_finish() -> None:
+    _restore()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreter() -> Iterator[None]:
+    os.environ["TRITON_INTERPRET"] = "1"
+    yield
+    _restore()
 
 
 @pytest.fixture

@@ -52,7 +52,8 @@ class Documents:
 
     @property
     def tokens(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        return self.ids, self.types, self.positions, self.cu_seqlens, S
+        # The tightest bound: a document alone must not see the padding of the packed ones either.
+        return self.ids, self.types, self.positions, self.cu_seqlens, max(self.lengths)
 
     def span(self, index: int) -> slice:
         return slice(int(self.cu_seqlens[index]), int(self.cu_seqlens[index + 1]))

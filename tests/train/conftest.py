@@ -56,6 +56,7 @@ def settings(corpus: Path, model: Path) -> list[str]:
     text = (
         f"--data {corpus} --model {model} --max-seq-length 32 --tokens-per-batch 256 "
         "--vocab-size 300 --validation-fraction 0.1 --max-steps 20 --warmup-steps 5 "
+        "--learning-rate 1e-3 --lr-scheduler-type linear --mlm-probability 0.15 --seed 42 "
         "--logging-steps 1 --eval-steps 10 --save-steps 5 --save-total-limit 10 --precision fp32 "
         "--device cpu --torch-compile off --report-to none --num-threads 1"
     )

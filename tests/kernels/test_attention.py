@@ -1,0 +1,220 @@
+"""The attention kernels under the interpreter, against the reference upcast to fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbert_kernels import attention_config, attention_flash, reference
+from fastbert_kernels.attention import attention, compile_cases
+from fastbert_kernels.attention_config import backward_path, choose_backend
+from fastbert_kernels.philox import keep_mask
+
+DTYPES = [torch.float16, torch.float32]
+SEED = torch.tensor([2**40 + 12345, 7, 3])
+
+
+def bounds(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def inputs(T: int, A: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.randn(T, 3, A, D).to(dtype), torch.randn(T, A, D).to(dtype)
+
+
+def both_ways(op, qkv: Tensor, dout: Tensor, *rest) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    qkv = qkv.clone().requires_grad_()
+    out = op(qkv, *rest)
+    (dqkv,) = torch.autograd.grad(out, qkv, dout.to(out.dtype))
+    return out.detach(), dqkv
+
+
+def assert_near(found: Tensor, torch_own: Tensor, want: Tensor) -> None:
+    """Not worse than twice PyTorch's own error in the same dtype."""
+    error, allowed = ((x.double() - want).abs().max() for x in (found, torch_own))
+    assert error <= 2 * allowed + 1e-6, f"{error:.2e} against {allowed:.2e}"
+
+
+def compare(
+    lengths: list[int], S: int, A: int, D: int, p: float, dtype: torch.dtype, unused: int = 0
+) -> None:
+    T = sum(lengths) + unused
+    qkv, dout = inputs(T, A, D, dtype)
+    rest = (bounds(lengths), S, p, SEED, 1)
+    found = both_ways(attention, qkv, dout, *rest)
+    torch_own = both_ways(reference.attention, qkv, dout, *rest)
+    want = both_ways(reference.attention, qkv.double(), dout, *rest)
+    for f, o, w in zip(found, torch_own, want, strict=True):
+        assert f.dtype == dtype
+        assert_near(f, o, w)
+        assert not f[T - unused :].any()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [32, 64, 128])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_short_sequences(D: int, p: float, dtype: torch.dtype) -> None:
+    compare([7, 1, 63, 64, 65, 127, 0, 0], 128, 1, D, p, dtype, unused=5)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("lengths", "S"), [([129, 1, 512], 512), ([511], 512), ([130, 130], 130)])
+def test_whole_heads_that_take_several_tiles(lengths: list[int], S: int) -> None:
+    assert backward_path(S, 64, torch.float16, 90) == "head"
+    compare(lengths, S, 1, 64, 0.1, torch.float16)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("D", "dtype"), [(32, torch.float32), (128, torch.float16)])
+def test_whole_heads_of_other_sizes(D: int, dtype: torch.dtype) -> None:
+    compare([129, 70], 200, 2, D, 0.1, dtype)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_sequences_longer_than_a_head_program_takes(p: float) -> None:
+    assert backward_path(600, 64, torch.float16, 90) == "split"
+    compare([129, 0, 530], 600, 1, 64, p, torch.float16, unused=200)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_long_path_with_several_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_config, "WHOLE_HEAD", 0)
+    monkeypatch.setattr(attention_config, "ONE_TILE", 0)
+    for D, dtype in ((32, torch.float16), (128, torch.float16), (64, torch.float32)):
+        compare([65, 7, 1, 129], 130, 2, D, 0.1, dtype, unused=1)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.75])
+@pytest.mark.parametrize(("length", "dtype"), [(200, torch.float16), (40, torch.float32)])
+def test_dropout_draws_the_bits_of_the_reference(p: float, length: int, dtype: torch.dtype) -> None:
+    """With equal scores and v rows that are unit vectors, the output shows which columns stayed."""
+    A, D = 2, 32
+    kept = []
+    for first in range(0, length, D):
+        qkv = torch.zeros(2 * length, 3, A, D, dtype=dtype)
+        for sequence in range(2):
+            here = torch.arange(first, min(first + D, length))
+            qkv[sequence * length + here, 2, :, here - first] = 1.0
+        out = attention(qkv, bounds([length, length]), length, p, SEED, 2)
+        kept.append(out.view(2, length, A, D).transpose(1, 2) > 0)
+    found = torch.cat(kept, dim=-1)[..., :length]
+    assert torch.equal(found, keep_mask((2, A, length, length), p, SEED, 2))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the others compute with NaN
+@pytest.mark.parametrize(("S", "lengths"), [(128, [50, 70, 3]), (300, [129, 150, 3])])
+def test_a_sequence_reads_and_writes_its_own_rows_only(S: int, lengths: list[int]) -> None:
+    cu_seqlens = bounds(lengths)
+    qkv, dout = inputs(sum(lengths), 1, 32, torch.float16)
+    clean = both_ways(attention, qkv, dout, cu_seqlens, S, 0.1, SEED, 0)
+    middle = slice(int(cu_seqlens[1]), int(cu_seqlens[2]))
+    others = torch.ones(len(qkv), dtype=torch.bool)
+    others[middle] = False
+    qkv[others], dout[others] = torch.nan, torch.nan
+    poisoned = both_ways(attention, qkv, dout, cu_seqlens, S, 0.1, SEED, 0)
+    for a, b in zip(clean, poisoned, strict=True):
+        assert torch.equal(a[middle], b[middle])
+
+
+@pytest.mark.parametrize("S", [128, 200])
+def test_scores_far_from_zero(S: int) -> None:
+    """All of a row's scores below -2^7: columns beyond the sequence must not overflow."""
+    qkv, dout = inputs(70, 1, 64, torch.float16)
+    qkv[:, 0], qkv[:, 1] = qkv[:, 0] / 8 + 6.0, qkv[:, 1] / 8 - 6.0
+    out, dqkv = both_ways(attention, qkv, dout, bounds([70]), S, 0.1, SEED, 0)
+    want, dwant = both_ways(reference.attention, qkv.double(), dout, bounds([70]), S, 0.1, SEED, 0)
+    assert torch.allclose(out.double(), want, atol=2e-2)
+    assert torch.allclose(dqkv.double(), dwant, atol=3e-2)
+
+
+def test_dropout_that_keeps_every_value_is_none() -> None:
+    qkv, _ = inputs(40, 1, 32, torch.float16)
+    rest = (bounds([40]), 64)
+    assert torch.equal(attention(qkv, *rest, 0.001, SEED, 0), attention(qkv, *rest, 0.0, SEED, 0))
+
+
+def test_registration() -> None:
+    qkv, _ = inputs(20, 1, 32, torch.float32)
+    arguments = (qkv.requires_grad_(), bounds([12, 8]), 12, 230, SEED, 0, "ieee")
+    torch.library.opcheck(torch.ops.fastbert.attention.default, arguments)
+    out, lse = torch.ops.fastbert.attention(*arguments)
+    torch.library.opcheck(
+        torch.ops.fastbert.attention_backward.default,
+        (out.detach(), qkv.detach(), out.detach(), lse.detach(), *arguments[1:]),
+    )
+
+
+def test_compiles_into_one_graph() -> None:
+    qkv, dout = inputs(20, 2, 32, torch.float32)
+
+    def op(qkv: Tensor) -> Tensor:
+        return attention(qkv, bounds([12, 8]), 12, 0.1, SEED, 0) * 2
+
+    compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
+    for eager, traced in zip(both_ways(op, qkv, dout), both_ways(compiled, qkv, dout), strict=True):
+        assert torch.equal(eager, traced)
+
+
+GOOD = {
+    "qkv": torch.zeros(9, 3, 2, 32),
+    "cu_seqlens": bounds([9]),
+    "max_seqlen": 9,
+    "dropout_p": 0.1,
+    "seed": SEED,
+    "stream": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.zeros(9, 2, 2, 32)}, r"qkv has shape \(9, 2, 2, 32\)"),
+        ({"qkv": torch.zeros(9, 3, 2, 48)}, "head size 48"),
+        ({"qkv": torch.zeros(9, 3, 2, 32, dtype=torch.float64)}, "qkv is torch.float64"),
+        ({"qkv": torch.zeros(9, 3, 32, 2).transpose(2, 3)}, "qkv is not contiguous"),
+        ({"qkv": torch.zeros(0, 3, 2, 32)}, "qkv is empty"),
+        ({"cu_seqlens": bounds([9]).long()}, "cu_seqlens is torch.int64"),
+        ({"cu_seqlens": bounds([])}, "cu_seqlens holds no sequence"),
+        ({"seed": SEED[:2]}, "seed has shape"),
+        ({"stream": 4}, "stream = 4"),
+        ({"dropout_p": 1.0}, "dropout_p = 1.0"),
+        ({"max_seqlen": 0}, "max_seqlen = 0"),
+        ({"max_seqlen": 2**27}, "max_seqlen = 134217728"),
+        ({"precision": "tf19"}, "precision = 'tf19'"),
+        ({"backend": "cudnn"}, "backend = 'cudnn'"),
+        ({"backend": "torch"}, "takes fp16 or bf16"),
+        ({"check": True, "cu_seqlens": bounds([9]) + 1}, "starts at 1"),
+        ({"check": True, "cu_seqlens": bounds([5, -2, 6])}, "falls at sequence 1"),
+        ({"check": True, "cu_seqlens": bounds([10])}, "ends at 10, beyond 9 tokens"),
+        ({"check": True, "max_seqlen": 8}, "more than max_seqlen = 8"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(**(GOOD | change))  # type: ignore[arg-type]
+
+
+def test_choice_of_a_backend() -> None:
+    assert choose_backend("auto", torch.bfloat16, "cuda") == "triton"
+    assert choose_backend("torch", torch.bfloat16, "cuda") == "torch"
+    with pytest.raises(ValueError, match="needs CUDA tensors"):
+        choose_backend("torch", torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_flash_attention_of_torch_takes_our_arguments(p: float) -> None:
+    """Shapes only: nothing computes without a GPU."""
+    qkv = torch.empty(50, 3, 2, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
+    out = attention_flash.attention(qkv, cu_seqlens, 32, p, "torch")
+    (dqkv,) = torch.autograd.grad(out.sum(), qkv)
+    assert out.shape == (50, 2, 64)
+    assert dqkv.shape == qkv.shape
+
+
+def test_every_configuration_is_reported() -> None:
+    cases = compile_cases()
+    assert len({(case.name, case.configuration, case.archs) for case in cases}) == len(cases)
+    shipped = sum(len(t) for table in attention_config.TABLES.values() for t in table.values())
+    assert len(cases) >= shipped

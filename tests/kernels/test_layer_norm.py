@@ -1,0 +1,139 @@
+"""dropout_add_layer_norm against the reference in fp64, forward and every gradient.
+
+A kernel may not err more than twice as much as plain PyTorch in the same dtype.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbert_kernels import reference
+from fastbert_kernels.layer_norm import block_width, dropout_add_layer_norm
+from fastbert_kernels.philox import keep_mask
+
+SEED = [12345, 6, 2]
+TINY = {torch.float32: 1e-6, torch.float16: 1e-3}
+
+
+def inputs(R: int, H: int, dtype: torch.dtype) -> list[Tensor]:
+    x, residual = torch.randn(R, H), torch.randn(R, H) + 0.5
+    bias, weight, beta = torch.randn(H), torch.randn(H) + 1, torch.randn(H)
+    return [tensor.to(dtype) for tensor in (x, bias, residual, weight, beta)]
+
+
+def results(op, tensors: list[Tensor], dtype: torch.dtype, *args) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """Output and gradients by all inputs, for a fixed random output gradient."""
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    y = op(*leaves, *args)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+
+def assert_close_to_fp64(found: list[Tensor], plain: list[Tensor], want: list[Tensor]) -> None:
+    names = ("y", "dx", "dbias", "dresidual", "dweight", "dbeta")
+    for name, ours, theirs, exact in zip(names, found, plain, want, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == exact.shape
+        error, allowed = ((t.double() - exact).abs().max() for t in (ours, theirs))
+        tiny = TINY[ours.dtype] * exact.abs().max()
+        assert error <= 2 * allowed + tiny, (name, float(error), float(allowed))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("R", "H"), [(1, 128), (7, 8), (129, 24), (67, 384), (33, 768), (9, 1024), (5, 1032), (3, 4096)]
+)
+def test_matches_the_reference(R: int, H: int, p: float, dtype: torch.dtype) -> None:
+    args = (1e-12, p, torch.tensor(SEED), 1)
+    tensors = inputs(R, H, dtype)
+    found = results(dropout_add_layer_norm, tensors, dtype, *args)
+    plain = results(reference.dropout_add_layer_norm, tensors, dtype, *args)
+    want = results(reference.dropout_add_layer_norm, tensors, torch.float64, *args)
+    assert_close_to_fp64(found, plain, want)
+
+
+def test_dropout_bits_are_those_of_the_reference() -> None:
+    R, H, seed = 13, 264, torch.tensor(SEED)
+    x = torch.ones(R, H, requires_grad=True)
+    zeros, ones = torch.zeros(H), torch.ones(H)
+    residual = torch.randn(R, H)
+    y = dropout_add_layer_norm(x, zeros, residual, ones, zeros, 1e-5, 0.3, seed, 2)
+    # Two rows of equal sums can only come from equal masks.
+    keep = keep_mask((R, H), 0.3, seed, 2)
+    (dx,) = torch.autograd.grad(y, x, torch.randn(R, H))
+    assert torch.equal(dx != 0, keep)
+
+
+def test_parameters_may_be_wider_than_activations() -> None:
+    tensors = inputs(6, 64, torch.float16)
+    x, residual = tensors[0].requires_grad_(), tensors[2].requires_grad_()
+    bias, weight, beta = (tensors[i].float().requires_grad_() for i in (1, 3, 4))
+    y = dropout_add_layer_norm(x, bias, residual, weight, beta, 1e-5, 0.0, torch.tensor(SEED), 1)
+    gradients = torch.autograd.grad(y.float().sum(), (x, bias, residual, weight, beta))
+    assert y.dtype == torch.float16
+    half, full = torch.float16, torch.float32
+    assert [g.dtype for g in gradients] == [half, full, half, full, full]
+
+
+def test_a_large_mean_does_not_spoil_the_variance() -> None:
+    tensors = inputs(4, 768, torch.float32)
+    tensors[2] += 1000.0
+    args = (1e-12, 0.0, torch.tensor(SEED), 1)
+    found = results(dropout_add_layer_norm, tensors, torch.float32, *args)
+    plain = results(reference.dropout_add_layer_norm, tensors, torch.float32, *args)
+    want = results(reference.dropout_add_layer_norm, tensors, torch.float64, *args)
+    assert_close_to_fp64(found, plain, want)
+
+
+def test_no_rows() -> None:
+    tensors = inputs(0, 64, torch.float32)
+    args = (1e-5, 0.1, torch.tensor(SEED), 1)
+    y, dx, dbias, *_ = results(dropout_add_layer_norm, tensors, torch.float32, *args)
+    assert y.shape == dx.shape == (0, 64) and not dbias.any()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_opcheck_and_compile(p: float) -> None:
+    tensors = [tensor.requires_grad_() for tensor in inputs(5, 128, torch.float32)]
+    args = (*tensors, 1e-12, p, torch.tensor(SEED), 1)
+    torch.library.opcheck(torch.ops.fastbert.dropout_add_layer_norm.default, args)
+    compiled = torch.compile(dropout_add_layer_norm, fullgraph=True, backend="aot_eager")
+    y, want = compiled(*args), dropout_add_layer_norm(*args)
+    dy = torch.randn_like(y)
+    assert torch.equal(y, want)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, tensors, dy), torch.autograd.grad(want, tensors, dy), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_refusals() -> None:
+    x, bias, residual, weight, beta = inputs(4, 64, torch.float32)
+    seed = torch.tensor(SEED)
+
+    def call(**changed: Tensor) -> None:
+        tensors = {"x": x, "bias": bias, "residual": residual, "weight": weight, "beta": beta}
+        dropout_add_layer_norm(
+            **{**tensors, "eps": 1e-5, "dropout_p": 0.1, "seed": seed, "stream": 1, **changed}
+        )  # type: ignore[arg-type]
+
+    for changed, message in (
+        ({"x": x[None]}, r"x has shape \(1, 4, 64\), expected \(any, any\)"),
+        ({"residual": residual[:3]}, r"residual has shape \(3, 64\), expected \(4, 64\)"),
+        ({"bias": bias[:32]}, r"bias has shape \(32,\), expected \(64\)"),
+        ({"weight": weight.half()}, "weight is torch.float16, expected float32"),
+        ({"x": x.double()}, "x is torch.float64, expected float32 or float16 or bfloat16"),
+        ({"x": torch.randn(64, 4).t()}, "x is not contiguous"),
+        ({"seed": seed[:2]}, r"seed has shape \(2,\)"),
+        ({"seed": seed.int()}, "seed is torch.int32, expected int64"),
+        ({"x": torch.randn(4, 60)}, "60 columns, expected a multiple of 8 up to 4096"),
+        ({"x": torch.randn(4, 4104)}, "4104 columns"),
+        ({"dropout_p": 1.0}, "dropout_p = 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**changed)  # type: ignore[arg-type]
+
+
+def test_block_width() -> None:
+    assert [block_width(H) for H in (8, 128, 136, 768, 4096)] == [128, 128, 256, 1024, 4096]
