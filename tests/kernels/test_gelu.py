@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fastbert_kernels import gelu, reference
 
+# exp overflows to infinity where 1 / (1 + exp) is to be 0; numpy, which interprets, warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
 TINY = {torch.float32: 1e-6, torch.float16: 1e-3}
 SHAPES = [(1, 128), (7, 8), (129, 24), (67, 384), (33, 768), (9, 1024), (5, 1032), (3, 4096)]
 DTYPES = [torch.float32, torch.float16]
@@ -72,7 +75,7 @@ def _gelu_kernel(x_ptr, y_ptr, slope_ptr, N: tl.constexpr):  # type: ignore[no-u
 
 
 def test_the_exact_gelu_is_exact() -> None:
-    """No farther from fp64 than fp32's own rounding, near 0 and in the tails."""
+    """Within two roundings of fp32, near 0 and in the tails."""
     N = 1 << 16
     x = torch.linspace(-12, 12, N)
     x[0], x[1], x[N // 2] = -1e4, 1e4, 0.0
@@ -82,8 +85,8 @@ def test_the_exact_gelu_is_exact() -> None:
     want = torch.nn.functional.gelu(exact)
     (want_slope,) = torch.autograd.grad(want.sum(), exact)
     epsilon = torch.finfo(torch.float32).eps
-    assert ((y - want).abs() <= epsilon * want.abs().clamp(min=0.5)).all()
-    assert (slope - want_slope).abs().max() <= 2.5 * epsilon
+    assert ((y - want).abs() <= 2 * epsilon * want.abs().clamp(min=0.5)).all()
+    assert (slope - want_slope).abs().max() <= 2 * epsilon
 
 
 @pytest.mark.usefixtures("poisoned")
