@@ -304,7 +304,10 @@ class _HuggingFaceModel(nn.Module):
         attention_mask: Tensor | None,  # (B, S)
         token_type_ids: Tensor | None,  # (B, S)
         position_ids: Tensor | None,  # (B, S) or (1, S)
+        inputs_embeds: None,
     ) -> "_Unpadded":
+        if inputs_embeds is not None:
+            raise ValueError("inputs_embeds is not supported: give input_ids")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must be (B, S), not {tuple(input_ids.shape)}")
         B, S = input_ids.shape
@@ -391,13 +394,14 @@ class BertModel(_HuggingFaceModel):
         attention_mask: Tensor | None = None,  # (B, S) 1 for real tokens, 0 for padding
         token_type_ids: Tensor | None = None,  # (B, S)
         position_ids: Tensor | None = None,  # (B, S)
+        inputs_embeds: None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
     ) -> Any:
         """Returns BaseModelOutputWithPoolingAndCrossAttentions, or a tuple of its fields."""
         from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-        batch = self._unpad(input_ids, attention_mask, token_type_ids, position_ids)
+        batch = self._unpad(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if output_hidden_states:
             states = self.packed.hidden_states(*batch.packed)
         else:
@@ -458,6 +462,7 @@ class BertForMaskedLM(_MaskedLanguageModel):
         attention_mask: Tensor | None = None,  # (B, S)
         token_type_ids: Tensor | None = None,  # (B, S)
         position_ids: Tensor | None = None,  # (B, S)
+        inputs_embeds: None = None,
         labels: Tensor | None = None,  # (B, S) -100 where nothing is predicted
         output_logits: bool | None = None,
         output_hidden_states: bool = False,
@@ -473,7 +478,7 @@ class BertForMaskedLM(_MaskedLanguageModel):
         """
         from transformers.modeling_outputs import MaskedLMOutput
 
-        batch = self._unpad(input_ids, attention_mask, token_type_ids, position_ids)
+        batch = self._unpad(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         loss, logits, _, states = self._heads(batch, labels, output_logits, output_hidden_states)
         output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=states)
         return output if return_dict else output.to_tuple()
@@ -491,6 +496,7 @@ class BertForPreTraining(_MaskedLanguageModel):
         attention_mask: Tensor | None = None,  # (B, S)
         token_type_ids: Tensor | None = None,  # (B, S)
         position_ids: Tensor | None = None,  # (B, S)
+        inputs_embeds: None = None,
         labels: Tensor | None = None,  # (B, S) -100 where nothing is predicted
         next_sentence_label: Tensor | None = None,  # (B,) 0 = B follows A, 1 = B is random
         output_logits: bool | None = None,
@@ -504,7 +510,7 @@ class BertForPreTraining(_MaskedLanguageModel):
         """
         from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 
-        batch = self._unpad(input_ids, attention_mask, token_type_ids, position_ids)
+        batch = self._unpad(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         loss, logits, cls, states = self._heads(batch, labels, output_logits, output_hidden_states)
         assert self.packed.pooler is not None and self.packed.next_sentence is not None
         scores = self.packed.next_sentence(self.packed.pooler(cls))

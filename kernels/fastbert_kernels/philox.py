@@ -109,7 +109,7 @@ def site_mask(
         (row, group, plane, site), ((seed[0] ^ (seed[0] >> 32)) & _MASK32, seed[1] & _MASK32)
     )
     packed = torch.stack([word.to(torch.int32) for word in words], dim=2)  # (planes, rows, 4, 8 t)
-    packed = packed.view(-1, rows, 4, tiles, GROUPS).transpose(2, 3).unsqueeze(4)
+    packed = packed.view(math.prod(planes), rows, 4, tiles, GROUPS).transpose(2, 3).unsqueeze(4)
     shift = torch.tensor((0, 8, 16, 24), dtype=torch.int32, device=device).view(4, 1)
     byte = (packed >> shift) & 0xFF  # (planes, rows, tiles, 4 words, 4 bytes, 8 groups)
     return (byte < threshold).reshape(*planes, rows, tiles * TILE)[..., :columns]
