@@ -417,7 +417,7 @@ class PretrainConfig:
         "train", "path of a tokenizer or its folder, or train = train one on the data", "data"
     )
     vocab_size: int = _setting(
-        8192, "tokens in the vocabulary of a trained tokenizer", "data", at_least=100
+        4096, "tokens in the vocabulary of a trained tokenizer", "data", at_least=100
     )
     do_lower_case: bool = _setting(True, "lower-case the text before a trained tokenizer", "data")
     max_seq_length: int = _setting(128, "longest sequence, tokens", "data", at_least=8)
