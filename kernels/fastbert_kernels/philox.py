@@ -30,8 +30,8 @@ ROUNDS = 7
 
 
 def _multiply_wide(value: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    # By 16-bit halves of the factor, so that nothing reaches bit 63: signed overflow is undefined in
-    # the C++ that torch.compile writes, and g++ does drop the mask of a product it takes for >= 0.
+    # By 16-bit halves of the factor, so that nothing reaches bit 63: signed overflow is undefined
+    # in the C++ that torch.compile writes, and g++ drops the mask of a product it takes for >= 0.
     low, high = value * (factor & 0xFFFF), value * (factor >> 16)
     return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & _MASK32
 

@@ -180,7 +180,6 @@ GOOD = {
         ({"stream": 4}, "stream = 4"),
         ({"dropout_p": 1.0}, "dropout_p = 1.0"),
         ({"max_seqlen": 0}, "max_seqlen = 0"),
-        ({"max_seqlen": 2**27}, "max_seqlen = 134217728"),
         ({"precision": "tf19"}, "precision = 'tf19'"),
         ({"backend": "cudnn"}, "backend = 'cudnn'"),
         ({"backend": "torch"}, "takes fp16 or bf16"),
