@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,13 @@ def _tool(name: str, *args: str) -> str:
     ).stdout
 
 
+def _try_compile(job: tuple[CompileCase, int]) -> Compiled | Exception:
+    try:
+        return compile_case(*job)
+    except Exception as error:  # what the compiler raises is the finding
+        return error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report")
     parser.add_argument(
@@ -183,15 +191,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(HEADER)
     table: list[dict[str, Any]] = []
     failures = []
-    for case in cases:
-        for arch in archs:
-            if arch not in case.archs:
-                continue
+    jobs = [(case, arch) for case in cases for arch in archs if arch in case.archs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # ptxas runs beside Python: see below
+        for (case, arch), compiled in zip(jobs, pool.map(_try_compile, jobs), strict=True):
             label = f"{case.name} [{case.configuration}] sm_{arch}"
-            try:
-                compiled = compile_case(case, arch)
-            except Exception as error:  # what the compiler raises is the finding
-                failures.append(f"{label}: does not compile: {type(error).__name__}: {error}")
+            if isinstance(compiled, Exception):
+                failures.append(f"{label}: does not compile: {compiled!r}")
                 continue
             print(compiled.row(), flush=True)
             table.append(dataclasses.asdict(compiled))

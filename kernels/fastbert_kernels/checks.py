@@ -52,11 +52,18 @@ def require_seed(op: str, seed: Tensor, device: torch.device) -> None:
 
 
 def require_launchable(op: str, kernel: Any, device: torch.device) -> None:
-    """Triton kernels run on a GPU, or on CPU tensors under Triton's interpreter."""
+    """Triton kernels run on the current GPU, or on CPU tensors under Triton's interpreter."""
     if device.type != "cuda" and not isinstance(kernel, InterpretedFunction):
         raise ValueError(
             f"{op}: the Triton kernel needs CUDA tensors, these are on {device}: "
             f"use fastbert_kernels.reference.{op}, or set TRITON_INTERPRET=1 before the import"
+        )
+    if device.type == "cuda":
+        current = torch.cuda.current_device()
+        require(
+            device.index == current,
+            f"{op}: the tensors are on {device}, Triton launches on cuda:{current}: "
+            f"wrap the call in torch.cuda.device({device.index})",
         )
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastbert_kernels import attention as attention_module
 from fastbert_kernels import attention_config, attention_flash, reference
 from fastbert_kernels.attention import attention, compile_cases
 from fastbert_kernels.attention_config import backward_path, choose_backend
 from fastbert_kernels.philox import keep_mask
 
-DTYPES = [torch.float16, torch.float32]
 SEED = torch.tensor([2**40 + 12345, 7, 3])
 
 
@@ -50,39 +50,38 @@ def compare(
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_short_sequences(D: int, p: float, dtype: torch.dtype) -> None:
-    compare([7, 1, 63, 64, 65, 127, 0, 0], 128, 1, D, p, dtype, unused=5)
+def test_one_tile_a_head(D: int, p: float) -> None:
+    assert backward_path(128, D, torch.float16, 90) == "tile"
+    compare([7, 1, 63, 64, 65, 127, 0, 0], 128, 1, D, p, torch.float16, unused=5)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("lengths", "S"), [([129, 1, 512], 512), ([511], 512), ([130, 130], 130)])
-def test_whole_heads_that_take_several_tiles(lengths: list[int], S: int) -> None:
+def test_several_tiles_a_head(lengths: list[int], S: int) -> None:
     assert backward_path(S, 64, torch.float16, 90) == "head"
     compare(lengths, S, 1, 64, 0.1, torch.float16)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("D", "dtype"), [(32, torch.float32), (128, torch.float16)])
-def test_whole_heads_of_other_sizes(D: int, dtype: torch.dtype) -> None:
-    compare([129, 70], 200, 2, D, 0.1, dtype)
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("p", [0.0, 0.1])
-def test_sequences_longer_than_a_head_program_takes(p: float) -> None:
+@pytest.mark.parametrize(("p", "A"), [(0.0, 1), (0.1, 2)])
+def test_long_sequences(p: float, A: int) -> None:
     assert backward_path(600, 64, torch.float16, 90) == "split"
-    compare([129, 0, 530], 600, 1, 64, p, torch.float16, unused=200)
+    compare([129, 0, 530], 600, A, 64, p, torch.float16, unused=200)
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_long_path_with_several_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_config, "WHOLE_HEAD", 0)
-    monkeypatch.setattr(attention_config, "ONE_TILE", 0)
-    for D, dtype in ((32, torch.float16), (128, torch.float16), (64, torch.float32)):
-        compare([65, 7, 1, 129], 130, 2, D, 0.1, dtype, unused=1)
+@pytest.mark.parametrize("D", [32, 64, 128])
+def test_single_precision(D: int) -> None:
+    compare([33, 1, 64, 0], 70, 1, D, 0.1, torch.float32, unused=1)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("D", [32, 64, 128])
+def test_tiles_of_sm_80(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "_capability", lambda device: 80)
+    compare([65, 129, 7], 130, 1, D, 0.1, torch.float16, unused=1)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.75])

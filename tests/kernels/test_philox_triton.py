@@ -23,9 +23,7 @@ def _keep_kernel(
 ):  # type: ignore[no-untyped-def]
     row, column = tl.arange(0, R), tl.arange(0, TILES * 128)
     key0, key1, site = dropout_key(seed_ptr, stream)
-    keep = keep_columns(
-        first_row + row, first_tile, plane, site, key0, key1, THRESHOLD, TILES
-    )
+    keep = keep_columns(first_row + row, first_tile, plane, site, key0, key1, THRESHOLD, TILES)
     tl.store(out_ptr + row[:, None] * (TILES * 128) + column[None, :], keep.to(tl.int8))
 
 

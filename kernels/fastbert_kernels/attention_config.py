@@ -1,0 +1,153 @@
+"""Which attention runs: path by length, tiles by head size and architecture, backend by a table.
+
+All choices are plain functions of what the host knows, so that a run's choice is always the same.
+None has been timed on a GPU yet: tiles were chosen by registers, spills, shared memory and
+instruction counts of the compiled code.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+HEAD_SIZES = (32, 64, 128)
+ONE_TILE = 128  # longest sequence that one tile of the "tile" path holds
+WHOLE_HEAD = 512  # longest sequence of which one program makes all gradients of a head
+BACKENDS = ("auto", "triton", "torch", "flash_attn")
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel is cut: rows and columns of a tile, warps of a program, pipelining depth."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+Table = dict[str, dict[tuple[int, bool], Tiles]]
+
+# Kernel -> (D, half precision?) -> tiles. "tile" and "head" are whole backwards of short sequences;
+# a missing entry would spill registers or lose wgmma. "columns" and "query" are the two halves of
+# the backward for any length.
+TABLES: dict[int, Table] = {
+    90: {
+        "forward": {
+            (32, True): Tiles(128, 128, 8, 2),
+            (64, True): Tiles(128, 128, 8, 2),
+            (128, True): Tiles(128, 64, 8, 2),
+            (32, False): Tiles(32, 32, 8, 1),
+            (64, False): Tiles(32, 32, 8, 1),
+            (128, False): Tiles(32, 32, 16, 1),
+        },
+        "tile": {
+            (32, True): Tiles(128, 128, 8, 1),
+            (64, True): Tiles(128, 128, 8, 1),
+            (128, True): Tiles(128, 128, 8, 1),
+        },
+        "head": {
+            (32, True): Tiles(128, 64, 8, 2),
+            (64, True): Tiles(64, 64, 4, 1),
+        },
+        "columns": {
+            (32, True): Tiles(128, 64, 8, 2),
+            (64, True): Tiles(128, 64, 8, 2),
+            (128, True): Tiles(128, 64, 8, 1),
+            (32, False): Tiles(64, 32, 8, 1),
+            (64, False): Tiles(64, 32, 8, 1),
+            (128, False): Tiles(32, 32, 8, 1),
+        },
+        "query": {
+            (32, True): Tiles(128, 128, 8, 2),
+            (64, True): Tiles(128, 128, 8, 2),
+            (128, True): Tiles(128, 64, 8, 2),
+            (32, False): Tiles(32, 32, 8, 1),
+            (64, False): Tiles(64, 32, 8, 1),
+            (128, False): Tiles(64, 32, 8, 1),
+        },
+    },
+    80: {
+        "forward": {
+            (32, True): Tiles(128, 64, 8, 2),
+            (64, True): Tiles(128, 64, 8, 2),
+            (128, True): Tiles(64, 32, 4, 2),
+            (32, False): Tiles(32, 32, 8, 1),
+            (64, False): Tiles(64, 32, 8, 1),
+            (128, False): Tiles(16, 32, 4, 1),
+        },
+        "tile": {
+            (32, True): Tiles(128, 128, 8, 1),
+        },
+        "head": {
+            (32, True): Tiles(64, 64, 4, 1),
+            (64, True): Tiles(32, 64, 4, 1),
+        },
+        "columns": {
+            (32, True): Tiles(128, 64, 8, 2),
+            (64, True): Tiles(128, 64, 8, 1),
+            (128, True): Tiles(64, 64, 8, 1),
+            (32, False): Tiles(64, 32, 8, 1),
+            (64, False): Tiles(64, 32, 8, 1),
+            (128, False): Tiles(32, 32, 8, 1),
+        },
+        "query": {
+            (32, True): Tiles(128, 64, 8, 1),
+            (64, True): Tiles(128, 64, 8, 2),
+            (128, True): Tiles(64, 64, 8, 1),
+            (32, False): Tiles(16, 32, 4, 1),
+            (64, False): Tiles(32, 32, 8, 1),
+            (128, False): Tiles(16, 32, 4, 1),
+        },
+    },
+}
+
+
+def table_for(capability: int) -> Table:
+    """Tiles by compute capability (90 for 9.0): sm_90's from there on, sm_80's below."""
+    return TABLES[90 if capability >= 90 else 80]
+
+
+def backward_path(max_seqlen: int, D: int, dtype: torch.dtype, capability: int) -> str:
+    """ "tile", "head" or "split": how far one program of the backward reaches."""
+    table, key = table_for(capability), (D, dtype != torch.float32)
+    if max_seqlen <= ONE_TILE and key in table["tile"]:
+        return "tile"
+    if max_seqlen <= WHOLE_HEAD and key in table["head"]:
+        return "head"
+    return "split"
+
+
+def choose_tiles(kernel: str, D: int, dtype: torch.dtype, capability: int) -> Tiles:
+    """Tiles of "forward", "tile", "head", "columns" or "query"."""
+    return table_for(capability)[kernel][D, dtype != torch.float32]
+
+
+def choose_backend(
+    backend: str,  # one of BACKENDS
+    dtype: torch.dtype,
+    device_type: str,
+) -> str:
+    """Which implementation serves a call: "triton", "torch" or "flash_attn".
+
+    | asked for | taken |
+    |---|---|
+    | auto | triton: alone deterministic, and alone with the reference's dropout bits |
+    | torch, flash_attn | itself, for fp16 and bf16 on CUDA tensors |
+
+    The first row awaits measurements: should FlashAttention win at some lengths, they belong here.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot serve this call.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: backend = {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend in ("auto", "triton"):
+        return "triton"
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"attention: backend = {backend!r} takes fp16 or bf16, not {dtype}")
+    if device_type != "cuda":
+        raise ValueError(f"attention: backend = {backend!r} needs CUDA tensors")
+    if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("attention: backend = 'flash_attn', but that package is not installed")
+    return backend

@@ -1,0 +1,48 @@
+"""FlashAttention behind the signature of `attention`: what PyTorch carries, or the package.
+
+Dao 2023, FlashAttention-2. Two things differ from our own kernels: dropout draws bits of its own
+from the device's generator, and the backward sums dQ atomically, so two runs differ in the last
+bits. Compile-checked only: not yet run on a GPU.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _MaskGradient(torch.autograd.Function):
+    """x, its gradient zeroed where `tail`: FlashAttention leaves those rows unwritten."""
+
+    @staticmethod
+    def forward(ctx, x, tail):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(tail)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):  # type: ignore[no-untyped-def]
+        (tail,) = ctx.saved_tensors
+        return dx.masked_fill(tail.view(-1, *(1,) * (dx.dim() - 1)), 0.0), None
+
+
+def attention(
+    qkv: Tensor,  # (T, 3, A, D) fp16 or bf16
+    cu_seqlens: Tensor,  # (N + 1,) int32
+    max_seqlen: int,
+    dropout_p: float,
+    backend: str,  # "torch" or "flash_attn"
+) -> Tensor:  # (T, A, D)
+    """softmax(Q Kᵀ / √D) V within each sequence. Not yet run on a GPU."""
+    tail = torch.arange(qkv.shape[0], device=qkv.device) >= cu_seqlens[-1]
+    qkv = _MaskGradient.apply(qkv, tail)
+    if backend == "torch":
+        q, k, v = qkv.unbind(1)
+        out: Any = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, False, False
+        )[0]
+    else:
+        package = importlib.import_module("flash_attn")
+        out = package.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p)
+    masked: Tensor = out.masked_fill(tail[:, None, None], 0.0)
+    return masked

@@ -1,0 +1,384 @@
+"""LayerNorm(dropout(x + bias) + residual) in one pass each way; Ba et al. 2016.
+
+R rows, H columns, P programs of the backward. Bound by memory. Bytes an element in bf16:
+forward 8 (reads x, residual; writes y and the sum z before the norm), backward 8 (reads dy, z;
+writes dx, dresidual), 6 without dropout, where dx is dresidual. At 65,536 x 768 and 3.0 TB/s that
+is a floor of 0.134 ms each way. Saving z costs what reading x and residual again would.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert_kernels.checks import (
+    STORAGE_DTYPES,
+    require,
+    require_launchable,
+    require_seed,
+    require_tensor,
+)
+from fastbert_kernels.compile_cases import CompileCase
+from fastbert_kernels.philox import TILE, keep_threshold
+from fastbert_kernels.philox_triton import dropout_key, keep_columns
+from fastbert_kernels.reduce import multiprocessors, reduce_rows
+
+MAX_WIDTH = 4096
+
+
+def block_width(H: int) -> int:
+    """The block a row of H columns is held in."""
+    return max(TILE, triton.next_power_of_2(H))
+
+
+def forward_config(H: int) -> tuple[int, int]:
+    """(rows of a program, warps): at least two 16-byte loads of each tensor in flight a thread,
+    and parameters read once for several rows."""
+    BLOCK_H = block_width(H)
+    if H < BLOCK_H and BLOCK_H in (512, 1024):
+        # Where one warp owns the row, the compiler drops the columns beyond H: at H = 768 with
+        # dropout 28 instructions an element, against 42 with four warps.
+        return 2, 1
+    num_warps = 8 if BLOCK_H > 2048 else 4
+    return num_warps * 1024 // BLOCK_H, num_warps
+
+
+def backward_config(H: int) -> tuple[int, int, int]:
+    """(rows of a turn, rows of partial sums, warps): the three partial sums take 24 registers."""
+    BLOCK_H = block_width(H)
+    num_warps = min(16, max(4, BLOCK_H // 256))
+    sum_rows = max(1, num_warps * 256 // BLOCK_H)
+    return 2 * sum_rows, sum_rows, num_warps
+
+
+def backward_programs(device: torch.device, R: int, H: int) -> int:
+    """16 warps a multiprocessor: what fits at 128 registers a thread."""
+    BLOCK_R, _, num_warps = backward_config(H)
+    return max(1, min(multiprocessors(device) * 16 // num_warps, triton.cdiv(R, BLOCK_R)))
+
+
+@triton.jit
+def normalize(
+    z,  # (BLOCK_R, BLOCK_H) fp32, 0 outside the mask
+    mask,
+    eps,
+    H: tl.constexpr,
+):  # type: ignore[no-untyped-def]
+    """(mean, rstd, (z - mean) rstd). The second pass over registers keeps the variance exact."""
+    mean = tl.sum(z, axis=1) / H
+    centered = tl.where(mask, z - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, axis=1) / H + eps)
+    return mean, rstd, centered * rstd[:, None]
+
+
+@triton.jit
+def normalize_gradient(
+    dxhat,  # (BLOCK_R, BLOCK_H) fp32, 0 outside the mask
+    xhat,
+    rstd,  # (BLOCK_R,)
+    H: tl.constexpr,
+):  # type: ignore[no-untyped-def]
+    """Gradient of `normalize` by z: rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat))."""
+    # Joined, the two sums cross the warps together: one barrier, not two.
+    sums = tl.sum(tl.join(dxhat, dxhat * xhat), axis=1) / H
+    mean, mean_xhat = tl.split(sums)
+    return dxhat * rstd[:, None] - (mean * rstd)[:, None] - xhat * (mean_xhat * rstd)[:, None]
+
+
+@triton.jit
+def add_rows(
+    total,  # (SUM_R, BLOCK_H) fp32
+    addend,  # (BLOCK_R, BLOCK_H) fp32
+):  # type: ignore[no-untyped-def]
+    """Adds rows SUM_R apart, which one thread holds: nothing crosses threads inside the loop."""
+    SUM_R: tl.constexpr = total.shape[0]
+    BLOCK_H: tl.constexpr = total.shape[1]
+    TURNS: tl.constexpr = addend.shape[0] // SUM_R
+    return total + tl.sum(tl.reshape(addend, (TURNS, SUM_R, BLOCK_H)), axis=0)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # (R, H)
+    bias_ptr,  # (H,)
+    residual_ptr,  # (R, H)
+    weight_ptr,  # (H,)
+    beta_ptr,  # (H,)
+    seed_ptr,  # (3,) int64
+    y_ptr,  # (R, H)
+    z_ptr,  # (R, H)
+    mean_ptr,  # (R,) fp32
+    rstd_ptr,  # (R,) fp32
+    R,
+    stream,
+    eps,
+    THRESHOLD: tl.constexpr,  # of 256 bytes, how many keep; 256: no dropout
+    H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_H)
+    mask = (row < R)[:, None] & (column < H)[None, :]
+    offset = row.to(tl.int64)[:, None] * H + column[None, :]
+    x = tl.load(x_ptr + offset, mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + offset, mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, column < H, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, column < H, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + column, column < H, other=0.0).to(tl.float32)
+
+    z = x + bias[None, :]
+    if THRESHOLD < 256:
+        key0, key1, site = dropout_key(seed_ptr, stream)
+        plane = tl.zeros((), tl.uint32)
+        keep = keep_columns(row, 0, plane, site, key0, key1, THRESHOLD, BLOCK_H // 128)
+        z = tl.where(keep, z * (256 / THRESHOLD), 0.0)
+    z += residual
+    mean, rstd, xhat = normalize(z, mask, eps, H)
+    y = xhat * weight[None, :] + beta[None, :]
+    tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), mask)
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask)
+    tl.store(mean_ptr + row, mean, row < R)
+    tl.store(rstd_ptr + row, rstd, row < R)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,  # (R, H)
+    z_ptr,  # (R, H)
+    weight_ptr,  # (H,)
+    mean_ptr,  # (R,) fp32
+    rstd_ptr,  # (R,) fp32
+    seed_ptr,  # (3,) int64
+    dx_ptr,  # (R, H); not touched without dropout
+    dresidual_ptr,  # (R, H)
+    partials_ptr,  # (P, 3, H) fp32: of dbias, dweight, dbeta
+    R,
+    stream,
+    THRESHOLD: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SUM_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # type: ignore[no-untyped-def]
+    column = tl.arange(0, BLOCK_H)
+    weight = tl.load(weight_ptr + column, column < H, other=0.0).to(tl.float32)
+    dbias = tl.zeros((SUM_R, BLOCK_H), tl.float32)
+    dweight = tl.zeros((SUM_R, BLOCK_H), tl.float32)
+    dbeta = tl.zeros((SUM_R, BLOCK_H), tl.float32)
+    if THRESHOLD < 256:
+        key0, key1, site = dropout_key(seed_ptr, stream)
+        plane = tl.zeros((), tl.uint32)
+    # Two stages: the next turn's rows are on their way while this one's are summed.
+    blocks = tl.cdiv(R, BLOCK_R)
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=2):
+        row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask = (row < R)[:, None] & (column < H)[None, :]
+        offset = row.to(tl.int64)[:, None] * H + column[None, :]
+        dy = tl.load(dy_ptr + offset, mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + offset, mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, row < R, other=0.0)
+        rstd = tl.load(rstd_ptr + row, row < R, other=0.0)  # 0: rows beyond R add nothing
+
+        xhat = (z - mean[:, None]) * rstd[:, None]
+        dz = normalize_gradient(dy * weight[None, :], xhat, rstd, H)
+        tl.store(dresidual_ptr + offset, dz.to(dresidual_ptr.dtype.element_ty), mask)
+        if THRESHOLD < 256:
+            keep = keep_columns(row, 0, plane, site, key0, key1, THRESHOLD, BLOCK_H // 128)
+            dz = tl.where(keep, dz * (256 / THRESHOLD), 0.0)
+            tl.store(dx_ptr + offset, dz.to(dx_ptr.dtype.element_ty), mask)
+        dbias = add_rows(dbias, dz)
+        dweight = add_rows(dweight, dy * xhat)
+        dbeta = add_rows(dbeta, dy)
+
+    partials_ptr += tl.program_id(0).to(tl.int64) * (3 * H) + column
+    tl.store(partials_ptr, tl.sum(dbias, axis=0), column < H)
+    tl.store(partials_ptr + H, tl.sum(dweight, axis=0), column < H)
+    tl.store(partials_ptr + 2 * H, tl.sum(dbeta, axis=0), column < H)
+
+
+def _check(
+    x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, beta: Tensor, seed: Tensor
+) -> None:
+    op, device = "dropout_add_layer_norm", x.device
+    require_launchable(op, _forward_kernel, device)
+    require_tensor(op, "x", x, (None, None), STORAGE_DTYPES, device)
+    require_width(op, x.shape[1])
+    require_tensor(op, "residual", residual, tuple(x.shape), x.dtype, device)
+    require_tensor(op, "bias", bias, (x.shape[1],), STORAGE_DTYPES, device)
+    for name, parameter in (("weight", weight), ("beta", beta)):
+        require_tensor(op, name, parameter, (x.shape[1],), bias.dtype, device)
+    require_seed(op, seed, device)
+
+
+def require_width(op: str, H: int) -> None:
+    """Rows of H columns fit a block and 16-byte loads."""
+    require(
+        H % 8 == 0 and 0 < H <= MAX_WIDTH,
+        f"{op}: x has {H} columns, expected a multiple of 8 up to {MAX_WIDTH}",
+    )
+
+
+@torch.library.custom_op("fastbert::dropout_add_layer_norm", mutates_args=())
+def _forward(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    beta: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, bias, residual, weight, beta, seed)
+    R, H = x.shape
+    y, z = torch.empty_like(x), torch.empty_like(x)
+    mean, rstd = (torch.empty(R, dtype=torch.float32, device=x.device) for _ in range(2))
+    BLOCK_R, num_warps = forward_config(H)
+    if R:
+        _forward_kernel[(triton.cdiv(R, BLOCK_R),)](
+            x, bias, residual, weight, beta, seed, y, z, mean, rstd, R, stream, eps,
+            keep_threshold(dropout_p), H, BLOCK_R, block_width(H), num_warps=num_warps,
+        )  # fmt: skip
+    return y, z, mean, rstd
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    beta: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+
+@torch.library.custom_op("fastbert::dropout_add_layer_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: Tensor,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # dx (empty without dropout), dresidual, (3, H) parameters
+    R, H = z.shape
+    threshold = keep_threshold(dropout_p)
+    dx = torch.empty(R if threshold < 256 else 0, H, dtype=z.dtype, device=z.device)
+    dresidual = torch.empty_like(z)
+    BLOCK_R, SUM_R, num_warps = backward_config(H)
+    programs = backward_programs(z.device, R, H)
+    partials = torch.empty(programs, 3, H, dtype=torch.float32, device=z.device)
+    _backward_kernel[(programs,)](
+        dy, z, weight, mean, rstd, seed, dx, dresidual, partials, R, stream,
+        threshold, H, BLOCK_R, SUM_R, block_width(H), num_warps=num_warps,
+    )  # fmt: skip
+    return dx, dresidual, reduce_rows(partials, weight.dtype)
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: Tensor,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    R, H = z.shape
+    dx = z.new_empty(R if keep_threshold(dropout_p) < 256 else 0, H)
+    return dx, torch.empty_like(z), weight.new_empty(3, H)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, _, _, weight, _, _, ctx.dropout_p, seed, ctx.stream = inputs
+    _, z, mean, rstd = output
+    ctx.save_for_backward(z, weight, mean, rstd, seed)
+
+
+def _gradients(ctx, dy, *_):  # type: ignore[no-untyped-def]
+    z, weight, mean, rstd, seed = ctx.saved_tensors
+    dx, dresidual, dparameters = _backward(
+        dy.contiguous(), z, weight, mean, rstd, ctx.dropout_p, seed, ctx.stream
+    )
+    if keep_threshold(ctx.dropout_p) == 256:
+        dx = dresidual
+    dbias, dweight, dbeta = dparameters.unbind(0)
+    return dx, dbias, dresidual, dweight, dbeta, None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def dropout_add_layer_norm(
+    x: Tensor,  # (R, H)
+    bias: Tensor,  # (H,)
+    residual: Tensor,  # (R, H)
+    weight: Tensor,  # (H,)
+    beta: Tensor,  # (H,)
+    eps: float,
+    dropout_p: float,
+    seed: Tensor,  # (3,) int64
+    stream: int,
+) -> Tensor:  # (R, H)
+    """LayerNorm(dropout(x + bias) + residual).
+
+    fp32, fp16 or bf16, statistics and sums in fp32. Parameters may be wider than x. H is a
+    multiple of 8 up to 4096.
+
+    Raises:
+        ValueError: a tensor of the wrong shape, dtype or device, or not contiguous.
+    """
+    out: Tensor = _forward(x, bias, residual, weight, beta, eps, dropout_p, seed, stream)[0]
+    return out
+
+
+def compile_cases() -> list[CompileCase]:
+    cases = []
+    kinds = [("bf16", H, p) for H in (128, 384, 768, 1024, 2048, 4096) for p in (0.0, 0.1)]
+    for dtype, H, dropout_p in [*kinds, ("fp32", 768, 0.1)]:
+        t = f"*{dtype}"
+        configuration = f"{dtype} H={H} p={dropout_p}"
+        shared = {"THRESHOLD": keep_threshold(dropout_p), "H": H, "BLOCK_H": block_width(H)}
+        BLOCK_R, num_warps = forward_config(H)
+        cases.append(
+            CompileCase(
+                name="dropout_add_layer_norm",
+                configuration=configuration,
+                fn=_forward_kernel,
+                signature={
+                    "x_ptr": t, "bias_ptr": t, "residual_ptr": t, "weight_ptr": t, "beta_ptr": t,
+                    "seed_ptr": "*i64", "y_ptr": t, "z_ptr": t, "mean_ptr": "*fp32",
+                    "rstd_ptr": "*fp32", "R": "i32", "stream": "i32", "eps": "fp32",
+                },
+                constexprs=shared | {"BLOCK_R": BLOCK_R},
+                num_warps=num_warps,
+            )
+        )  # fmt: skip
+        BLOCK_R, SUM_R, num_warps = backward_config(H)
+        cases.append(
+            CompileCase(
+                name="dropout_add_layer_norm_backward",
+                configuration=configuration,
+                fn=_backward_kernel,
+                signature={
+                    "dy_ptr": t, "z_ptr": t, "weight_ptr": t, "mean_ptr": "*fp32",
+                    "rstd_ptr": "*fp32", "seed_ptr": "*i64", "dx_ptr": t, "dresidual_ptr": t,
+                    "partials_ptr": "*fp32", "R": "i32", "stream": "i32",
+                },
+                constexprs=shared | {"BLOCK_R": BLOCK_R, "SUM_R": SUM_R},
+                num_warps=num_warps,
+            )
+        )  # fmt: skip
+    return cases

@@ -1,0 +1,75 @@
+"""Sums over rows without atomics, in two stages and a fixed order: gradients of biases and scales.
+
+Stage one lives in each backward kernel: a few programs per multiprocessor walk over the rows and
+keep fp32 partial sums in registers. Stage two is here: one kernel adds the programs' partial sums.
+
+P programs, W columns.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert_kernels.compile_cases import CompileCase
+
+# 96 programs at W = 3 x 1024, with eight 16-byte loads in flight a thread.
+_BLOCK_P, _BLOCK_W, _NUM_WARPS = 128, 32, 4
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 2 stand for the interpreter, so that loops over rows take more than one turn."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _reduce_rows_kernel(
+    partials_ptr,  # (P, W) fp32
+    out_ptr,  # (W,)
+    P,
+    W,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):  # type: ignore[no-untyped-def]
+    row = tl.arange(0, BLOCK_P)
+    column = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    total = tl.zeros((BLOCK_P, BLOCK_W), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        mask = (first + row < P)[:, None] & (column < W)[None, :]
+        offset = (first + row).to(tl.int64)[:, None] * W + column[None, :]
+        total += tl.load(partials_ptr + offset, mask, other=0.0)
+    out = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + column, out, column < W)
+
+
+def reduce_rows(
+    partials: Tensor,  # (P, ..., H) fp32
+    dtype: torch.dtype,
+) -> Tensor:  # (..., H)
+    """Sum over the first dimension, in `dtype`."""
+    out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+    W = out.numel()
+    _reduce_rows_kernel[(triton.cdiv(W, _BLOCK_W),)](
+        partials, out, partials.shape[0], W, _BLOCK_P, _BLOCK_W, num_warps=_NUM_WARPS
+    )
+    return out
+
+
+def compile_cases() -> list[CompileCase]:
+    return [
+        CompileCase(
+            name="reduce_rows",
+            configuration=f"to {dtype}",
+            fn=_reduce_rows_kernel,
+            signature={"partials_ptr": "*fp32", "out_ptr": f"*{dtype}", "P": "i32", "W": "i32"},
+            constexprs={"BLOCK_P": _BLOCK_P, "BLOCK_W": _BLOCK_W},
+            num_warps=_NUM_WARPS,
+            divisible_by_16=("P", "W"),
+        )
+        for dtype in ("bf16", "fp32")
+    ]
