@@ -65,7 +65,7 @@ def test_several_tiles_a_head(lengths: list[int], S: int) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("p", "A"), [(0.0, 1), (0.1, 2)])
+@pytest.mark.parametrize(("p", "A"), [(0.0, 2), (0.1, 1)])
 def test_long_sequences(p: float, A: int) -> None:
     assert backward_path(600, 64, torch.float16, 90) == "split"
     compare([129, 0, 530], 600, A, 64, p, torch.float16, unused=200)
@@ -84,11 +84,13 @@ def test_tiles_of_sm_80(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     compare([65, 129, 7], 130, 1, D, 0.1, torch.float16, unused=1)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.75])
-@pytest.mark.parametrize(("length", "dtype"), [(200, torch.float16), (40, torch.float32)])
+@pytest.mark.parametrize(
+    ("p", "length", "dtype"),
+    [(p, 200, torch.float16) for p in (0.1, 0.5, 0.75)] + [(0.1, 130, torch.float32)],
+)
 def test_dropout_draws_the_bits_of_the_reference(p: float, length: int, dtype: torch.dtype) -> None:
     """With equal scores and v rows that are unit vectors, the output shows which columns stayed."""
-    A, D = 2, 32
+    A, D = 2, 128
     kept = []
     for first in range(0, length, D):
         qkv = torch.zeros(2 * length, 3, A, D, dtype=dtype)
