@@ -2,11 +2,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help .venv demo test lint types check bench clean
+.PHONY: help .venv demo test lint types check compile-report bench clean
 
 help:
 	@echo "make demo   pre-train a tiny BERT on this machine"
 	@echo "make check  lint, types and tests (none needs a GPU)"
+	@echo "make compile-report  compile every kernel for A100 and H100; list registers and spills"
 	@echo "make bench  time a training step on this CPU"
 	@echo "make clean  remove caches and builds; .venv and runs stay"
 
@@ -33,6 +34,9 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 check: lint types test
+
+compile-report: $(INSTALLED)
+	$(BIN)/python -m benchmarks.compile_report --arch sm_80 --arch sm_90
 
 bench: $(INSTALLED)
 	$(BIN)/fastbert bench step --device cpu

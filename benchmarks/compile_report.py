@@ -115,7 +115,7 @@ def _read(case: CompileCase, arch: int, cubin: bytes, shared: int) -> Compiled:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
+        sass = _tool("nvdisasm", "-ndf", "-c", file.name)
     opcodes = Counter(
         re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
     )
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table: list[dict[str, Any]] = []
     failures = []
     jobs = [(case, arch) for case in cases for arch in archs if arch in case.archs]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # ptxas runs beside Python: see below
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler and ptxas let go of the GIL
         for (case, arch), compiled in zip(jobs, pool.map(_try_compile, jobs), strict=True):
             label = f"{case.name} [{case.configuration}] sm_{arch}"
             if isinstance(compiled, Exception):

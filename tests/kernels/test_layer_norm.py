@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from fastbert_kernels import reference
+from fastbert_kernels.checks import require_launchable
 from fastbert_kernels.layer_norm import block_width, dropout_add_layer_norm
 from fastbert_kernels.philox import keep_mask
 
@@ -146,6 +147,12 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call(**changed)  # type: ignore[arg-type]
+
+
+def test_without_gpu_or_interpreter_the_reference_is_named() -> None:
+    compiled_kernel = object()
+    with pytest.raises(ValueError, match=r"use fastbert_kernels\.reference\.bias_gelu"):
+        require_launchable("bias_gelu", compiled_kernel, torch.device("cpu"))
 
 
 def test_block_width() -> None:
