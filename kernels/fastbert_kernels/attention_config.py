@@ -1,8 +1,8 @@
 """Which attention runs: path by length, tiles by head size and architecture, backend by a table.
 
 All choices are plain functions of what the host knows, so that a run's choice is always the same.
-None has been timed on a GPU yet: tiles were chosen by registers, spills, shared memory and
-instruction counts of the compiled code.
+None has been timed on a GPU yet: tiles were chosen by the compiled code, so that nothing spills
+with Triton 3.6 and 3.7, and then for the fewest instructions an element.
 """
 
 import importlib.util
@@ -38,8 +38,8 @@ TABLES: dict[int, Table] = {
             (64, True): Tiles(128, 128, 8, 2),
             (128, True): Tiles(128, 64, 8, 2),
             (32, False): Tiles(32, 32, 8, 1),
-            (64, False): Tiles(32, 32, 8, 1),
-            (128, False): Tiles(32, 32, 16, 1),
+            (64, False): Tiles(64, 32, 8, 1),
+            (128, False): Tiles(16, 32, 16, 1),
         },
         "tile": {
             (32, True): Tiles(128, 128, 8, 1),
@@ -48,14 +48,14 @@ TABLES: dict[int, Table] = {
         },
         "head": {
             (32, True): Tiles(128, 64, 8, 2),
-            (64, True): Tiles(64, 64, 4, 1),
+            (64, True): Tiles(128, 64, 8, 1),
         },
         "columns": {
             (32, True): Tiles(128, 64, 8, 2),
             (64, True): Tiles(128, 64, 8, 2),
             (128, True): Tiles(128, 64, 8, 1),
             (32, False): Tiles(64, 32, 8, 1),
-            (64, False): Tiles(64, 32, 8, 1),
+            (64, False): Tiles(32, 32, 8, 1),
             (128, False): Tiles(32, 32, 8, 1),
         },
         "query": {
@@ -73,7 +73,7 @@ TABLES: dict[int, Table] = {
             (64, True): Tiles(128, 64, 8, 2),
             (128, True): Tiles(64, 32, 4, 2),
             (32, False): Tiles(32, 32, 8, 1),
-            (64, False): Tiles(64, 32, 8, 1),
+            (64, False): Tiles(16, 32, 8, 1),
             (128, False): Tiles(16, 32, 4, 1),
         },
         "tile": {
