@@ -18,12 +18,10 @@ N sequences packed, T tokens packed, S longest sequence, A heads, D head dimensi
 head of one sequence; rows are queries, columns are keys.
 """
 
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastbert_kernels import attention_flash
@@ -37,6 +35,7 @@ from fastbert_kernels.attention_config import (
 )
 from fastbert_kernels.checks import (
     STORAGE_DTYPES,
+    kernel_signature,
     require,
     require_launchable,
     require_seed,
@@ -46,6 +45,8 @@ from fastbert_kernels.checks import (
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.philox import keep_threshold
 from fastbert_kernels.philox_triton import dropout_key, philox_words
+from fastbert_kernels.reference import sequence_lengths
+from fastbert_kernels.triton_import import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 DELTA_ROWS = 64
@@ -55,7 +56,7 @@ DELTA_ROWS = 64
 
 
 @triton.jit
-def _load_rows(  # type: ignore[no-untyped-def]
+def _load_rows(
     base_ptr,  # row 0 of one head of one sequence
     first,  # row to begin with
     length,
@@ -73,9 +74,7 @@ def _load_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store_rows(  # type: ignore[no-untyped-def]
-    base_ptr, first, length, stride, tile, D: tl.constexpr, ROWS: tl.constexpr
-):
+def _store_rows(base_ptr, first, length, stride, tile, D: tl.constexpr, ROWS: tl.constexpr):
     row = tl.arange(0, ROWS)
     block_ptr = base_ptr + tl.cast(first, tl.int64) * stride
     offset = row[:, None] * stride + tl.arange(0, D)[None, :]
@@ -84,19 +83,19 @@ def _store_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_statistic(base_ptr, first, length, missing, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_statistic(base_ptr, first, length, missing, ROWS: tl.constexpr):
     row = tl.arange(0, ROWS)
     return tl.load(base_ptr + first + row, mask=row < length - first, other=missing)
 
 
 @triton.jit
-def _store_statistic(base_ptr, first, length, values, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store_statistic(base_ptr, first, length, values, ROWS: tl.constexpr):
     row = tl.arange(0, ROWS)
     tl.store(base_ptr + first + row, values, mask=row < length - first)
 
 
 @triton.jit
-def _zero_tail(  # type: ignore[no-untyped-def]
+def _zero_tail(
     base_ptr,  # row 0 of one head of the whole tensor
     first,  # program's first row to clear
     step,  # rows that all programs of a head clear in one go
@@ -111,7 +110,7 @@ def _zero_tail(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _dropped(word, THRESHOLD: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dropped(word, THRESHOLD: tl.constexpr):
     """Bit 7 of each byte of a uint32 set where byte >= THRESHOLD: four comparisons in three steps.
 
     The sum cannot carry from byte to byte: its terms are at most 127 and 128.
@@ -123,7 +122,7 @@ def _dropped(word, THRESHOLD: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _keep(  # type: ignore[no-untyped-def]
+def _keep(
     row,  # (R,)
     first_column,  # a multiple of COLUMNS
     plane,
@@ -165,7 +164,7 @@ def _keep(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
+def _attend(
     q,  # (BLOCK_M, D)
     total,  # (BLOCK_M, D) fp32: sum of p · v so far
     normalizer,  # (BLOCK_M,) sum of p so far
@@ -211,7 +210,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attention_forward_kernel(  # type: ignore[no-untyped-def]
+def attention_forward_kernel(
     qkv_ptr,  # (T, 3, A, D)
     cu_seqlens_ptr,  # (N + 1,) int32
     seed_ptr,  # (3,) int64
@@ -283,7 +282,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _delta(  # type: ignore[no-untyped-def]
+def _delta(
     out_ptr,
     dout_ptr,
     first,
@@ -300,7 +299,7 @@ def _delta(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _tile_gradients(  # type: ignore[no-untyped-def]
+def _tile_gradients(
     q,  # (BLOCK_M, D)
     k,  # (BLOCK_N, D)
     v,  # (BLOCK_N, D)
@@ -337,7 +336,7 @@ def _tile_gradients(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attention_delta_kernel(  # type: ignore[no-untyped-def]
+def attention_delta_kernel(
     out_ptr,  # (T, A, D)
     dout_ptr,  # (T, A, D)
     delta_ptr,  # (A, T) fp32
@@ -356,7 +355,7 @@ def attention_delta_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attention_backward_kernel(  # type: ignore[no-untyped-def]
+def attention_backward_kernel(
     qkv_ptr,  # (T, 3, A, D)
     out_ptr,  # (T, A, D)
     dout_ptr,  # (T, A, D)
@@ -472,7 +471,7 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attention_backward_query_kernel(  # type: ignore[no-untyped-def]
+def attention_backward_query_kernel(
     qkv_ptr,  # (T, 3, A, D)
     dout_ptr,  # (T, A, D)
     lse_ptr,  # (A, T) fp32
@@ -546,6 +545,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:  # (T, A, D), (A, T) fp32 base-2 log-sum-exp of the scores
     T, _, A, D = qkv.shape
     N = cu_seqlens.numel() - 1
+    if qkv.device.type == "cpu":
+        sequence_lengths(cu_seqlens, max_seqlen, T)  # here, where no tracing meets it
     out = torch.empty((T, A, D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((A, T), dtype=torch.float32, device=qkv.device)
     tiles = choose_tiles("forward", D, qkv.dtype, _capability(qkv.device))
@@ -633,13 +634,13 @@ def _(
     return torch.empty_like(qkv)
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     qkv, cu_seqlens, ctx.max_seqlen, ctx.threshold, seed, ctx.stream, ctx.precision = inputs
     ctx.save_for_backward(qkv, *output, cu_seqlens, seed)
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+def _gradient(ctx, dout, dlse):
     nothing = (None,) * 6
     if dout is None:
         return None, *nothing
@@ -662,18 +663,12 @@ def _case(
     tiles: Tiles,
     constexprs: dict[str, Any],
 ) -> CompileCase:
-    types = {"cu_seqlens_ptr": "*i32", "seed_ptr": "*i64"}
-    types |= dict.fromkeys(("lse_ptr", "delta_ptr", "dq_ptr"), "*fp32")
-    storage = f"*{triton_name(dtype)}"
+    fp32 = dict.fromkeys(("lse_ptr", "delta_ptr", "dq_ptr"), "*fp32")
     return CompileCase(
         name=fn.__name__,
         configuration=label,
         fn=fn,
-        signature={
-            name: types.get(name, storage if name.endswith("_ptr") else "i32")
-            for name in fn.arg_names
-            if name not in constexprs
-        },
+        signature=kernel_signature(fn, constexprs, dtype, cu_seqlens_ptr="*i32", **fp32),
         constexprs=constexprs,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -724,21 +719,6 @@ def compile_cases() -> list[CompileCase]:
     return cases
 
 
-def _check_sequences(cu_seqlens: Tensor, max_seqlen: int, T: int) -> None:
-    """What only the device knows: reading it synchronizes."""
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(bounds)]
-    require(bounds[0] == 0, f"attention: cu_seqlens starts at {bounds[0]}, expected 0")
-    falls = [sequence for sequence, length in enumerate(lengths) if length < 0]
-    require(not falls, f"attention: cu_seqlens falls at sequences {falls[:3]}")
-    require(bounds[-1] <= T, f"attention: cu_seqlens ends at {bounds[-1]}, beyond {T} tokens")
-    longest = max(lengths)
-    require(
-        longest <= max_seqlen,
-        f"attention: a sequence has {longest} tokens, more than max_seqlen = {max_seqlen}",
-    )
-
-
 def attention(
     qkv: Tensor,  # (T, 3, A, D)
     cu_seqlens: Tensor,  # (N + 1,) int32
@@ -753,8 +733,8 @@ def attention(
 ) -> Tensor:  # (T, A, D)
     """softmax(Q Kᵀ / √D) V within each sequence, dropout on the probabilities.
 
-    Meaning of `reference.attention`, dropout bits included. A sequence longer than `max_seqlen`
-    would be cut short silently: `check` finds out.
+    Meaning of `reference.attention`, dropout bits included. On a GPU, `cu_seqlens` is taken as it
+    is, and a sequence longer than `max_seqlen` would be cut short silently: `check` finds out.
 
     Args:
         qkv: fp32, fp16 or bf16, D one of 32, 64, 128.
@@ -765,13 +745,16 @@ def attention(
         stream: which dropout of the layer.
         backend: see `choose_backend`. All but "triton" draw dropout bits of their own.
         precision: of fp32 products: "ieee", or "tf32" (faster, 10 bits of mantissa).
-        check: read `cu_seqlens` and verify it. Synchronizes.
+        check: read `cu_seqlens` and verify it, which waits for a GPU; on a CPU always done.
 
     Raises:
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous; a backend that
-            cannot serve this call; with `check`, sequences that do not fit.
+            cannot serve this call; where checked, sequences that do not fit.
     """
     device = qkv.device
+    chosen = choose_backend(backend, qkv.dtype, device.type)
+    if chosen == "triton":
+        require_launchable("attention", attention_forward_kernel, device)
     require_tensor("attention", "qkv", qkv, (None, 3, None, None), STORAGE_DTYPES, device)
     require_tensor("attention", "cu_seqlens", cu_seqlens, (None,), torch.int32, device)
     require_seed("attention", seed, device)
@@ -786,11 +769,8 @@ def attention(
         f"attention: precision = {precision!r}, expected 'ieee' or 'tf32'",
     )
     threshold = keep_threshold(dropout_p)
-    chosen = choose_backend(backend, qkv.dtype, device.type)
-    if chosen == "triton":
-        require_launchable("attention", attention_forward_kernel, device)
     if check:
-        _check_sequences(cu_seqlens, max_seqlen, T)
+        sequence_lengths(cu_seqlens, max_seqlen, T)
     if chosen != "triton":
         return attention_flash.attention(qkv, cu_seqlens, max_seqlen, dropout_p, chosen)
     out, _ = _attention(qkv, cu_seqlens, max_seqlen, threshold, seed, stream, precision)

@@ -27,78 +27,54 @@ class Tiles:
 
 
 Table = dict[str, dict[tuple[int, bool], Tiles]]
+_Row = tuple[int, int, int, int]
 
-# Kernel -> (D, half precision?) -> tiles. "tile" and "head" are whole backwards of short sequences;
-# a missing entry would spill registers or lose wgmma. "columns" and "query" are the two halves of
-# the backward for any length.
+
+def _by_size(
+    half: tuple[_Row, ...], single: tuple[_Row, ...] = ()
+) -> dict[tuple[int, bool], Tiles]:
+    """(D, half precision?) -> tiles, from a row of numbers for each of the head sizes."""
+    kinds = ((half, True), (single, False))
+    return {
+        (D, h): Tiles(*row) for rows, h in kinds for D, row in zip(HEAD_SIZES, rows, strict=False)
+    }
+
+
+# "tile" and "head" are whole backwards of short sequences: where one has no row for a head size, it
+# would spill registers or lose wgmma. "columns" and "query" are the two halves of the backward for
+# any length.
 TABLES: dict[int, Table] = {
     90: {
-        "forward": {
-            (32, True): Tiles(128, 128, 8, 2),
-            (64, True): Tiles(128, 128, 8, 2),
-            (128, True): Tiles(128, 64, 8, 2),
-            (32, False): Tiles(32, 32, 8, 1),
-            (64, False): Tiles(64, 32, 8, 1),
-            (128, False): Tiles(16, 32, 16, 1),
-        },
-        "tile": {
-            (32, True): Tiles(128, 128, 8, 1),
-            (64, True): Tiles(128, 128, 8, 1),
-            (128, True): Tiles(128, 128, 8, 1),
-        },
-        "head": {
-            (32, True): Tiles(128, 64, 8, 2),
-            (64, True): Tiles(128, 64, 8, 1),
-        },
-        "columns": {
-            (32, True): Tiles(128, 64, 8, 2),
-            (64, True): Tiles(128, 64, 8, 2),
-            (128, True): Tiles(128, 64, 8, 1),
-            (32, False): Tiles(64, 32, 8, 1),
-            (64, False): Tiles(32, 32, 8, 1),
-            (128, False): Tiles(32, 32, 8, 1),
-        },
-        "query": {
-            (32, True): Tiles(128, 128, 8, 2),
-            (64, True): Tiles(128, 128, 8, 2),
-            (128, True): Tiles(128, 64, 8, 2),
-            (32, False): Tiles(32, 32, 8, 1),
-            (64, False): Tiles(64, 32, 8, 1),
-            (128, False): Tiles(64, 32, 8, 1),
-        },
+        "forward": _by_size(
+            ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+            ((32, 32, 8, 1), (64, 32, 8, 1), (16, 32, 16, 1)),
+        ),
+        "tile": _by_size(((128, 128, 8, 1), (128, 128, 8, 1), (128, 128, 8, 1))),
+        "head": _by_size(((128, 64, 8, 2), (128, 64, 8, 1))),
+        "columns": _by_size(
+            ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 1)),
+            ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        ),
+        "query": _by_size(
+            ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+            ((32, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+        ),
     },
     80: {
-        "forward": {
-            (32, True): Tiles(128, 64, 8, 2),
-            (64, True): Tiles(128, 64, 8, 2),
-            (128, True): Tiles(64, 32, 4, 2),
-            (32, False): Tiles(32, 32, 8, 1),
-            (64, False): Tiles(16, 32, 8, 1),
-            (128, False): Tiles(16, 32, 4, 1),
-        },
-        "tile": {
-            (32, True): Tiles(128, 128, 8, 1),
-        },
-        "head": {
-            (32, True): Tiles(64, 64, 4, 1),
-            (64, True): Tiles(32, 64, 4, 1),
-        },
-        "columns": {
-            (32, True): Tiles(128, 64, 8, 2),
-            (64, True): Tiles(128, 64, 8, 1),
-            (128, True): Tiles(64, 64, 8, 1),
-            (32, False): Tiles(64, 32, 8, 1),
-            (64, False): Tiles(64, 32, 8, 1),
-            (128, False): Tiles(32, 32, 8, 1),
-        },
-        "query": {
-            (32, True): Tiles(128, 64, 8, 1),
-            (64, True): Tiles(128, 64, 8, 2),
-            (128, True): Tiles(64, 64, 8, 1),
-            (32, False): Tiles(16, 32, 4, 1),
-            (64, False): Tiles(32, 32, 8, 1),
-            (128, False): Tiles(16, 32, 4, 1),
-        },
+        "forward": _by_size(
+            ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)),
+            ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 4, 1)),
+        ),
+        "tile": _by_size(((128, 128, 8, 1),)),
+        "head": _by_size(((64, 64, 4, 1), (32, 64, 4, 1))),
+        "columns": _by_size(
+            ((128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 8, 1)),
+            ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+        ),
+        "query": _by_size(
+            ((128, 64, 8, 1), (128, 64, 8, 2), (64, 64, 8, 1)),
+            ((16, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1)),
+        ),
     },
 }
 

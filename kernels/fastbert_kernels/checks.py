@@ -3,11 +3,13 @@
 None of them reads device memory, so none synchronizes.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
+
+from fastbert_kernels.triton_import import triton
 
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_NAMES = {
@@ -17,6 +19,9 @@ _TRITON_NAMES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+_ALWAYS = {"seed_ptr": "*i64", "eps": "fp32"} | dict.fromkeys(
+    ("mean_ptr", "rstd_ptr", "partials_ptr"), "*fp32"
+)
 
 
 def require(condition: bool, message: str) -> None:
@@ -34,16 +39,19 @@ def require_tensor(
     device: torch.device,
 ) -> None:
     """One tensor argument of `op`: its shape, dtype, device, and that it is contiguous."""
+    if tensor.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({wanted})")
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-    fits = tensor.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
-    )
-    wanted = ", ".join("any" if size is None else str(size) for size in shape)
-    require(fits, f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({wanted})")
-    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    require(tensor.dtype in dtypes, f"{op}: {name} is {tensor.dtype}, expected {names}")
-    require(tensor.device == device, f"{op}: {name} is on {tensor.device}, expected {device}")
-    require(tensor.is_contiguous(), f"{op}: {name} is not contiguous: call .contiguous() first")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{op}: {name} is {tensor.dtype}, expected {names}")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, expected {device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} is not contiguous: call .contiguous() first")
 
 
 def require_seed(op: str, seed: Tensor, device: torch.device) -> None:
@@ -51,22 +59,44 @@ def require_seed(op: str, seed: Tensor, device: torch.device) -> None:
     require_tensor(op, "seed", seed, (3,), torch.int64, device)
 
 
-def require_launchable(op: str, kernel: Any, device: torch.device) -> None:
+def require_launchable(
+    op: str,
+    kernel: Any,
+    device: torch.device,
+    reference: str | None = None,  # what serves a CPU, if not reference.<op>
+) -> None:
     """Triton kernels run on the current GPU, or on CPU tensors under Triton's interpreter."""
-    if device.type != "cuda" and not isinstance(kernel, InterpretedFunction):
-        raise ValueError(
-            f"{op}: the Triton kernel needs CUDA tensors, these are on {device}: "
-            f"use fastbert_kernels.reference.{op}, or set TRITON_INTERPRET=1 before the import"
-        )
     if device.type == "cuda":
         current = torch.cuda.current_device()
-        require(
-            device.index == current,
-            f"{op}: the tensors are on {device}, Triton launches on cuda:{current}: "
-            f"wrap the call in torch.cuda.device({device.index})",
+        if device.index != current:
+            raise ValueError(
+                f"{op}: the tensors are on {device}, Triton launches on cuda:{current}: "
+                f"wrap the call in torch.cuda.device({device.index})"
+            )
+    elif device.type != "cpu" or isinstance(kernel, triton.JITFunction):
+        raise ValueError(
+            f"{op}: the Triton kernel needs CUDA tensors, these are on {device}: use "
+            f"fastbert_kernels.{reference or f'reference.{op}'}, "
+            "or set TRITON_INTERPRET=1 before the import"
         )
 
 
 def triton_name(dtype: torch.dtype) -> str:
     """How a kernel's signature spells a dtype: "bf16"."""
     return _TRITON_NAMES[dtype]
+
+
+def kernel_signature(
+    kernel: Any,
+    constexprs: Mapping[str, Any],
+    dtype: torch.dtype,
+    **others: str,  # what is neither, e.g. labels_ptr="*i64"
+) -> dict[str, str]:
+    """For a compile case: a kernel's pointers are to `dtype`, its numbers i32."""
+    types = _ALWAYS | others
+    storage = f"*{triton_name(dtype)}"
+    return {
+        name: types.get(name, storage if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if name not in constexprs
+    }

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert_kernels import reference
+from fastbert_kernels.main_grad import embedding, linear
 from fastbert_kernels.philox import keep_threshold, site_mask
 
 
@@ -87,6 +88,16 @@ class CpuOps:
         )
         return out
 
+    def linear_gelu(
+        self,
+        x: Tensor,  # (R, H)
+        weight: Tensor,  # (F, H)
+        bias: Tensor,  # (F,)
+        approximate: str = "none",
+    ) -> Tensor:  # (R, F)
+        """`reference.linear_gelu`."""
+        return reference.gelu(linear(x, weight, bias), approximate)
+
     def gelu_layer_norm(self, *args: Any) -> Tensor:
         """`reference.gelu_layer_norm`."""
         out: Tensor = self._gelu_layer_norm(*args)
@@ -109,10 +120,9 @@ class CpuOps:
         stream: int,
     ) -> Tensor:  # (T, H)
         """`reference.embed_layer_norm`."""
-        out = reference.embed_layer_norm(
-            input_ids, token_type_ids, position_ids, word, token_type, position,
-            weight, beta, pad_token_id, eps, 0.0, seed, stream,
-        )  # fmt: skip
+        total = embedding(word, input_ids, pad_token_id)
+        total = total + embedding(token_type, token_type_ids) + embedding(position, position_ids)
+        out = reference.layer_norm(total, weight, beta, eps).to(word.dtype)
         keep = self._keep((out.shape[0], out.shape[1]), dropout_p, seed, stream)
         return out if keep is None else reference.apply_keep(out, keep, dropout_p)
 
@@ -122,8 +132,12 @@ class CpuOps:
         weight: Tensor,  # (V, H)
         bias: Tensor,  # (V,)
         labels: Tensor,  # (M,)
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> Tensor:  # () fp32
         """`reference.linear_cross_entropy`; the forward already leaves the logits' gradient."""
+        if label_smoothing or z_loss:
+            return reference.linear_cross_entropy(x, weight, bias, labels, label_smoothing, z_loss)
         loss: Tensor = _LinearCrossEntropy.apply(x, weight, bias, labels, self._softmax_gradient)
         return loss
 
@@ -162,7 +176,7 @@ def _groups(cu_seqlens: Tensor, S: int, T: int) -> list[_Group]:
     lengths = cu_seqlens[1:].long() - starts
     multiple = max(32, S // 16)  # at most 16 groups; 4 at S = 128, where 2 and 8 are slower
     by_length: dict[int, list[int]] = {}
-    for sequence, length in enumerate(lengths.tolist()):
+    for sequence, length in enumerate(reference.sequence_lengths(cu_seqlens, S, T)):
         if length:
             padded = min(-(-length // multiple) * multiple, S)
             by_length.setdefault(padded, []).append(sequence)
@@ -280,12 +294,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, bias, labels, softmax_gradient):  # type: ignore[no-untyped-def]
         loss, dlogits = softmax_gradient(F.linear(x, weight), bias, labels)
         ctx.save_for_backward(x, weight, dlogits)
+        ctx.main_grad = getattr(weight, "main_grad", None)
         return loss
 
     @staticmethod
     def backward(ctx, dloss):  # type: ignore[no-untyped-def]
         x, weight, dlogits = ctx.saved_tensors
         dx = dlogits @ weight * dloss.to(x.dtype)
-        dweight = dlogits.t() @ (x * dloss.to(x.dtype))
+        scaled, dweight = x * dloss.to(x.dtype), None
+        if ctx.main_grad is None:
+            dweight = dlogits.t() @ scaled
+        else:
+            ctx.main_grad.add_product(dlogits, scaled)
         dbias = dlogits.sum(0) * dloss.to(x.dtype)
         return dx, dweight, dbias, None, None

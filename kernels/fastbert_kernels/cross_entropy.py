@@ -15,18 +15,19 @@ and no second product. At M = 2,500, V = 30522, H = 768 in bf16: three products 
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastbert_kernels.checks import (
     STORAGE_DTYPES,
+    kernel_signature,
     require,
     require_launchable,
     require_tensor,
     triton_name,
 )
 from fastbert_kernels.compile_cases import CompileCase
+from fastbert_kernels.main_grad import main_grad_of
+from fastbert_kernels.triton_import import tl, triton
 
 CHUNK_ROWS = 4096
 """Rows whose logits are held at a time (250 MB in bf16); more rows go chunk by chunk."""
@@ -47,7 +48,7 @@ def _softmax_gradient_kernel(
     V_PADDED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     GRADIENT: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """One row: its second read comes from L2 (4 rows of 61 KB per multiprocessor are 32 MB)."""
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * V_PADDED
@@ -100,7 +101,7 @@ def _softmax_gradient_kernel(
 
 
 @triton.jit
-def _biased_logits(row_ptr, bias_ptr, cols, V: tl.constexpr, V_PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _biased_logits(row_ptr, bias_ptr, cols, V: tl.constexpr, V_PADDED: tl.constexpr):
     z = tl.load(row_ptr + cols, mask=cols < V_PADDED, other=0.0)
     z = tl.where(cols < V, z, float("-inf")).to(tl.float32)
     return z + tl.load(bias_ptr + cols, mask=cols < V_PADDED, other=0.0).to(tl.float32)
@@ -115,7 +116,7 @@ def _column_sums_kernel(
     V_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """First stage of dbias: the rows of one split, added in fp32 in a fixed order."""
     cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     first = tl.program_id(1) * rows_per_split
@@ -139,11 +140,12 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Tensor:  # () fp32
-    """Sum over labelled rows of the loss above; `reference.linear_cross_entropy` is ε = ζ = 0.
+    """Sum over labelled rows of the loss above; meaning of `reference.linear_cross_entropy`.
 
     Beyond inputs and gradients, memory holds the logits of min(M, chunk_rows) rows. Where
     M <= chunk_rows, the products of the backward run in the backward and take the upstream scalar
-    on their small operands; otherwise they run chunk by chunk in the forward, dW in fp32.
+    on their small operands; otherwise they run chunk by chunk in the forward, dW in fp32. A weight
+    with `main_grad` gets its gradient there, from one chunk whatever `chunk_rows` says.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, smoothing is outside [0, 1], z_loss is
@@ -165,6 +167,12 @@ def linear_cross_entropy(
     if chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows = {chunk_rows} is not positive")
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
+    main_grad = main_grad_of(weight)
+    if gradient and main_grad is not None:
+        into: Tensor = _IntoMainGrad.apply(
+            x, weight, bias, labels, label_smoothing, z_loss, main_grad
+        )
+        return into
     if gradient and M > chunk_rows:
         loss, *_ = _chunked(x, weight, bias, labels, label_smoothing, z_loss, chunk_rows)
     else:
@@ -241,7 +249,7 @@ def _whole(
 
 
 @_whole.register_fake
-def _(x, weight, bias, labels, label_smoothing, z_loss, chunk_rows, gradient):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, labels, label_smoothing, z_loss, chunk_rows, gradient):
     shape = (x.shape[0], _padded(weight.shape[0])) if gradient else (0,)
     return x.new_empty((), dtype=torch.float32), x.new_empty(shape)
 
@@ -253,18 +261,47 @@ def _whole_backward(
     x: Tensor,
     weight: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    V = weight.shape[0]
-    # dx is a sum over V terms: in fp32, because cuBLAS splits it over programs and would otherwise
-    # add their parts in the storage type. dW has the larger operand; scaling x costs 2 M H bytes.
-    dx = _mm_fp32(dlogits[:, :V], weight).mul_(dloss).to(x.dtype)
-    dweight = dlogits[:, :V].t() @ (x * dloss).to(x.dtype)
-    dbias = (_column_sums(dlogits, V) * dloss).to(x.dtype)
+    dweight = dlogits[:, : weight.shape[0]].t() @ _scaled(x, dloss)
+    dx, dbias = _small_gradients(dloss, dlogits, x, weight)
     return dx, dweight, dbias
 
 
 @_whole_backward.register_fake
-def _(dloss, dlogits, x, weight):  # type: ignore[no-untyped-def]
+def _(dloss, dlogits, x, weight):
     return torch.empty_like(x), torch.empty_like(weight), x.new_empty(weight.shape[0])
+
+
+def _scaled(x: Tensor, dloss: Tensor) -> Tensor:
+    """The small operand of dW takes the upstream scalar: 2 M H bytes."""
+    return (x * dloss).to(x.dtype)
+
+
+def _small_gradients(
+    dloss: Tensor, dlogits: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:  # dx, dbias
+    V = weight.shape[0]
+    # dx is a sum over V terms: in fp32, because cuBLAS splits it over programs and would otherwise
+    # add their parts in the storage type.
+    dx = _mm_fp32(dlogits[:, :V], weight).mul_(dloss).to(x.dtype)
+    return dx, (_column_sums(dlogits, V) * dloss).to(x.dtype)
+
+
+class _IntoMainGrad(torch.autograd.Function):
+    """The whole loss in one chunk, dW added to its place in the flat buffer."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, labels, label_smoothing, z_loss, main_grad):
+        loss, dlogits = _whole(x, weight, bias, labels, label_smoothing, z_loss, x.shape[0], True)
+        ctx.save_for_backward(dlogits, x, weight)
+        ctx.main_grad = main_grad
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dlogits, x, weight = ctx.saved_tensors
+        dx, dbias = _small_gradients(dloss, dlogits, x, weight)
+        ctx.main_grad.add_product(dlogits[:, : weight.shape[0]], _scaled(x, dloss))
+        return dx, None, dbias, *(None,) * 4
 
 
 def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -313,27 +350,27 @@ def _chunked(
 
 
 @_chunked.register_fake
-def _(x, weight, bias, labels, label_smoothing, z_loss, chunk_rows):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, labels, label_smoothing, z_loss, chunk_rows):
     like = [torch.empty_like(t, dtype=torch.float32) for t in (x, weight, bias)]
     return x.new_empty((), dtype=torch.float32), *like
 
 
-def _save_whole(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save_whole(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], inputs[0], inputs[1])
 
 
-def _backward_whole(ctx, dloss, _dlogits):  # type: ignore[no-untyped-def]
+def _backward_whole(ctx, dloss, _dlogits):
     return *_whole_backward(dloss, *ctx.saved_tensors), *(None,) * 5
 
 
-def _save_chunked(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save_chunked(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
     ctx.dtype = inputs[0].dtype
 
 
-def _backward_chunked(ctx, dloss, *_):  # type: ignore[no-untyped-def]
+def _backward_chunked(ctx, dloss, *_):
     return *((saved * dloss).to(ctx.dtype) for saved in ctx.saved_tensors), *(None,) * 4
 
 
@@ -344,44 +381,27 @@ _chunked.register_autograd(_backward_chunked, setup_context=_save_chunked)
 def compile_cases() -> list[CompileCase]:
     """Every kernel in every shipped configuration, for the compile report."""
     cases = []
+    sums = {"V_PADDED": _padded(30522), "BLOCK_M": 16, "BLOCK_V": 256}
+    V = 30522  # larger vocabularies take the same tiles, and more turns
+    block, num_warps = _block(V)
     for dtype in STORAGE_DTYPES:
-        storage = f"*{triton_name(dtype)}"
-        for V in (30522, 119547):  # BERT's vocabulary, multilingual BERT's
-            block, num_warps = _block(V)
-            for smoothing, gradient in ((0.0, False), (0.0, True), (0.1, True)):
-                case = CompileCase(
-                    "softmax_gradient",
-                    f"{triton_name(dtype)} V={V} smoothing={smoothing} gradient={gradient}",
-                    _softmax_gradient_kernel,
-                    {
-                        "logits_ptr": storage,
-                        "bias_ptr": storage,
-                        "labels_ptr": "*i64",
-                        "losses_ptr": "*fp32",
-                    },
-                    {
-                        "LABEL_SMOOTHING": smoothing,
-                        "Z_LOSS": 0.0,
-                        "V": V,
-                        "V_PADDED": _padded(V),
-                        "BLOCK_V": block,
-                        "GRADIENT": gradient,
-                    },
-                    num_warps=num_warps,
-                )
-                cases.append(case)
-        case = CompileCase(
-            "column_sums",
-            f"{triton_name(dtype)} V=30522",
-            _column_sums_kernel,
-            {
-                "dlogits_ptr": storage,
-                "partials_ptr": "*fp32",
-                "M": "i32",
-                "rows_per_split": "i32",
-            },
-            {"V_PADDED": _padded(30522), "BLOCK_M": 16, "BLOCK_V": 256},
-            divisible_by_16=("rows_per_split",),
-        )
-        cases.append(case)
+        name = triton_name(dtype)
+        for smoothing, gradient in ((0.0, False), (0.0, True), (0.1, True)):
+            constexprs = {
+                "LABEL_SMOOTHING": smoothing, "Z_LOSS": 0.0, "V": V, "V_PADDED": _padded(V),
+                "BLOCK_V": block, "GRADIENT": gradient,
+            }  # fmt: skip
+            signature = kernel_signature(
+                _softmax_gradient_kernel, constexprs, dtype, labels_ptr="*i64", losses_ptr="*fp32"
+            )
+            label = f"{name} smoothing={smoothing} gradient={gradient}"
+            cases.append(
+                CompileCase("softmax_gradient", label, _softmax_gradient_kernel, signature,
+                            constexprs, num_warps)
+            )  # fmt: skip
+        signature = kernel_signature(_column_sums_kernel, sums, dtype)
+        cases.append(
+            CompileCase("column_sums", name, _column_sums_kernel, signature, sums,
+                        divisible_by_16=("rows_per_split",))
+        )  # fmt: skip
     return cases

@@ -14,12 +14,11 @@ atomics: the same bits every run.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastbert_kernels.checks import (
     STORAGE_DTYPES,
+    kernel_signature,
     require,
     require_launchable,
     require_seed,
@@ -40,6 +39,7 @@ from fastbert_kernels.layer_norm import (
 from fastbert_kernels.philox import keep_threshold
 from fastbert_kernels.philox_triton import dropout_key, keep_columns
 from fastbert_kernels.reduce import reduce_rows
+from fastbert_kernels.triton_import import tl, triton
 
 _CHUNK = 64  # sorted keys that one program sums at most: 100 KB of rows at H = 768 in bf16
 _PIECES = 16  # partial sums of a key that are loaded at a time
@@ -54,7 +54,7 @@ def _gather(
     mask,
     column,
     H: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     # An id outside the table reads nothing and gives NaN: neither a fault nor a silent zero.
     known = (ids >= 0) & (ids < ROWS)
     rows = tl.load(table_ptr + ids[:, None] * H + column[None, :], mask & known[:, None], other=0.0)
@@ -77,7 +77,7 @@ def _embed(
     P,
     TYPES: tl.constexpr,
     H: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """(types, sum of the three rows of each token), 0 outside the mask."""
     ids = tl.load(input_ids_ptr + row, row < T, other=0)
     types = tl.load(token_type_ids_ptr + row, row < T, other=0)
@@ -112,7 +112,7 @@ def _forward_kernel(
     H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_H)
     mask = (row < T)[:, None] & (column < H)[None, :]
@@ -160,7 +160,7 @@ def _rows_backward_kernel(
     BLOCK_R: tl.constexpr,
     SUM_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     column = tl.arange(0, BLOCK_H)
     weight = tl.load(weight_ptr + column, column < H, other=0.0).to(tl.float32)
     dweight = tl.zeros((SUM_R, BLOCK_H), tl.float32)
@@ -217,7 +217,7 @@ def _sum_pieces_kernel(
     CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """A piece, the equal keys of one chunk, is summed by the program of its first key.
 
     A key that lies in one chunk goes to the table. Else its piece is kept: in place 0 of the chunk
@@ -264,7 +264,7 @@ def _join_pieces_kernel(
     CHUNK: tl.constexpr,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """Adds the pieces of a key that begins in this chunk and goes on in the next."""
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     if chunk + 1 == chunks:
@@ -329,7 +329,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(  # type: ignore[no-untyped-def]
+def _(
     input_ids, token_type_ids, position_ids, word, token_type, position, weight, beta,
     pad_token_id, eps, dropout_p, seed, stream,
 ):  # fmt: skip
@@ -385,7 +385,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
+def _(
     dy, input_ids, token_type_ids, position_ids, word, token_type, position, weight, mean, rstd,
     pad_token_id, dropout_p, seed, stream,
 ):  # fmt: skip
@@ -393,13 +393,13 @@ def _(  # type: ignore[no-untyped-def]
     return word.new_empty(word.shape[0] + position.shape[0], H), weight.new_empty(4, H)
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     *tensors, _, ctx.pad_token_id, _, ctx.dropout_p, seed, ctx.stream = inputs
     ctx.save_for_backward(*tensors, output[1], output[2], seed)
 
 
-def _gradients(ctx, dy, *_):  # type: ignore[no-untyped-def]
+def _gradients(ctx, dy, *_):
     *saved, seed = ctx.saved_tensors
     dtables, dparameters = _backward(
         dy.contiguous(), *saved, ctx.pad_token_id, ctx.dropout_p, seed, ctx.stream
@@ -436,19 +436,16 @@ def embed_layer_norm(
     Raises:
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous.
     """
-    op, device = "embed_layer_norm", word.device
+    op, device, T = "embed_layer_norm", word.device, input_ids.numel()
     require_launchable(op, _forward_kernel, device)
     require_tensor(op, "word", word, (None, None), STORAGE_DTYPES, device)
-    T, H = input_ids.numel(), word.shape[1]
+    H = word.shape[1]
     require_width(op, H)
     require(T > 0, f"{op}: input_ids is empty")
-    ids = {
-        "input_ids": input_ids,
-        "token_type_ids": token_type_ids,
-        "position_ids": position_ids,
-    }
-    for name, tensor in ids.items():
-        require_tensor(op, name, tensor, (T,), torch.int64, device)
+    for name, ids in {
+        "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids
+    }.items():  # fmt: skip
+        require_tensor(op, name, ids, (T,), torch.int64, device)
     require_tensor(op, "token_type", token_type, (None, H), word.dtype, device)
     require(token_type.shape[0] in (1, 2), f"{op}: token_type needs 1 or 2 rows")
     require_tensor(op, "position", position, (None, H), word.dtype, device)
@@ -464,42 +461,37 @@ def embed_layer_norm(
 
 def compile_cases() -> list[CompileCase]:
     """Every kernel in every shipped configuration, for the compile report."""
-    integers = dict.fromkeys(("T", "V", "P", "ROWS", "skip_key", "stream"), "i32")
-    int64 = dict.fromkeys(
-        ("input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr", "seed_ptr", "keys_ptr",
-         "order_ptr"), "*i64",
-    )  # fmt: skip
-    fp32 = dict.fromkeys(("mean_ptr", "rstd_ptr", "partials_ptr"), "*fp32")
-    storage = (
-        "word_ptr", "token_type_ptr", "position_ptr", "weight_ptr", "beta_ptr", "y_ptr", "dy_ptr",
-        "dz_ptr", "dtables_ptr",
-    )  # fmt: skip
+    others = dict.fromkeys(
+        ("input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr", "keys_ptr", "order_ptr"), "*i64"
+    )
     cases = []
-    for H in (128, 256, 384, 512, 768, 1024, 2048, 4096):
+    # At 256, 512 and 2048 a program holds as many elements as at 1024.
+    for H in (128, 384, 768, 1024, 4096):
         BLOCK_H = block_width(H)
         BLOCK_R, warps = forward_config(H)
         BACK_R, SUM_R, back_warps = backward_config(H)
         PIECES_R, piece_warps = _pieces_config(BLOCK_H)
-        blocks = {"H": H, "BLOCK_R": BLOCK_R, "BLOCK_H": BLOCK_H}
-        pieces = blocks | {"BLOCK_R": PIECES_R, "CHUNK": _CHUNK}
+        row = {"H": H, "BLOCK_H": BLOCK_H, "TYPES": 2}
+        pieces = {"H": H, "BLOCK_R": PIECES_R, "BLOCK_H": BLOCK_H, "CHUNK": _CHUNK}
+        join = {"H": H, "CHUNK": _CHUNK, "PIECES": _PIECES, "WIDTH": _PIECE_WIDTH}
+        kernels = [
+            ("sum_pieces", _sum_pieces_kernel, pieces, piece_warps),
+            ("join_pieces", _join_pieces_kernel, join, 4),
+        ]
+        # Without dropout a kernel is a subset of the one with it: one width stands for all.
+        for p in (0.0, 0.1) if H == 768 else (0.1,):
+            front = row | {"THRESHOLD": keep_threshold(p), "BLOCK_R": BLOCK_R}
+            back = front | {"BLOCK_R": BACK_R, "SUM_R": SUM_R}
+            kernels += [
+                (f"embed_layer_norm p={p}", _forward_kernel, front, warps),
+                (f"embed_layer_norm_backward p={p}", _rows_backward_kernel, back, back_warps),
+            ]
         for dtype in STORAGE_DTYPES if H == 768 else (torch.bfloat16,):
-            name = triton_name(dtype)
-            types = integers | int64 | fp32 | dict.fromkeys(storage, f"*{name}") | {"eps": "fp32"}
-            kernels = [
-                ("sum_pieces", _sum_pieces_kernel, pieces, piece_warps),
-                ("join_pieces", _join_pieces_kernel,
-                 {"H": H, "CHUNK": _CHUNK, "PIECES": _PIECES, "WIDTH": _PIECE_WIDTH}, 4),
-            ]  # fmt: skip
-            for p in (0.0, 0.1):
-                row = blocks | {"THRESHOLD": keep_threshold(p), "TYPES": 2}
-                back = row | {"BLOCK_R": BACK_R, "SUM_R": SUM_R}
-                kernels += [
-                    (f"embed_layer_norm p={p}", _forward_kernel, row, warps),
-                    (f"embed_layer_norm_backward p={p}", _rows_backward_kernel, back, back_warps),
-                ]
-            for kernel, fn, constexprs, num_warps in kernels:
-                signature = {n: types[n] for n in fn.arg_names if n not in constexprs}
-                cases.append(
-                    CompileCase(kernel, f"{name} H={H}", fn, signature, constexprs, num_warps)
+            cases += [
+                CompileCase(
+                    name, f"{triton_name(dtype)} H={H}", kernel,
+                    kernel_signature(kernel, constexprs, dtype, **others), constexprs, num_warps,
                 )
+                for name, kernel, constexprs, num_warps in kernels
+            ]  # fmt: skip
     return cases

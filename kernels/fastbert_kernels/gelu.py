@@ -9,18 +9,12 @@ what the layer before left behind, so nothing else of that size is saved. At 65,
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.checks import (
-    STORAGE_DTYPES,
-    require,
-    require_launchable,
-    require_tensor,
-)
+from fastbert_kernels.checks import kernel_signature, require_tensor
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.layer_norm import (
+    MAX_WIDTH,
     add_rows,
     backward_config,
     backward_programs,
@@ -28,9 +22,11 @@ from fastbert_kernels.layer_norm import (
     forward_config,
     normalize,
     normalize_gradient,
-    require_width,
+    require_parameters,
+    require_rows,
 )
 from fastbert_kernels.reduce import multiprocessors, reduce_rows
+from fastbert_kernels.triton_import import tl, triton
 
 # Tiles of `bias_gelu`: 256 columns divide every BERT's widths; a warp takes them in one load of 16
 # bytes a thread, and has as many loads in flight as rows.
@@ -44,7 +40,7 @@ _HALF_LOG2_E = tl.constexpr(0.5 / math.log(2))
 
 
 @triton.jit
-def _upper_tail(x):  # type: ignore[no-untyped-def]
+def _upper_tail(x):
     """1 - Φ(|x|) in fp32: exp2 of a polynomial, exactly 1/2 at 0.
 
     The coefficients are a minimax fit of log2(1 - Φ), weighted by what the error does to GELU:
@@ -63,7 +59,7 @@ def _upper_tail(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gelu(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
+def gelu(x, TANH: tl.constexpr):
     """GELU of fp32 values."""
     if TANH:
         # (1 + tanh(u)) / 2 = sigmoid(2u), and needs no libdevice
@@ -72,7 +68,7 @@ def gelu(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gelu_slope(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
+def gelu_slope(x, TANH: tl.constexpr):
     """(GELU, its derivative) of fp32 values."""
     if TANH:
         share = tl.sigmoid(x * _SQRT_8_PI * (1.0 + 0.044715 * x * x))
@@ -93,7 +89,7 @@ def _bias_gelu_kernel(
     TANH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     blocks = tl.cdiv(H, BLOCK_C)  # neighbours in a row run side by side
     row = (tl.program_id(0) // blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -118,7 +114,7 @@ def _gelu_backward_kernel(
     BLOCK_R: tl.constexpr,
     SUM_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     dbias = tl.zeros((SUM_R, BLOCK_C), tl.float32)
     if HAS_BIAS:
@@ -155,7 +151,7 @@ def _gelu_layer_norm_kernel(
     H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_H)
     mask = (row < R)[:, None] & (column < H)[None, :]
@@ -187,7 +183,7 @@ def _gelu_layer_norm_backward_kernel(
     BLOCK_R: tl.constexpr,
     SUM_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     column = tl.arange(0, BLOCK_H)
     bias = tl.load(bias_ptr + column, column < H, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, column < H, other=0.0).to(tl.float32)
@@ -219,22 +215,9 @@ def _gelu_layer_norm_backward_kernel(
 
 
 def _is_tanh(op: str, approximate: str) -> bool:
-    require(
-        approximate in ("none", "tanh"),
-        f"{op}: approximate = {approximate!r}, expected 'none' or 'tanh'",
-    )
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"{op}: approximate = {approximate!r}, expected 'none' or 'tanh'")
     return approximate == "tanh"
-
-
-def _check(op: str, x: Tensor, parameters: dict[str, Tensor]) -> None:
-    require_launchable(op, _bias_gelu_kernel, x.device)
-    require_tensor(op, "x", x, (None, None), STORAGE_DTYPES, x.device)
-    H = x.shape[1]
-    require(H % 8 == 0 and H > 0, f"{op}: x has {H} columns, expected a multiple of 8")
-    dtype = next(iter(parameters.values())).dtype
-    require(dtype in STORAGE_DTYPES, f"{op}: bias is {dtype}, expected fp32, fp16 or bf16")
-    for name, parameter in parameters.items():
-        require_tensor(op, name, parameter, (H,), dtype, x.device)
 
 
 # bias_gelu
@@ -242,19 +225,17 @@ def _check(op: str, x: Tensor, parameters: dict[str, Tensor]) -> None:
 
 @torch.library.custom_op("fastbert::bias_gelu", mutates_args=())
 def _bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    tanh = _is_tanh("bias_gelu", approximate)
-    _check("bias_gelu", x, {"bias": bias})
     y = torch.empty_like(x)
     R, H = x.shape
     if R:
         _bias_gelu_kernel[(triton.cdiv(R, FORWARD_R) * triton.cdiv(H, BLOCK_C),)](
-            x, bias, y, R, H, tanh, FORWARD_R, BLOCK_C, num_warps=NUM_WARPS
+            x, bias, y, R, H, approximate == "tanh", FORWARD_R, BLOCK_C, num_warps=NUM_WARPS
         )
     return y
 
 
 @_bias_gelu.register_fake
-def _(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+def _(x, bias, approximate):
     return torch.empty_like(x)
 
 
@@ -268,24 +249,25 @@ def _gelu_backward(
     programs = multiprocessors(x.device) * BACKWARD_PROGRAMS // columns
     programs = max(1, min(programs, triton.cdiv(R, BACKWARD_R)))
     partials = torch.empty(programs, H, dtype=torch.float32, device=x.device)
+    like_bias = x if bias is None else bias
     _gelu_backward_kernel[(columns, programs)](
-        dy, x, x if bias is None else bias, dx, partials, R, H, bias is not None,
-        _is_tanh("gelu_backward", approximate), BACKWARD_R, SUM_R, BLOCK_C, num_warps=NUM_WARPS,
+        dy, x, like_bias, dx, partials, R, H, bias is not None, approximate == "tanh",
+        BACKWARD_R, SUM_R, BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return dx, reduce_rows(partials, (x if bias is None else bias).dtype)
+    return dx, reduce_rows(partials, like_bias.dtype)
 
 
 @_gelu_backward.register_fake
-def _(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+def _(dy, x, bias, approximate):
     return torch.empty_like(x), (x if bias is None else bias).new_empty(x.shape[1])
 
 
-def _save_bias_gelu(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save_bias_gelu(ctx, inputs, output):
     x, bias, ctx.approximate = inputs
     ctx.save_for_backward(x, bias)
 
 
-def _bias_gelu_gradients(ctx, dy):  # type: ignore[no-untyped-def]
+def _bias_gelu_gradients(ctx, dy):
     return *_gelu_backward(dy.contiguous(), *ctx.saved_tensors, ctx.approximate), None
 
 
@@ -302,6 +284,10 @@ def bias_gelu(
     Raises:
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous.
     """
+    op = "bias_gelu"
+    require_rows(op, _bias_gelu_kernel, x)
+    require_parameters(op, x, bias=bias)
+    _is_tanh(op, approximate)
     out: Tensor = _bias_gelu(x, bias, approximate)
     return out
 
@@ -317,8 +303,12 @@ def gelu_backward(
     Raises:
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous.
     """
-    _check("gelu_backward", x, {"x's row": x[0]} if bias is None else {"bias": bias})
-    require_tensor("gelu_backward", "dy", dy, tuple(x.shape), x.dtype, x.device)
+    op = "gelu_backward"
+    require_rows(op, _gelu_backward_kernel, x, reference="reference.bias_gelu")
+    if bias is not None:
+        require_parameters(op, x, bias=bias)
+    require_tensor(op, "dy", dy, tuple(x.shape), x.dtype, x.device)
+    _is_tanh(op, approximate)
     dx, dbias = _gelu_backward(dy, x, bias, approximate)
     return dx, dbias
 
@@ -329,27 +319,21 @@ def gelu_backward(
 @torch.library.custom_op("fastbert::gelu_layer_norm", mutates_args=())
 def _gelu_layer_norm(
     x: Tensor, bias: Tensor, weight: Tensor, beta: Tensor, eps: float, approximate: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    op = "gelu_layer_norm"
-    tanh = _is_tanh(op, approximate)
-    _check(op, x, {"bias": bias, "weight": weight, "beta": beta})
-    require_width(op, x.shape[1])
+) -> tuple[Tensor, Tensor, Tensor]:  # y, mean, rstd
     R, H = x.shape
     y = torch.empty_like(x)
     mean, rstd = (torch.empty(R, dtype=torch.float32, device=x.device) for _ in range(2))
     BLOCK_R, num_warps = forward_config(H)
     if R:
         _gelu_layer_norm_kernel[(triton.cdiv(R, BLOCK_R),)](
-            x, bias, weight, beta, y, mean, rstd, R, eps, tanh, H, BLOCK_R, block_width(H),
-            num_warps=num_warps,
+            x, bias, weight, beta, y, mean, rstd, R, eps,
+            approximate == "tanh", H, BLOCK_R, block_width(H), num_warps=num_warps,
         )  # fmt: skip
     return y, mean, rstd
 
 
 @_gelu_layer_norm.register_fake
-def _(
-    x: Tensor, bias: Tensor, weight: Tensor, beta: Tensor, eps: float, approximate: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x, bias, weight, beta, eps, approximate):
     statistics = x.new_empty(x.shape[0], dtype=torch.float32)
     return torch.empty_like(x), statistics, torch.empty_like(statistics)
 
@@ -371,31 +355,22 @@ def _gelu_layer_norm_backward(
     partials = torch.empty(programs, 3, H, dtype=torch.float32, device=x.device)
     _gelu_layer_norm_backward_kernel[(programs,)](
         dy, x, bias, weight, mean, rstd, dx, partials, R,
-        _is_tanh("gelu_layer_norm", approximate), H, BLOCK_R, SUM_R, block_width(H),
-        num_warps=num_warps,
+        approximate == "tanh", H, BLOCK_R, SUM_R, block_width(H), num_warps=num_warps,
     )  # fmt: skip
     return dx, reduce_rows(partials, weight.dtype)
 
 
 @_gelu_layer_norm_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    approximate: str,
-) -> tuple[Tensor, Tensor]:
+def _(dy, x, bias, weight, mean, rstd, approximate):
     return torch.empty_like(x), weight.new_empty(3, x.shape[1])
 
 
-def _save_gelu_layer_norm(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save_gelu_layer_norm(ctx, inputs, output):
     x, bias, weight, _, _, ctx.approximate = inputs
     ctx.save_for_backward(x, bias, weight, *output[1:])
 
 
-def _gelu_layer_norm_gradients(ctx, dy, *_):  # type: ignore[no-untyped-def]
+def _gelu_layer_norm_gradients(ctx, dy, *_):
     dx, dparameters = _gelu_layer_norm_backward(
         dy.contiguous(), *ctx.saved_tensors, ctx.approximate
     )
@@ -420,70 +395,40 @@ def gelu_layer_norm(
     Raises:
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous.
     """
+    op = "gelu_layer_norm"
+    require_rows(op, _gelu_layer_norm_kernel, x, MAX_WIDTH)
+    require_parameters(op, x, bias=bias, weight=weight, beta=beta)
+    _is_tanh(op, approximate)
     out: Tensor = _gelu_layer_norm(x, bias, weight, beta, eps, approximate)[0]
     return out
 
 
 def compile_cases() -> list[CompileCase]:
-    t = "*bf16"
-    cases = []
+    """Every kernel in every shipped configuration, for the compile report."""
+    kinds = []
     for approximate in ("none", "tanh"):
-        tanh = {"TANH": approximate == "tanh"}
-        cases.append(
-            CompileCase(
-                name="bias_gelu",
-                configuration=f"bf16 {approximate}",
-                fn=_bias_gelu_kernel,
-                signature={"x_ptr": t, "bias_ptr": t, "y_ptr": t, "R": "i32", "H": "i32"},
-                constexprs=tanh | {"BLOCK_R": FORWARD_R, "BLOCK_C": BLOCK_C},
-                num_warps=NUM_WARPS,
-                divisible_by_16=("H",),
-            )
-        )
-        cases.append(
-            CompileCase(
-                name="gelu_backward",
-                configuration=f"bf16 {approximate}",
-                fn=_gelu_backward_kernel,
-                signature={
-                    "dy_ptr": t, "x_ptr": t, "bias_ptr": t, "dx_ptr": t, "partials_ptr": "*fp32",
-                    "R": "i32", "H": "i32",
-                },
-                constexprs=tanh
-                | {"HAS_BIAS": True, "BLOCK_R": BACKWARD_R, "SUM_R": SUM_R, "BLOCK_C": BLOCK_C},
-                num_warps=NUM_WARPS,
-                divisible_by_16=("H",),
-            )
-        )  # fmt: skip
-        for H in (768,) if approximate == "tanh" else (128, 768, 1024):
-            shared = tanh | {"H": H, "BLOCK_H": block_width(H)}
+        tanh = {"TANH": approximate == "tanh", "BLOCK_C": BLOCK_C}
+        back = tanh | {"HAS_BIAS": True, "BLOCK_R": BACKWARD_R, "SUM_R": SUM_R}
+        kinds += [
+            ("bias_gelu", _bias_gelu_kernel, approximate, tanh | {"BLOCK_R": FORWARD_R}, NUM_WARPS),
+            ("gelu_backward", _gelu_backward_kernel, approximate, back, NUM_WARPS),
+        ]
+        for H in (128, 384, 768, 1024) if approximate == "none" else (768,):
             BLOCK_R, num_warps = forward_config(H)
-            cases.append(
-                CompileCase(
-                    name="gelu_layer_norm",
-                    configuration=f"bf16 {approximate} H={H}",
-                    fn=_gelu_layer_norm_kernel,
-                    signature={
-                        "x_ptr": t, "bias_ptr": t, "weight_ptr": t, "beta_ptr": t, "y_ptr": t,
-                        "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "R": "i32", "eps": "fp32",
-                    },
-                    constexprs=shared | {"BLOCK_R": BLOCK_R},
-                    num_warps=num_warps,
-                )
-            )  # fmt: skip
-            BLOCK_R, sum_rows, num_warps = backward_config(H)
-            cases.append(
-                CompileCase(
-                    name="gelu_layer_norm_backward",
-                    configuration=f"bf16 {approximate} H={H}",
-                    fn=_gelu_layer_norm_backward_kernel,
-                    signature={
-                        "dy_ptr": t, "x_ptr": t, "bias_ptr": t, "weight_ptr": t,
-                        "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": t,
-                        "partials_ptr": "*fp32", "R": "i32",
-                    },
-                    constexprs=shared | {"BLOCK_R": BLOCK_R, "SUM_R": sum_rows},
-                    num_warps=num_warps,
-                )
-            )  # fmt: skip
-    return cases
+            BACK_R, sum_rows, back_warps = backward_config(H)
+            row = {"TANH": approximate == "tanh", "H": H, "BLOCK_H": block_width(H)}
+            back = row | {"BLOCK_R": BACK_R, "SUM_R": sum_rows}
+            row |= {"BLOCK_R": BLOCK_R}
+            label = f"{approximate} H={H}"
+            kinds += [
+                ("gelu_layer_norm", _gelu_layer_norm_kernel, label, row, num_warps),
+                ("gelu_layer_norm_backward", _gelu_layer_norm_backward_kernel, label, back,
+                 back_warps),
+            ]  # fmt: skip
+    return [
+        CompileCase(
+            name, f"bf16 {label}", kernel, kernel_signature(kernel, constexprs, torch.bfloat16),
+            constexprs, num_warps, divisible_by_16=() if "H" in constexprs else ("H",),
+        )
+        for name, kernel, label, constexprs, num_warps in kinds
+    ]  # fmt: skip

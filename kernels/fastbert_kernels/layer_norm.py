@@ -6,22 +6,24 @@ writes dx, dresidual), 6 without dropout, where dx is dresidual. At 65,536 x 768
 is a floor of 0.134 ms each way. Saving z costs what reading x and residual again would.
 """
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastbert_kernels.checks import (
     STORAGE_DTYPES,
-    require,
+    kernel_signature,
     require_launchable,
     require_seed,
     require_tensor,
+    triton_name,
 )
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.philox import TILE, keep_threshold
 from fastbert_kernels.philox_triton import dropout_key, keep_columns
 from fastbert_kernels.reduce import multiprocessors, reduce_rows
+from fastbert_kernels.triton_import import tl, triton
 
 MAX_WIDTH = 4096
 
@@ -63,7 +65,7 @@ def normalize(
     mask,
     eps,
     H: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """(mean, rstd, (z - mean) rstd). The second pass over registers keeps the variance exact."""
     mean = tl.sum(z, axis=1) / H
     centered = tl.where(mask, z - mean[:, None], 0.0)
@@ -77,7 +79,7 @@ def normalize_gradient(
     xhat,
     rstd,  # (BLOCK_R,)
     H: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """Gradient of `normalize` by z: rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat))."""
     # Joined, the two sums cross the warps together: one barrier, not two.
     sums = tl.sum(tl.join(dxhat, dxhat * xhat), axis=1) / H
@@ -89,7 +91,7 @@ def normalize_gradient(
 def add_rows(
     total,  # (SUM_R, BLOCK_H) fp32
     addend,  # (BLOCK_R, BLOCK_H) fp32
-):  # type: ignore[no-untyped-def]
+):
     """Adds rows SUM_R apart, which one thread holds: nothing crosses threads inside the loop."""
     SUM_R: tl.constexpr = total.shape[0]
     BLOCK_H: tl.constexpr = total.shape[1]
@@ -116,7 +118,7 @@ def _forward_kernel(
     H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_H)
     mask = (row < R)[:, None] & (column < H)[None, :]
@@ -160,7 +162,7 @@ def _backward_kernel(
     BLOCK_R: tl.constexpr,
     SUM_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     column = tl.arange(0, BLOCK_H)
     weight = tl.load(weight_ptr + column, column < H, other=0.0).to(tl.float32)
     dbias = tl.zeros((SUM_R, BLOCK_H), tl.float32)
@@ -197,26 +199,32 @@ def _backward_kernel(
     tl.store(partials_ptr + 2 * H, tl.sum(dbeta, axis=0), column < H)
 
 
-def _check(
-    x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, beta: Tensor, seed: Tensor
+def require_rows(
+    op: str,
+    kernel: Any,
+    x: Tensor,  # (R, H)
+    max_width: int | None = None,
+    reference: str | None = None,
 ) -> None:
-    op, device = "dropout_add_layer_norm", x.device
-    require_launchable(op, _forward_kernel, device)
-    require_tensor(op, "x", x, (None, None), STORAGE_DTYPES, device)
-    require_width(op, x.shape[1])
-    require_tensor(op, "residual", residual, tuple(x.shape), x.dtype, device)
-    require_tensor(op, "bias", bias, (x.shape[1],), STORAGE_DTYPES, device)
-    for name, parameter in (("weight", weight), ("beta", beta)):
-        require_tensor(op, name, parameter, (x.shape[1],), bias.dtype, device)
-    require_seed(op, seed, device)
+    """A launch over rows: where it runs, and a width that fits."""
+    require_launchable(op, kernel, x.device, reference)
+    require_tensor(op, "x", x, (None, None), STORAGE_DTYPES, x.device)
+    require_width(op, x.shape[1], max_width)
 
 
-def require_width(op: str, H: int) -> None:
-    """Rows of H columns fit a block and 16-byte loads."""
-    require(
-        H % 8 == 0 and 0 < H <= MAX_WIDTH,
-        f"{op}: x has {H} columns, expected a multiple of 8 up to {MAX_WIDTH}",
-    )
+def require_width(op: str, H: int, max_width: int | None = MAX_WIDTH) -> None:
+    """Rows of H columns fit 16-byte loads and, unless `max_width` is None, a block."""
+    if H % 8 or H == 0 or (max_width is not None and H > max_width):
+        limit = "" if max_width is None else f" up to {max_width}"
+        raise ValueError(f"{op}: x has {H} columns, expected a multiple of 8{limit}")
+
+
+def require_parameters(op: str, x: Tensor, **parameters: Tensor) -> None:
+    """Each is (H,), all of one dtype, which may be wider than `x`'s."""
+    dtypes: tuple[torch.dtype, ...] = STORAGE_DTYPES
+    for name, parameter in parameters.items():
+        require_tensor(op, name, parameter, (x.shape[1],), dtypes, x.device)
+        dtypes = (parameter.dtype,)
 
 
 @torch.library.custom_op("fastbert::dropout_add_layer_norm", mutates_args=())
@@ -230,8 +238,7 @@ def _forward(
     dropout_p: float,
     seed: Tensor,
     stream: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, bias, residual, weight, beta, seed)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y, z, mean, rstd
     R, H = x.shape
     y, z = torch.empty_like(x), torch.empty_like(x)
     mean, rstd = (torch.empty(R, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -245,17 +252,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    beta: Tensor,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor,
-    stream: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x, bias, residual, weight, beta, eps, dropout_p, seed, stream):
     statistics = x.new_empty(x.shape[0], dtype=torch.float32)
     return torch.empty_like(x), torch.empty_like(x), statistics, torch.empty_like(statistics)
 
@@ -286,32 +283,21 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    dy: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_p: float,
-    seed: Tensor,
-    stream: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy, z, weight, mean, rstd, dropout_p, seed, stream):
     R, H = z.shape
     dx = z.new_empty(R if keep_threshold(dropout_p) < 256 else 0, H)
     return dx, torch.empty_like(z), weight.new_empty(3, H)
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     _, _, _, weight, _, _, ctx.dropout_p, seed, ctx.stream = inputs
     _, z, mean, rstd = output
     ctx.save_for_backward(z, weight, mean, rstd, seed)
 
 
-def _gradients(ctx, dy, *_):  # type: ignore[no-untyped-def]
-    z, weight, mean, rstd, seed = ctx.saved_tensors
-    dx, dresidual, dparameters = _backward(
-        dy.contiguous(), z, weight, mean, rstd, ctx.dropout_p, seed, ctx.stream
-    )
+def _gradients(ctx, dy, *_):
+    *saved, seed = ctx.saved_tensors
+    dx, dresidual, dparameters = _backward(dy.contiguous(), *saved, ctx.dropout_p, seed, ctx.stream)
     if keep_threshold(ctx.dropout_p) == 256:
         dx = dresidual
     dbias, dweight, dbeta = dparameters.unbind(0)
@@ -340,46 +326,32 @@ def dropout_add_layer_norm(
     Raises:
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous.
     """
+    op = "dropout_add_layer_norm"
+    require_rows(op, _forward_kernel, x, MAX_WIDTH)
+    require_tensor(op, "residual", residual, tuple(x.shape), x.dtype, x.device)
+    require_parameters(op, x, bias=bias, weight=weight, beta=beta)
+    require_seed(op, seed, x.device)
+    keep_threshold(dropout_p)
     out: Tensor = _forward(x, bias, residual, weight, beta, eps, dropout_p, seed, stream)[0]
     return out
 
 
 def compile_cases() -> list[CompileCase]:
+    """Every kernel in every shipped configuration, for the compile report."""
     cases = []
     # Without dropout a kernel is a subset of the one with it: one width stands for all.
-    kinds = [("bf16", H, 0.1) for H in (128, 384, 768, 1024, 4096)]
-    for dtype, H, dropout_p in [*kinds, ("bf16", 768, 0.0), ("fp32", 768, 0.1)]:
-        t = f"*{dtype}"
-        configuration = f"{dtype} H={H} p={dropout_p}"
-        shared = {"THRESHOLD": keep_threshold(dropout_p), "H": H, "BLOCK_H": block_width(H)}
+    kinds = [(torch.bfloat16, H, 0.1) for H in (128, 384, 768, 1024, 4096)]
+    more = [(torch.bfloat16, 0.0), (torch.float16, 0.1), (torch.float32, 0.1)]
+    for dtype, H, dropout_p in [*kinds, *((dtype, 768, p) for dtype, p in more)]:
         BLOCK_R, num_warps = forward_config(H)
-        cases.append(
-            CompileCase(
-                name="dropout_add_layer_norm",
-                configuration=configuration,
-                fn=_forward_kernel,
-                signature={
-                    "x_ptr": t, "bias_ptr": t, "residual_ptr": t, "weight_ptr": t, "beta_ptr": t,
-                    "seed_ptr": "*i64", "y_ptr": t, "z_ptr": t, "mean_ptr": "*fp32",
-                    "rstd_ptr": "*fp32", "R": "i32", "stream": "i32", "eps": "fp32",
-                },
-                constexprs=shared | {"BLOCK_R": BLOCK_R},
-                num_warps=num_warps,
-            )
-        )  # fmt: skip
-        BLOCK_R, SUM_R, num_warps = backward_config(H)
-        cases.append(
-            CompileCase(
-                name="dropout_add_layer_norm_backward",
-                configuration=configuration,
-                fn=_backward_kernel,
-                signature={
-                    "dy_ptr": t, "z_ptr": t, "weight_ptr": t, "mean_ptr": "*fp32",
-                    "rstd_ptr": "*fp32", "seed_ptr": "*i64", "dx_ptr": t, "dresidual_ptr": t,
-                    "partials_ptr": "*fp32", "R": "i32", "stream": "i32",
-                },
-                constexprs=shared | {"BLOCK_R": BLOCK_R, "SUM_R": SUM_R},
-                num_warps=num_warps,
-            )
-        )  # fmt: skip
+        BACK_R, SUM_R, back_warps = backward_config(H)
+        row = {"THRESHOLD": keep_threshold(dropout_p), "H": H, "BLOCK_H": block_width(H)}
+        back = row | {"BLOCK_R": BACK_R, "SUM_R": SUM_R}
+        for name, kernel, constexprs, warps in (
+            ("dropout_add_layer_norm", _forward_kernel, row | {"BLOCK_R": BLOCK_R}, num_warps),
+            ("dropout_add_layer_norm_backward", _backward_kernel, back, back_warps),
+        ):
+            signature = kernel_signature(kernel, constexprs, dtype)
+            label = f"{triton_name(dtype)} H={H} p={dropout_p}"
+            cases.append(CompileCase(name, label, kernel, signature, constexprs, warps))
     return cases

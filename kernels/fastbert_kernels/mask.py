@@ -7,14 +7,18 @@ counts is that it is one launch. T tokens packed, V vocabulary.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.checks import require_launchable, require_seed, require_tensor
+from fastbert_kernels.checks import (
+    kernel_signature,
+    require_launchable,
+    require_seed,
+    require_tensor,
+)
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.philox_triton import dropout_key, philox_words
 from fastbert_kernels.reference_optimizer import MASK_GROUP, SHARE_KEPT_BELOW, SHARE_MASK, share
+from fastbert_kernels.triton_import import tl, triton
 
 _BLOCK = 512
 
@@ -34,7 +38,7 @@ def _mask_kernel(
     RANDOM: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < T
     ids = tl.load(input_ids_ptr + token, inside, other=0)
@@ -51,6 +55,25 @@ def _mask_kernel(
 
 
 @torch.library.custom_op("fastbert::mask_tokens", mutates_args=())
+def _mask_tokens(
+    input_ids: Tensor, is_special: Tensor, seed: Tensor, mlm_probability: float, mask_id: int
+) -> tuple[Tensor, Tensor]:
+    T = input_ids.numel()
+    masked_ids, labels = torch.empty_like(input_ids), torch.empty_like(input_ids)
+    if T:
+        _mask_kernel[(triton.cdiv(T, _BLOCK),)](
+            input_ids, is_special, seed, masked_ids, labels, T, is_special.numel(), mask_id,
+            CHOSEN=share(mlm_probability), MASK=share(SHARE_MASK), RANDOM=share(SHARE_KEPT_BELOW),
+            GROUP=MASK_GROUP, BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return masked_ids, labels
+
+
+@_mask_tokens.register_fake
+def _(input_ids, is_special, seed, mlm_probability, mask_id):
+    return torch.empty_like(input_ids), torch.empty_like(input_ids)
+
+
 def mask_tokens(
     input_ids: Tensor,  # (T,) int64
     is_special: Tensor,  # (V,) bool: tokens never chosen
@@ -65,34 +88,23 @@ def mask_tokens(
             mask_id outside the vocabulary.
     """
     op, device = "mask_tokens", input_ids.device
-    require_launchable(op, _mask_kernel, device)
+    require_launchable(op, _mask_kernel, device, "reference_optimizer.mask_tokens")
     require_tensor(op, "input_ids", input_ids, (None,), torch.int64, device)
     require_tensor(op, "is_special", is_special, (None,), torch.bool, device)
     require_seed(op, seed, device)
-    T, V = input_ids.numel(), is_special.numel()
+    V = is_special.numel()
     if not 0.0 <= mlm_probability <= 1.0:
         raise ValueError(f"{op}: mlm_probability = {mlm_probability} is outside [0, 1]")
     if not 0 <= mask_id < V:
         raise ValueError(f"{op}: mask_id = {mask_id} is outside the vocabulary of {V}")
-    masked_ids, labels = torch.empty_like(input_ids), torch.empty_like(input_ids)
-    if T:
-        _mask_kernel[(triton.cdiv(T, _BLOCK),)](
-            input_ids, is_special, seed, masked_ids, labels, T, V, mask_id,
-            CHOSEN=share(mlm_probability), MASK=share(SHARE_MASK), RANDOM=share(SHARE_KEPT_BELOW),
-            GROUP=MASK_GROUP, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
-    return masked_ids, labels
-
-
-@mask_tokens.register_fake
-def _(input_ids, is_special, seed, mlm_probability, mask_id):  # type: ignore[no-untyped-def]
-    return torch.empty_like(input_ids), torch.empty_like(input_ids)
+    masked: tuple[Tensor, Tensor] = _mask_tokens(
+        input_ids, is_special, seed, mlm_probability, mask_id
+    )
+    return masked
 
 
 def compile_cases() -> list[CompileCase]:
     """Every kernel in every shipped configuration, for the compile report."""
-    pointers = dict.fromkeys(("input_ids_ptr", "seed_ptr", "masked_ids_ptr", "labels_ptr"), "*i64")
-    integers = dict.fromkeys(("T", "V", "mask_id"), "i32")
     constexprs = {
         "CHOSEN": share(0.15),
         "MASK": share(SHARE_MASK),
@@ -100,5 +112,5 @@ def compile_cases() -> list[CompileCase]:
         "GROUP": MASK_GROUP,
         "BLOCK": _BLOCK,
     }
-    signature = pointers | {"is_special_ptr": "*i1"} | integers
+    signature = kernel_signature(_mask_kernel, constexprs, torch.int64, is_special_ptr="*i1")
     return [CompileCase("mask_tokens", "15%", _mask_kernel, signature, constexprs, num_warps=4)]

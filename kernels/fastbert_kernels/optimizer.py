@@ -18,14 +18,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from fastbert_kernels.checks import require, require_launchable, require_tensor, triton_name
+from fastbert_kernels.checks import (
+    STORAGE_DTYPES,
+    kernel_signature,
+    require,
+    require_launchable,
+    require_tensor,
+)
 from fastbert_kernels.compile_cases import CompileCase
+from fastbert_kernels.triton_import import tl, triton
 
-_GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # 4 elements a thread, 16 bytes of each fp32 buffer: with 8, Triton loads as the bf16 store wants it
 # and sends m, v and w through shared memory before storing them.
 _BLOCK, _NUM_WARPS = 1024, 8
@@ -47,7 +51,7 @@ def _square_sums_kernel(
     partials_ptr,  # (programs,) fp32
     P,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """Partial sums of g². An inf or a nan anywhere makes the sum inf or nan."""
     sums = tl.zeros((BLOCK,), tl.float32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -74,7 +78,7 @@ def _prepare_kernel(
     LOG_BETA2: tl.constexpr,
     LR_IN_STEP_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """One program: the norm, whether it is finite, and every scalar of the update."""
     cols = tl.arange(0, BLOCK)
     partials = tl.load(partials_ptr + cols, mask=cols < programs, other=0.0)
@@ -104,7 +108,7 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _moments(grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, offsets, inside, decay1, decay2):  # type: ignore[no-untyped-def]
+def _moments(grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, offsets, inside, decay1, decay2):
     """Updates both moments and returns them; decay1 = 1 - beta1, decay2 = 1 - beta2."""
     g = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(exp_avg_ptr + offsets, mask=inside, other=0.0)
@@ -133,7 +137,7 @@ def _adamw_kernel(
     weight_decay,
     BLOCK: tl.constexpr,
     WRITE_BACK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     if tl.load(scalars_ptr + _FINITE) == 0.0:
         return
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -152,13 +156,13 @@ def _adamw_kernel(
 
 
 @triton.jit
-def _lamb_update(w, m, v, scalars_ptr, weight_decay, eps):  # type: ignore[no-untyped-def]
+def _lamb_update(w, m, v, scalars_ptr, weight_decay, eps):
     step_size, root = tl.load(scalars_ptr + _STEP_SIZE), tl.load(scalars_ptr + _ROOT)
     return step_size * (m / (tl.sqrt(v) / root + eps)) + weight_decay * w
 
 
 @triton.jit
-def _bounds(bounds_ptr, block):  # type: ignore[no-untyped-def]
+def _bounds(bounds_ptr, block):
     # Without the promise, what comes from memory would make every access 4 bytes wide.
     start, stop = tl.load(bounds_ptr + block * 2), tl.load(bounds_ptr + block * 2 + 1)
     return tl.multiple_of(start, 16), tl.multiple_of(stop, 16)
@@ -180,7 +184,7 @@ def _lamb_moments_kernel(
     weight_decay,
     BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """Moments, and the partial norms of weights and updates; a block lies in one parameter."""
     if tl.load(scalars_ptr + _FINITE) == 0.0:
         return
@@ -213,7 +217,7 @@ def _lamb_ratios_kernel(
     blocks,
     decay_end,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     if tl.load(scalars_ptr + _FINITE) == 0.0:
         return
     parameter = tl.program_id(0)
@@ -246,7 +250,7 @@ def _lamb_apply_kernel(
     BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
     WRITE_BACK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     if tl.load(scalars_ptr + _FINITE) == 0.0:
         return
     # Backwards: what the first pass read last is still in L2.
@@ -311,37 +315,17 @@ def lamb_table(spans: list[tuple[int, int]], device: torch.device | str) -> Lamb
     )
 
 
-def _check(
-    op: str,
+_MUTATED = ("master", "exp_avg", "exp_avg_sq", "weights", "step", "skipped", "grad_norm")
+
+
+@torch.library.custom_op("fastbert::optimizer_step", mutates_args=_MUTATED)
+def _step(
+    table: list[Tensor],  # of LAMB; empty for AdamW
     master: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     weights: Tensor | None,
-    fp32_scalars: dict[str, Tensor],
-    counters: dict[str, Tensor],
-    beta1: float,
-    beta2: float,
-    decay_end: int,
-) -> None:
-    device, P = master.device, master.numel()
-    require_launchable(op, _adamw_kernel, device)
-    for name, tensor in {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items():
-        require_tensor(op, name, tensor, (P,), torch.float32, device)
-    require_tensor(op, "grad", grad, (P,), _GRAD_DTYPES, device)
-    if weights is not None:
-        require_tensor(op, "weights", weights, (P,), _GRAD_DTYPES, device)
-    for name, tensor in fp32_scalars.items():
-        require_tensor(op, name, tensor, (), torch.float32, device)
-    for name, tensor in counters.items():
-        require_tensor(op, name, tensor, (), torch.int64, device)
-    require(P > 0, f"{op}: master is empty")
-    require(0 < beta1 < 1 and 0 < beta2 < 1, f"{op}: betas {beta1}, {beta2} are not inside (0, 1)")
-    require(0 <= decay_end <= P, f"{op}: decay_end = {decay_end} is outside [0, {P}]")
-
-
-def _prepare(
-    grad: Tensor,
     lr: Tensor,
     step: Tensor,
     skipped: Tensor,
@@ -349,27 +333,78 @@ def _prepare(
     grad_norm: Tensor,
     beta1: float,
     beta2: float,
+    eps: float,
+    weight_decay: float,
+    decay_end: int,
     max_grad_norm: float,
-    lr_in_step_size: bool,
-) -> Tensor:
-    """The first two launches; returns the scalars of the update."""
-    P = grad.numel()
+) -> None:
+    P = master.numel()
     programs = min(triton.cdiv(P, _NORM_BLOCK), _NORM_PROGRAMS)
-    partials = torch.empty(programs, device=grad.device, dtype=torch.float32)
-    scalars = torch.empty(_SCALARS, device=grad.device, dtype=torch.float32)
+    partials, scalars = (_fp32(master.device, size) for size in (programs, _SCALARS))
     _square_sums_kernel[(programs,)](grad, partials, P, BLOCK=_NORM_BLOCK, num_warps=_NORM_WARPS)
     _prepare_kernel[(1,)](
         partials, lr, step, skipped, grad_scale, grad_norm, scalars, programs,
         MAX_GRAD_NORM=max_grad_norm, LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2),
-        LR_IN_STEP_SIZE=lr_in_step_size, BLOCK=_NORM_PROGRAMS, num_warps=4,
+        LR_IN_STEP_SIZE=not table, BLOCK=_NORM_PROGRAMS, num_warps=4,
     )  # fmt: skip
-    return scalars
+    moments = (master, grad, exp_avg, exp_avg_sq)
+    rounded, write = (master, False) if weights is None else (weights, True)
+    factors = (decay_end, 1 - beta1, 1 - beta2, eps, weight_decay)
+    if not table:
+        _adamw_kernel[(triton.cdiv(P, _BLOCK),)](
+            *moments, rounded, scalars, P, *factors,
+            BLOCK=_BLOCK, WRITE_BACK=write, num_warps=_NUM_WARPS,
+        )  # fmt: skip
+        return
+    bounds, parameter, first_block = table
+    blocks, parameters = bounds.shape[0], first_block.numel() - 1
+    partials, rates = _fp32(master.device, 2 * blocks), _fp32(master.device, parameters)
+    _lamb_moments_kernel[(blocks,)](
+        *moments, scalars, bounds, partials, *factors,
+        BLOCK=_LAMB_BLOCK, PIECE=_BLOCK, num_warps=_NUM_WARPS,
+    )  # fmt: skip
+    _lamb_ratios_kernel[(parameters,)](
+        partials, first_block, bounds, scalars, rates, blocks, decay_end, BLOCK=_BLOCK, num_warps=4
+    )
+    _lamb_apply_kernel[(blocks,)](
+        master, exp_avg, exp_avg_sq, rounded, scalars, bounds, parameter, rates,
+        decay_end, eps, weight_decay,
+        BLOCK=_LAMB_BLOCK, PIECE=_BLOCK, WRITE_BACK=write, num_warps=_NUM_WARPS,
+    )  # fmt: skip
 
 
-_MUTATED = ("master", "exp_avg", "exp_avg_sq", "weights", "step", "skipped", "grad_norm")
+@_step.register_fake
+def _(*args):
+    return None
 
 
-@torch.library.custom_op("fastbert::adamw_step", mutates_args=_MUTATED)
+def _fp32(device: torch.device, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=device)
+
+
+def _check(
+    op, master, grad, exp_avg, exp_avg_sq, weights, lr, step, skipped, grad_scale, grad_norm,
+    beta1, beta2, decay_end,
+):  # fmt: skip
+    device, P = master.device, master.numel()
+    require_launchable(op, _adamw_kernel, device, f"reference_optimizer.{op}")
+    require_tensor(op, "master", master, (None,), torch.float32, device)
+    require(P > 0, f"{op}: master is empty")
+    for name, tensor in {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items():
+        require_tensor(op, name, tensor, (P,), torch.float32, device)
+    require_tensor(op, "grad", grad, (P,), STORAGE_DTYPES, device)
+    if weights is not None:
+        require_tensor(op, "weights", weights, (P,), STORAGE_DTYPES, device)
+    for name, tensor in {"lr": lr, "grad_scale": grad_scale, "grad_norm": grad_norm}.items():
+        require_tensor(op, name, tensor, (), torch.float32, device)
+    for name, tensor in {"step": step, "skipped": skipped}.items():
+        require_tensor(op, name, tensor, (), torch.int64, device)
+    if not (0 < beta1 < 1 and 0 < beta2 < 1):
+        raise ValueError(f"{op}: betas {beta1}, {beta2} are not inside (0, 1)")
+    if not 0 <= decay_end <= P:
+        raise ValueError(f"{op}: decay_end = {decay_end} is outside [0, {P}]")
+
+
 def adamw_step(
     master: Tensor,  # (P,) fp32
     grad: Tensor,  # (P,) fp32, bf16 or fp16: grad_scale times the gradient
@@ -393,69 +428,11 @@ def adamw_step(
     Raises:
         ValueError: a buffer's shape, dtype or device does not fit, or a setting is out of range.
     """
-    _check(
-        "adamw_step", master, grad, exp_avg, exp_avg_sq, weights,
-        {"lr": lr, "grad_scale": grad_scale, "grad_norm": grad_norm},
-        {"step": step, "skipped": skipped}, beta1, beta2, decay_end,
+    tensors = (
+        master, grad, exp_avg, exp_avg_sq, weights, lr, step, skipped, grad_scale, grad_norm
     )  # fmt: skip
-    scalars = _prepare(
-        grad, lr, step, skipped, grad_scale, grad_norm, beta1, beta2, max_grad_norm, True
-    )
-    P = master.numel()
-    _adamw_kernel[(triton.cdiv(P, _BLOCK),)](
-        master, grad, exp_avg, exp_avg_sq, master if weights is None else weights, scalars,
-        P, decay_end, 1 - beta1, 1 - beta2, eps, weight_decay,
-        BLOCK=_BLOCK, WRITE_BACK=weights is not None, num_warps=_NUM_WARPS,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("fastbert::lamb_step", mutates_args=_MUTATED)
-def _lamb_step(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    weights: Tensor | None,
-    lr: Tensor,
-    step: Tensor,
-    skipped: Tensor,
-    grad_scale: Tensor,
-    grad_norm: Tensor,
-    bounds: Tensor,
-    parameter: Tensor,
-    first_block: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decay_end: int,
-    max_grad_norm: float,
-) -> None:
-    scalars = _prepare(
-        grad, lr, step, skipped, grad_scale, grad_norm, beta1, beta2, max_grad_norm, False
-    )
-    blocks, parameters = bounds.shape[0], first_block.numel() - 1
-    partials = torch.empty(2, blocks, device=master.device, dtype=torch.float32)
-    rates = torch.empty(parameters, device=master.device, dtype=torch.float32)
-    _lamb_moments_kernel[(blocks,)](
-        master, grad, exp_avg, exp_avg_sq, scalars, bounds, partials,
-        decay_end, 1 - beta1, 1 - beta2, eps, weight_decay,
-        BLOCK=_LAMB_BLOCK, PIECE=_BLOCK, num_warps=_NUM_WARPS,
-    )  # fmt: skip
-    _lamb_ratios_kernel[(parameters,)](
-        partials, first_block, bounds, scalars, rates, blocks, decay_end, BLOCK=_BLOCK, num_warps=4
-    )
-    _lamb_apply_kernel[(blocks,)](
-        master, exp_avg, exp_avg_sq, master if weights is None else weights, scalars, bounds,
-        parameter, rates, decay_end, eps, weight_decay,
-        BLOCK=_LAMB_BLOCK, PIECE=_BLOCK, WRITE_BACK=weights is not None, num_warps=_NUM_WARPS,
-    )  # fmt: skip
-
-
-@adamw_step.register_fake
-@_lamb_step.register_fake
-def _(*args, **kwargs) -> None:  # type: ignore[no-untyped-def]
-    return None
+    _check("adamw_step", *tensors, beta1, beta2, decay_end)
+    _step([], *tensors, beta1, beta2, eps, weight_decay, decay_end, max_grad_norm)
 
 
 def lamb_step(
@@ -482,65 +459,60 @@ def lamb_step(
     Raises:
         ValueError: a buffer's shape, dtype or device does not fit, or a setting is out of range.
     """
-    _check(
-        "lamb_step", master, grad, exp_avg, exp_avg_sq, weights,
-        {"lr": lr, "grad_scale": grad_scale, "grad_norm": grad_norm},
-        {"step": step, "skipped": skipped}, beta1, beta2, decay_end,
+    tensors = (
+        master, grad, exp_avg, exp_avg_sq, weights, lr, step, skipped, grad_scale, grad_norm
     )  # fmt: skip
-    require_tensor("lamb_step", "table", table.bounds, (None, 2), torch.int64, master.device)
-    P = master.numel()
+    _check("lamb_step", *tensors, beta1, beta2, decay_end)
+    P, device = master.numel(), master.device
+    op, blocks = "lamb_step", table.bounds.shape[0]
+    require_tensor(op, "table.bounds", table.bounds, (None, 2), torch.int64, device)
+    require_tensor(op, "table.parameter", table.parameter, (blocks,), torch.int32, device)
+    require_tensor(op, "table.first_block", table.first_block, (None,), torch.int32, device)
     require(table.end <= P, f"lamb_step: table needs {table.end} elements, the buffers have {P}")
-    _lamb_step(
-        master, grad, exp_avg, exp_avg_sq, weights, lr, step, skipped, grad_scale, grad_norm,
-        table.bounds, table.parameter, table.first_block,
-        beta1, beta2, eps, weight_decay, decay_end, max_grad_norm,
-    )  # fmt: skip
+    columns = [table.bounds, table.parameter, table.first_block]
+    _step(columns, *tensors, beta1, beta2, eps, weight_decay, decay_end, max_grad_norm)
 
 
 def compile_cases() -> list[CompileCase]:
     """Every kernel in every shipped configuration, for the compile report."""
-    fp32, floats = "*fp32", dict.fromkeys(("decay1", "decay2", "eps", "weight_decay"), "fp32")
-    pointers = {
-        "bounds_ptr": "*i64", "parameter_ptr": "*i32", "first_block_ptr": "*i32",
-        "lr_ptr": fp32, "step_ptr": "*i64", "skipped_ptr": "*i64", "grad_scale_ptr": fp32,
-        "grad_norm_ptr": fp32, "scalars_ptr": fp32, "partials_ptr": fp32, "rates_ptr": fp32,
-        "master_ptr": fp32, "exp_avg_ptr": fp32, "exp_avg_sq_ptr": fp32,
-    }  # fmt: skip
-    integers = dict.fromkeys(("P", "decay_end", "programs", "blocks"), "i32")
-
-    def case(
-        name: str, grad: str, weights: str, fn: Any, constexprs: dict[str, Any], warps: int
-    ) -> CompileCase:
-        types = pointers | integers | floats
-        types |= {"grad_ptr": f"*{grad}", "weights_ptr": f"*{weights}"}
-        signature = {n: types[n] for n in fn.arg_names if n not in constexprs}
-        configuration = f"grad {grad}, weights {weights}"
-        return CompileCase(
-            name, configuration, fn, signature, constexprs, warps, divisible_by_16=("P",)
-        )
-
-    cases = []
-    blocks = {"BLOCK": _LAMB_BLOCK, "PIECE": _BLOCK}
-    for dtype in _GRAD_DTYPES:
-        grad = triton_name(dtype)
-        for weights in ("bf16", "fp32") if dtype == torch.float32 else (grad,):
-            write = {"WRITE_BACK": weights != "fp32"}
-            cases += [
-                case(name, grad, weights, fn, constexprs, warps)
-                for name, fn, constexprs, warps in (
-                    ("square_sums", _square_sums_kernel, {"BLOCK": _NORM_BLOCK}, _NORM_WARPS),
-                    ("adamw", _adamw_kernel, {"BLOCK": _BLOCK} | write, _NUM_WARPS),
-                    ("lamb_moments", _lamb_moments_kernel, blocks, _NUM_WARPS),
-                    ("lamb_apply", _lamb_apply_kernel, blocks | write, _NUM_WARPS),
-                )
-            ]
+    others = dict.fromkeys(("bounds_ptr", "step_ptr", "skipped_ptr"), "*i64")
+    others |= dict.fromkeys(("parameter_ptr", "first_block_ptr"), "*i32")
+    others |= dict.fromkeys(("decay1", "decay2", "weight_decay"), "fp32")
+    lamb = {"BLOCK": _LAMB_BLOCK, "PIECE": _BLOCK}
     prepare = {
-        "MAX_GRAD_NORM": 1.0,
-        "LOG_BETA1": math.log(0.9),
-        "LOG_BETA2": math.log(0.999),
-        "LR_IN_STEP_SIZE": True,
-        "BLOCK": _NORM_PROGRAMS,
-    }
-    cases.append(case("prepare", "fp32", "fp32", _prepare_kernel, prepare, 4))
-    cases.append(case("lamb_ratios", "fp32", "fp32", _lamb_ratios_kernel, {"BLOCK": _BLOCK}, 4))
+        "MAX_GRAD_NORM": 1.0, "LOG_BETA1": math.log(0.9), "LOG_BETA2": math.log(0.999),
+        "LR_IN_STEP_SIZE": True, "BLOCK": _NORM_PROGRAMS,
+    }  # fmt: skip
+    # (name, kernel, type of grad, type of weights, constexprs, warps)
+    kinds: list[tuple[str, Any, str, str, dict[str, Any], int]] = [
+        ("prepare", _prepare_kernel, "fp32", "fp32", prepare, 4),
+        ("lamb_ratios", _lamb_ratios_kernel, "fp32", "fp32", {"BLOCK": _BLOCK}, 4),
+    ]
+    for grad, weights in (("fp32", "bf16"), ("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16")):
+        write = {"WRITE_BACK": weights != "fp32"}
+        kinds += [
+            ("adamw", _adamw_kernel, grad, weights, {"BLOCK": _BLOCK} | write, _NUM_WARPS),
+            ("lamb_apply", _lamb_apply_kernel, grad, weights, lamb | write, _NUM_WARPS),
+        ]
+        if grad == weights:  # these kernels write no weights
+            kinds += [
+                (
+                    "square_sums",
+                    _square_sums_kernel,
+                    grad,
+                    "-",
+                    {"BLOCK": _NORM_BLOCK},
+                    _NORM_WARPS,
+                ),
+                ("lamb_moments", _lamb_moments_kernel, grad, "-", lamb, _NUM_WARPS),
+            ]
+    cases = []
+    for name, kernel, grad, weights, constexprs, num_warps in kinds:
+        types = others | {"grad_ptr": f"*{grad}", "weights_ptr": f"*{weights}"}
+        signature = kernel_signature(kernel, constexprs, torch.float32, **types)
+        label = f"grad {grad}, weights {weights}"
+        cases.append(
+            CompileCase(name, label, kernel, signature, constexprs, num_warps,
+                        divisible_by_16=("P",))
+        )  # fmt: skip
     return cases

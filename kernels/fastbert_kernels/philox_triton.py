@@ -5,15 +5,14 @@ of a row. Philox4x32-7, Salmon et al. 2011; `philox` explains how the bytes lie 
 columns. R rows of a block.
 """
 
-import triton
-import triton.language as tl
+from fastbert_kernels.triton_import import tl, triton
 
 
 @triton.jit
 def dropout_key(
     seed_ptr,  # (3,) int64: the run's seed, the step, the layer
     stream,  # which dropout of the layer
-):  # type: ignore[no-untyped-def]
+):
     """The uint32 scalars (key0, key1, site) that all elements of a dropout share."""
     seed = tl.load(seed_ptr)
     key0 = (seed ^ (seed >> 32)).to(tl.uint32)
@@ -23,7 +22,7 @@ def dropout_key(
 
 
 @triton.jit
-def philox_words(row, group, plane, site, key0, key1):  # type: ignore[no-untyped-def]
+def philox_words(row, group, plane, site, key0, key1):
     """The four uint32 words of each counter (row, group, plane, site), which broadcast."""
     c0, c1 = tl.broadcast(row.to(tl.uint32), group.to(tl.uint32))
     c2 = tl.zeros_like(c0) + plane.to(tl.uint32)
@@ -51,7 +50,7 @@ def keep_columns(
     key1,
     THRESHOLD: tl.constexpr,  # philox.keep_threshold(dropout_p)
     TILES: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """(R, TILES * 128) booleans, True where dropout keeps the element.
 
     Only views, no arithmetic, lie between words and elements: in the layout of a dot's accumulator

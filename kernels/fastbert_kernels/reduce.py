@@ -9,11 +9,11 @@ P programs, W columns.
 import functools
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from fastbert_kernels.checks import STORAGE_DTYPES, kernel_signature, triton_name
 from fastbert_kernels.compile_cases import CompileCase
+from fastbert_kernels.triton_import import tl, triton
 
 # 96 programs at W = 3 x 1024, with eight 16-byte loads in flight a thread.
 _BLOCK_P, _BLOCK_W, _NUM_WARPS = 128, 32, 4
@@ -35,7 +35,7 @@ def _reduce_rows_kernel(
     W,
     BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     row = tl.arange(0, BLOCK_P)
     column = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     total = tl.zeros((BLOCK_P, BLOCK_W), tl.float32)
@@ -61,15 +61,13 @@ def reduce_rows(
 
 
 def compile_cases() -> list[CompileCase]:
+    """Every kernel in every shipped configuration, for the compile report."""
+    constexprs = {"BLOCK_P": _BLOCK_P, "BLOCK_W": _BLOCK_W}
     return [
         CompileCase(
-            name="reduce_rows",
-            configuration=f"to {dtype}",
-            fn=_reduce_rows_kernel,
-            signature={"partials_ptr": "*fp32", "out_ptr": f"*{dtype}", "P": "i32", "W": "i32"},
-            constexprs={"BLOCK_P": _BLOCK_P, "BLOCK_W": _BLOCK_W},
-            num_warps=_NUM_WARPS,
+            "reduce_rows", f"to {triton_name(dtype)}", _reduce_rows_kernel,
+            kernel_signature(_reduce_rows_kernel, constexprs, dtype), constexprs, _NUM_WARPS,
             divisible_by_16=("P", "W"),
         )
-        for dtype in ("bf16", "fp32")
-    ]
+        for dtype in STORAGE_DTYPES
+    ]  # fmt: skip

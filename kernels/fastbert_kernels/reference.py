@@ -6,6 +6,8 @@ for fp64 inputs) whatever the storage type. `seed` is a (3,) int64 tensor holdin
 the step and the layer, `stream` tells the dropouts of a layer apart: see `philox`.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,6 +53,35 @@ def _take(rows: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     return taken.masked_fill(~valid.view(-1, *(1,) * (taken.dim() - 1)), 0.0)
 
 
+def sequence_lengths(
+    cu_seqlens: Tensor,  # (N + 1,) int32
+    max_seqlen: int,
+    T: int,
+) -> list[int]:
+    """The N lengths. Reads `cu_seqlens`, which on a GPU waits for the device.
+
+    Raises:
+        ValueError: the sequences do not start at 0, are not in order, pass the last of T tokens,
+            or one is longer than `max_seqlen`.
+    """
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if not lengths:
+        raise ValueError("attention: cu_seqlens holds no sequence")
+    if bounds[0] != 0:
+        raise ValueError(f"attention: cu_seqlens starts at {bounds[0]}, expected 0")
+    if min(lengths) < 0:
+        falls = [sequence for sequence, length in enumerate(lengths) if length < 0]
+        raise ValueError(f"attention: cu_seqlens falls at sequences {falls[:3]}")
+    if bounds[-1] > T:
+        raise ValueError(f"attention: cu_seqlens ends at {bounds[-1]}, beyond {T} tokens")
+    if max(lengths) > max_seqlen:
+        raise ValueError(
+            f"attention: a sequence has {max(lengths)} tokens, more than max_seqlen = {max_seqlen}"
+        )
+    return lengths
+
+
 def attention(
     qkv: Tensor,  # (T, 3, A, D)
     cu_seqlens: Tensor,  # (N + 1,) int32
@@ -62,9 +93,14 @@ def attention(
     """softmax(Q Kᵀ / √D) V within each sequence, dropout on the probabilities.
 
     Vaswani et al. 2017, equation 1. A sequence sees itself only; rows beyond cu_seqlens[-1] are 0.
+
+    Raises:
+        ValueError: on a CPU, where looking is free, sequences that do not fit.
     """
     T, _, A, D = qkv.shape
     N, S = cu_seqlens.numel() - 1, max_seqlen
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        sequence_lengths(cu_seqlens, S, T)
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     position = torch.arange(S, device=qkv.device)
     slot_valid = position < (ends - starts)[:, None]  # (N, S)
@@ -168,6 +204,16 @@ class _Embedding(torch.autograd.Function):
         return dtable, None, None
 
 
+def embedding(
+    table: Tensor,  # (V, H)
+    ids: Tensor,  # (T,)
+    skip_id: int = -1,
+) -> Tensor:  # (T, H) in fp32
+    """table[ids]; the row `skip_id` is used but gets no gradient."""
+    rows: Tensor = _Embedding.apply(table, ids, skip_id)
+    return rows
+
+
 def embed_layer_norm(
     input_ids: Tensor,  # (T,)
     token_type_ids: Tensor,  # (T,)
@@ -187,9 +233,8 @@ def embed_layer_norm(
 
     `word[pad_token_id]` is used but gets no gradient, as in Hugging Face's BERT.
     """
-    total = _Embedding.apply(word, input_ids, pad_token_id)
-    total = total + _Embedding.apply(token_type, token_type_ids, -1)
-    total = total + _Embedding.apply(position, position_ids, -1)
+    total = embedding(word, input_ids, pad_token_id)
+    total = total + embedding(token_type, token_type_ids) + embedding(position, position_ids)
     return dropout(layer_norm(total, weight, beta, eps), dropout_p, seed, stream).to(word.dtype)
 
 
@@ -198,7 +243,19 @@ def linear_cross_entropy(
     weight: Tensor,  # (V, H)
     bias: Tensor,  # (V,)
     labels: Tensor,  # (M,) int64, -100 where nothing is to be predicted
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:  # () fp32
-    """Sum over rows of -log softmax(x Wᵀ + b)[label]; rows labelled -100 count nothing."""
+    """Sum over rows of -log softmax(x Wᵀ + b)[label]; rows labelled -100 count nothing.
+
+    With smoothing ε (Szegedy et al. 2016, section 7) the target is 1 - ε of the label and ε of all
+    words alike; z-loss ζ (Chowdhery et al. 2022, section 5) adds ζ · logsumexp² to a row's loss.
+    """
     logits = accumulate(F.linear(x, weight, bias))
-    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    loss = F.cross_entropy(
+        logits, labels, ignore_index=-100, reduction="sum", label_smoothing=label_smoothing
+    )
+    if z_loss:
+        squares = logits.logsumexp(dim=1).square()
+        loss = loss + z_loss * squares.masked_fill(labels == -100, 0.0).sum()
+    return loss

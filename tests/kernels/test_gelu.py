@@ -17,7 +17,7 @@ from fastbert_kernels import gelu, reference
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
 TINY = {torch.float32: 1e-6, torch.float16: 1e-3}
-SHAPES = [(1, 128), (7, 8), (129, 24), (67, 384), (33, 768), (9, 1024), (5, 1032), (3, 4096)]
+SHAPES = [(1, 128), (35, 384), (18, 768), (9, 1024), (5, 1032)]
 DTYPES = [torch.float32, torch.float16]
 
 
@@ -47,8 +47,9 @@ def compare(name: str, tensors: dict[str, Tensor], *args: object) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize(("R", "H"), [*SHAPES, (18, 3072)])
+@pytest.mark.parametrize(
+    ("R", "H", "approximate"), [*((R, H, "none") for R, H in SHAPES), (17, 3072, "tanh")]
+)
 def test_bias_gelu(R: int, H: int, approximate: str, dtype: torch.dtype) -> None:
     x, bias = (2 * torch.randn(R, H)).to(dtype), torch.randn(H).to(dtype)
     compare("bias_gelu", {"x": x, "bias": bias}, approximate)
@@ -56,8 +57,9 @@ def test_bias_gelu(R: int, H: int, approximate: str, dtype: torch.dtype) -> None
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize(("R", "H"), SHAPES)
+@pytest.mark.parametrize(
+    ("R", "H", "approximate"), [*((R, H, "none") for R, H in SHAPES), (17, 768, "tanh")]
+)
 def test_gelu_layer_norm(R: int, H: int, approximate: str, dtype: torch.dtype) -> None:
     x, bias = (2 * torch.randn(R, H)).to(dtype), torch.randn(H).to(dtype)
     weight, beta = (torch.randn(H) + 1).to(dtype), torch.randn(H).to(dtype)
@@ -127,13 +129,20 @@ def test_opcheck_and_compile(name: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("bias", [None, torch.randn(64)])
+def test_gelu_backward_in_a_graph(bias: Tensor | None) -> None:
+    args = (torch.randn(5, 64), torch.randn(5, 64), bias, "none")
+    torch.library.opcheck(torch.ops.fastbert.gelu_backward.default, args)
+    compiled = torch.compile(gelu.gelu_backward, fullgraph=True, backend="aot_eager")
+    for traced, eager in zip(compiled(*args), gelu.gelu_backward(*args), strict=True):
+        assert torch.equal(traced, eager)
+
+
 def test_refusals() -> None:
     x, bias = torch.randn(4, 64), torch.randn(64)
     for args, message in (
         ((x, bias[:8]), r"bias_gelu: bias has shape \(8,\), expected \(64\)"),
-        ((x.double(), bias), "x is torch.float64"),
-        ((x, bias.int()), "bias is torch.int32"),
-        ((torch.randn(64, 4).t(), bias), "x is not contiguous"),
+        ((x, bias.int()), "bias is torch.int32, expected float32 or float16 or bfloat16"),
         ((x[:, :60].contiguous(), bias), "60 columns, expected a multiple of 8"),
         ((x, bias, "fast"), "approximate = 'fast', expected 'none' or 'tanh'"),
     ):

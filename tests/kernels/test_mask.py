@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbert_kernels import reference_optimizer
+from fastbert_kernels import mask, reference_optimizer
 from fastbert_kernels.mask import mask_tokens
 
 V, MASK_ID = 1000, 4
@@ -65,7 +65,7 @@ def test_steps_differ() -> None:
 
 def test_opcheck_and_compile() -> None:
     arguments = (torch.randint(V, (40,)), is_special(), seed(), 0.15, MASK_ID)
-    torch.library.opcheck(mask_tokens, arguments)
+    torch.library.opcheck(mask._mask_tokens, arguments)
     compiled = torch.compile(mask_tokens, backend="aot_eager", fullgraph=True)
     for a, b in zip(compiled(*arguments), mask_tokens(*arguments), strict=True):
         assert torch.equal(a, b)
@@ -74,9 +74,6 @@ def test_opcheck_and_compile() -> None:
 def test_bad_arguments() -> None:
     ids = torch.randint(V, (6,))
     bad = {
-        "input_ids has shape": (ids.view(2, 3), is_special(), seed(), 0.15, MASK_ID),
-        "input_ids is torch.int32": (ids.int(), is_special(), seed(), 0.15, MASK_ID),
-        "is_special is torch.uint8": (ids, is_special().byte(), seed(), 0.15, MASK_ID),
         "seed has shape": (ids, is_special(), seed()[:2], 0.15, MASK_ID),
         "mlm_probability": (ids, is_special(), seed(), 1.5, MASK_ID),
         "mask_id": (ids, is_special(), seed(), 0.15, V),

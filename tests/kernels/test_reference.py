@@ -192,6 +192,21 @@ def test_linear_cross_entropy(ops: Ops, labels: list[int]) -> None:
     check(found, want, {"x": x, "weight": weight, "bias": bias})
 
 
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 0.01), (0.2, 0.03)])
+def test_label_smoothing_and_z_loss(ops: Ops, smoothing: float, z_loss: float) -> None:
+    x, weight, bias = double(5, 4), double(10, 4), double(10)
+    labels = [2, -100, 0, 9, -100]
+    found = ops.linear_cross_entropy(x, weight, bias, torch.tensor(labels), smoothing, z_loss)
+    want = torch.zeros((), dtype=torch.float64)
+    for row, label in zip(x, labels, strict=True):
+        if label != -100:
+            logits = weight @ row + bias
+            normalizer = logits.exp().sum().log()
+            target = (1 - smoothing) * logits[label] + smoothing * logits.mean()
+            want = want + normalizer - target + z_loss * normalizer**2
+    check(found, want, {"x": x, "weight": weight, "bias": bias})
+
+
 def test_cross_entropy_of_large_logits_is_finite(ops: Ops) -> None:
     x = torch.full((2, 4), 1e4, requires_grad=True)
     weight, bias = torch.eye(6, 4) * 10, torch.zeros(6)

@@ -1,0 +1,135 @@
+"""Weight gradients straight into a flat buffer: the product dW = dyᵀ x adds to it as it ends.
+
+A weight that carries `main_grad` gets no `.grad` from the ops here: no tensor of its own, no cast
+to fp32, no pass that adds. Known as gradient accumulation fusion (Megatron-LM, Shoeybi et al.
+2019). At 110 M weights in bf16 it saves 220 MB of gradients and 1.3 GB of traffic a step.
+
+R rows, H columns of the input, F of the output, V rows of a table, T tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert_kernels import reference
+
+
+class MainGrad:
+    """The place of one parameter in a flat gradient buffer.
+
+    Attributes:
+        buffer: a view of the flat buffer in the parameter's shape; fp32, or the weights' dtype.
+        empty: whether the next gradient overwrites what the buffer holds instead of adding to it.
+    """
+
+    __slots__ = ("buffer", "empty")
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer, self.empty = buffer, True
+
+    def _filled(self) -> int:
+        """0 before the first gradient, 1 from then on."""
+        filled, self.empty = int(not self.empty), False
+        return filled
+
+    @torch.no_grad()
+    def add_product(
+        self,
+        dy: Tensor,  # (R, F)
+        x: Tensor,  # (R, H)
+    ) -> None:
+        """Adds dyᵀ x, accumulated in fp32 and rounded once, to the buffer's type."""
+        beta, buffer, rows = self._filled(), self.buffer, dy.t()
+        if buffer.dtype == x.dtype:
+            torch.addmm(buffer, rows, x, beta=beta, out=buffer)
+        elif buffer.is_cuda:
+            torch.ops.aten.addmm.dtype_out(buffer, rows, x, buffer.dtype, beta=beta, out=buffer)
+        else:  # CPUs have no product of two types
+            torch.addmm(buffer, rows.to(buffer.dtype), x.to(buffer.dtype), beta=beta, out=buffer)
+
+    @torch.no_grad()
+    def add(self, gradient: Tensor) -> None:
+        """Adds a gradient of the parameter's shape."""
+        if self._filled():
+            # Mixed-dtype add_ is not vectorised on CPUs (14.8 ms against 3 for 11M elements).
+            self.buffer.add_(gradient if gradient.is_cuda else gradient.to(self.buffer.dtype))
+        else:
+            self.buffer.copy_(gradient)
+
+    @torch.no_grad()
+    def add_rows(
+        self,
+        index: Tensor,  # (R,) each row once
+        rows: Tensor,  # (R, H)
+    ) -> None:
+        """Adds rows of a gradient whose other rows are zero."""
+        if not self._filled():
+            self.buffer.zero_()
+        self.buffer.index_add_(0, index, rows.to(self.buffer.dtype))
+
+
+def main_grad_of(parameter: Tensor) -> MainGrad | None:
+    """Where the gradient of a parameter goes; None: autograd's way."""
+    found: MainGrad | None = getattr(parameter, "main_grad", None)
+    return found if torch.is_grad_enabled() else None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, main_grad):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.main_grad = main_grad
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        ctx.main_grad.add_product(dy, x)
+        return dx, None, dy.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def linear(
+    x: Tensor,  # (R, H)
+    weight: Tensor,  # (F, H)
+    bias: Tensor | None = None,  # (F,)
+) -> Tensor:  # (R, F)
+    """x Wᵀ + b."""
+    main_grad = main_grad_of(weight)
+    if main_grad is None:
+        return F.linear(x, weight, bias)
+    out: Tensor = _Linear.apply(x, weight, bias, main_grad)
+    return out
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table, ids, skip_id, main_grad):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(ids)
+        ctx.skip_id, ctx.main_grad = skip_id, main_grad
+        return reference.accumulate(table[ids])
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        (ids,) = ctx.saved_tensors
+        used, compact = torch.unique(ids, return_inverse=True)
+        sums = torch.ops.aten.embedding_dense_backward(dout, compact, used.numel(), -1, False)
+        sums[used == ctx.skip_id] = 0.0
+        ctx.main_grad.add_rows(used, sums)
+        return None, None, None, None
+
+
+def embedding(
+    table: Tensor,  # (V, H)
+    ids: Tensor,  # (T,)
+    skip_id: int = -1,
+) -> Tensor:  # (T, H) in fp32
+    """table[ids], its gradient summed in fp32; the row `skip_id` gets none. For a CPU."""
+    main_grad = main_grad_of(table)
+    out: Tensor
+    if main_grad is None:
+        out = reference.embedding(table, ids, skip_id)
+    else:
+        out = _Embedding.apply(table, ids, skip_id, main_grad)
+    return out

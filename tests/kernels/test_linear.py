@@ -1,0 +1,143 @@
+"""linear_gelu against the reference in fp64, forward and every gradient, by both backends.
+
+It may not err more than twice as much as plain PyTorch in the same dtype.
+"""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbert_kernels import linear, reference
+from fastbert_kernels.linear import linear_gelu
+
+# exp overflows to infinity where 1 / (1 + exp) is to be 0; numpy, which interprets, warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+TINY = {torch.float32: 1e-6, torch.float16: 1e-3}
+DTYPES = [torch.float32, torch.float16]
+BACKENDS = ["triton", "cublas"]
+
+
+def make(R: int, H: int, F: int, dtype: torch.dtype) -> list[Tensor]:
+    """x, W and b of a pre-activation of size 1 or so."""
+    return [t.to(dtype) for t in (torch.randn(R, H), torch.randn(F, H) / H**0.5, torch.randn(F))]
+
+
+def results(
+    op: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Output and gradients by all inputs."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    y = op(*leaves)
+    gradients = torch.autograd.grad(y, leaves, dy.to(dtype))
+    return dict(zip(("y", "dx", "dweight", "dbias"), (y.detach(), *gradients), strict=True))
+
+
+def compare(R: int, H: int, F: int, approximate: str, dtype: torch.dtype, backend: str) -> None:
+    tensors, dy = make(R, H, F, dtype), torch.randn(R, F).to(dtype)
+    ours = functools.partial(linear_gelu, approximate=approximate, backend=backend)
+    theirs = functools.partial(reference.linear_gelu, approximate=approximate)
+    found, plain = results(ours, tensors, dy, dtype), results(theirs, tensors, dy, dtype)
+    for name, exact in results(theirs, tensors, dy, torch.float64).items():
+        assert found[name].dtype == dtype and found[name].shape == exact.shape
+        error, allowed = ((t[name].double() - exact).abs().max() for t in (found, plain))
+        tiny = TINY[dtype] * exact.abs().max()
+        assert error <= 2 * allowed + tiny, (name, float(error), float(allowed))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize(
+    ("R", "H", "F"),
+    [(1, 128, 256), (7, 8, 1024), (63, 384, 136), (65, 72, 200), (129, 768, 384), (33, 1024, 128)],
+)
+def test_linear_gelu(
+    R: int, H: int, F: int, approximate: str, dtype: torch.dtype, backend: str
+) -> None:
+    compare(R, H, F, approximate, dtype, backend)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("R", "H", "F"), [(7, 8, 1024), (129, 200, 264), (300, 64, 392)])
+def test_the_tiles_of_an_a100(monkeypatch: pytest.MonkeyPatch, R: int, H: int, F: int) -> None:
+    tiles = linear.TILES[80, True]
+    assert not tiles.tma
+    monkeypatch.setattr(linear, "_tiles", lambda device, dtype: tiles)
+    compare(R, H, F, "none", torch.float16, "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend: str) -> None:
+    op = functools.partial(linear_gelu, backend=backend)
+    found = results(op, make(0, 64, 128, torch.float16), torch.empty(0, 128), torch.float16)
+    assert found["y"].shape == (0, 128) and found["dx"].shape == (0, 64)
+    assert not found["dweight"].any() and not found["dbias"].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_one_pre_activation_is_kept(backend: str) -> None:
+    """Beside the inputs, the backward needs one (R, F) tensor in the storage type."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    tensors = [t.requires_grad_() for t in make(5, 64, 128, torch.float16)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        linear_gelu(*tensors, backend=backend)
+    inputs = {t.data_ptr() for t in tensors}
+    new = [(t.shape, t.dtype) for t in kept if t.data_ptr() not in inputs]
+    assert new == [((5, 128), torch.float16)]
+
+
+def test_auto_is_one_of_the_others() -> None:
+    tensors = make(5, 64, 128, torch.float16)
+    found, want = (linear_gelu(*tensors, backend=name) for name in ("auto", linear.AUTO))
+    assert linear.AUTO in BACKENDS and torch.equal(found, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_and_compile(backend: str) -> None:
+    tensors = [t.requires_grad_() for t in make(5, 64, 128, torch.float32)]
+    torch.library.opcheck(torch.ops.fastbert.linear_gelu.default, (*tensors, "none", backend))
+    op = functools.partial(linear_gelu, backend=backend)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=True)
+    dy = torch.randn(5, 128)
+    found, want = (results(f, tensors, dy, torch.float32) for f in (compiled, op))
+    for name, tensor in want.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_opcheck_of_the_backward() -> None:
+    x, weight, bias = make(5, 64, 128, torch.float32)
+    dy, pre = torch.randn(5, 128), torch.randn(5, 128)
+    for args in ((dy, x, weight, pre, bias, "none"), (dy, x, weight, pre, None, "tanh")):
+        torch.library.opcheck(torch.ops.fastbert.linear_gelu_backward.default, args)
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = make(4, 64, 128, torch.float16)
+    odd = torch.randn(4 * 64 + 1, dtype=torch.float16)[1:].view(4, 64)
+    for args, backend, message in (
+        ((x, weight[:, :8], bias), "auto", r"weight has shape \(128, 8\), expected \(any, 64\)"),
+        ((x, weight, bias[:8]), "auto", r"bias has shape \(8,\), expected \(128\)"),
+        ((x.double(), weight, bias), "auto", "x is torch.float64, expected float32 or"),
+        ((x, weight.float(), bias), "auto", "weight is torch.float32, expected float16"),
+        ((x, weight, bias.float()), "auto", "bias is torch.float32, expected float16"),
+        ((x, weight.t().contiguous().t(), bias), "auto", "weight is not contiguous"),
+        ((x, weight[:126], bias[:126]), "auto", r"weight is \(126, 64\), expected multiples of 8"),
+        ((x[:, :0], weight[:, :0], bias), "auto", r"weight is \(128, 0\), expected multiples of 8"),
+        ((x, weight, bias, "fast"), "auto", "approximate = 'fast', expected 'none' or 'tanh'"),
+        ((x, weight, bias), "cuda", "backend = 'cuda', expected one of auto, triton, cublas"),
+        ((odd, weight, bias), "triton", "x does not start at a multiple of 16 bytes"),
+    ):
+        with pytest.raises(ValueError, match=f"^linear_gelu: {message}"):
+            linear_gelu(*args, backend=backend)
+    with pytest.raises(ValueError, match=r"use fastbert_kernels\.reference\.linear_gelu"):
+        linear_gelu(*(t.to("meta") for t in (x, weight, bias)))
