@@ -14,14 +14,23 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from importlib import metadata
+from functools import partial
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from fastbert import __version__
 from fastbert.config import (
     GROUPS,
+    ConvergenceBenchConfig,
+    DataBenchConfig,
+    EstimateConfig,
+    InferenceBenchConfig,
+    KernelBenchConfig,
     PretrainConfig,
+    ProfileKernelConfig,
+    ProfileStepConfig,
+    ReportConfig,
     Setting,
     StepBenchConfig,
     load_config,
@@ -174,14 +183,50 @@ def _build_parsers() -> tuple[_Parser, dict[str, tuple[str, ...]]]:
 
     bench = commands.add_parser("bench", help="measure on this machine", allow_abbrev=False)
     benches = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK")
-    step = _add_command(
-        benches,
-        "step",
-        "a training step, side by side with Hugging Face's",
-        "fastbert bench step [--SETTING VALUE ...]",
-        _bench_step,
+    for name, (help, config_class, _) in _BENCHES.items():
+        usage = f"fastbert bench {name} [--SETTING VALUE ...]"
+        _add_settings(_add_command(benches, name, help, usage, partial(_bench, name)), config_class)
+
+    profile = commands.add_parser(
+        "profile", help="where a step's or a kernel's time goes", allow_abbrev=False
     )
-    _add_settings(step, StepBenchConfig)
+    profiles = profile.add_subparsers(title="profiles", metavar="PROFILE")
+    step = _add_command(
+        profiles,
+        "step",
+        "a training step by layer, op and kernel, beside what the machine could do",
+        "fastbert profile step [--SETTING VALUE ...]",
+        _profile_step,
+    )
+    _add_settings(step, ProfileStepConfig)
+    kernel = _add_command(
+        profiles,
+        "kernel",
+        "one op alone: time over sizes, roofline, registers and occupancy",
+        "fastbert profile kernel NAME [--SETTING VALUE ...]",
+        _profile_kernel,
+    )
+    kernel.add_argument("name", metavar="NAME", help="the op, e.g. attention")
+    _add_settings(kernel, ProfileKernelConfig)
+
+    report = _add_command(
+        benches,
+        "report",
+        "result files as one page with pictures",
+        "fastbert bench report [FILE_OR_FOLDER ...] [--SETTING VALUE ...]",
+        _report,
+    )
+    report.add_argument("paths", nargs="*", metavar="FILE_OR_FOLDER", help="what to show")
+    _add_settings(report, ReportConfig)
+
+    estimate = _add_command(
+        commands,
+        "estimate",
+        "time, money, energy and memory that a pre-training will take",
+        "fastbert estimate [--SETTING VALUE ...]",
+        _estimate,
+    )
+    _add_settings(estimate, EstimateConfig)
 
     doctor = _add_command(
         commands,
@@ -191,7 +236,8 @@ def _build_parsers() -> tuple[_Parser, dict[str, tuple[str, ...]]]:
         _doctor,
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser, {"pretrain": (), "bench": ("step",), "doctor": ()}
+    below = {"pretrain": (), "bench": (*_BENCHES, "report"), "profile": ("step", "kernel"), "estimate": (), "doctor": ()}
+    return parser, below
 
 
 def _add_command(
@@ -312,12 +358,86 @@ def _check_path(name: str, value: str, words: tuple[str, ...]) -> None:
         raise UserError(f"{name} = {value!r}: no such file or folder{meant}")
 
 
-def _bench_step(args: argparse.Namespace) -> int:
-    config = load_config(StepBenchConfig, None, _overrides(StepBenchConfig, args))
-    _check_model(config.model, config.max_seq_length)
-    from benchmarks import step
+_BENCHES: dict[str, tuple[str, type, str]] = {
+    "step": ("a training step, side by side with Hugging Face's", StepBenchConfig, "step"),
+    "kernels": ("each op, side by side with its peers", KernelBenchConfig, "bench_kernels"),
+    "data": ("how fast batches come when a step costs nothing", DataBenchConfig, "data"),
+    "inference": (
+        "encoding and filling masks, side by side with Hugging Face's",
+        InferenceBenchConfig,
+        "inference",
+    ),
+    "convergence": (
+        "loss over wall time, side by side with Hugging Face's",
+        ConvergenceBenchConfig,
+        "convergence",
+    ),
+}
+"""Name -> help, settings, and the module under benchmarks/ whose `main` takes them."""
 
-    step.main(config)
+
+def _bench(name: str, args: argparse.Namespace) -> int:
+    _, config_class, module = _BENCHES[name]
+    config: Any = load_config(config_class, None, _overrides(config_class, args))
+    if hasattr(config, "model"):
+        _check_model(config.model, config.max_seq_length)
+    for setting, word in (("data", "builtin"), ("tokenizer", "train")):
+        if hasattr(config, setting):
+            _check_path(setting, getattr(config, setting), words=(word,))
+    for setting in ("json", "png"):
+        path = getattr(config, setting, "")
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise UserError(f"{setting} = {path!r}: no such folder")
+    import_module(f"benchmarks.{module}").main(config)
+    return 0
+
+
+def _profile_step(args: argparse.Namespace) -> int:
+    config = load_config(ProfileStepConfig, None, _overrides(ProfileStepConfig, args))
+    _check_model(config.model, config.max_seq_length)
+    if config.lengths != "full":
+        _check_path("lengths", config.lengths, words=("natural",))
+    from benchmarks import profiling
+
+    profiling.main(config)
+    return 0
+
+
+def _profile_kernel(args: argparse.Namespace) -> int:
+    from benchmarks.kernels import OPS  # a table: imports nothing slow
+
+    if args.name not in OPS:
+        meant = did_you_mean(args.name, OPS)
+        raise UserError(f"unknown kernel {args.name!r}{meant} ({', '.join(OPS)})")
+    config = load_config(ProfileKernelConfig, None, _overrides(ProfileKernelConfig, args))
+    from benchmarks import profile_kernel
+
+    profile_kernel.main(args.name, config)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    config = load_config(ReportConfig, None, _overrides(ReportConfig, args))
+    if not args.paths and not config.readme:
+        raise UserError("bench report needs files or folders: fastbert bench report runs/results")
+    for path in args.paths:
+        if not os.path.exists(path):
+            raise UserError(f"{path}: no such file or folder")
+    if os.path.exists(config.out) and not os.path.isdir(config.out):
+        raise UserError(f"out = {config.out!r} is a file: give a folder")
+    from benchmarks import report
+
+    report.main(config, args.paths)
+    return 0
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    config = load_config(EstimateConfig, None, _overrides(EstimateConfig, args))
+    _check_model(config.model, config.max_seq_length)
+    _check_path("lengths", config.lengths, words=("natural", "full"))
+    from benchmarks import estimate
+
+    estimate.main(config)
     return 0
 
 
@@ -397,12 +517,15 @@ def _describe_ops() -> dict[str, str]:
         return {"ops": f"not usable: {error}"}
     import torch
 
-    bundle = ops.choose_ops(
-        "cuda" if torch.cuda.is_available() else "cpu", compiled=_cxx_compiler() is not None
-    )
-    found = [field.name for field in fields(bundle) if field.name != "name"]
-    return {f"op {name}": _home(getattr(bundle, name)) for name in found}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    why_not = ops.why_no_kernels(device, hidden_size=768, intermediate_size=3072, head_size=64)
+    compiled = _cxx_compiler() is not None
+    bundle = ops.choose_ops(device.type if not why_not else "cpu", compiled)
+    found = {field.name: getattr(bundle, field.name) for field in fields(bundle)}
+    report = {"Triton kernels": f"not used: {why_not}" if why_not else "used"}
+    return report | {f"op {name}": _home(op) for name, op in found.items() if callable(op)}
 
 
 def _home(op: Any) -> str:
+    op = op.func if isinstance(op, partial) else op
     return f"{op.__module__}.{op.__qualname__}"

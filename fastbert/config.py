@@ -25,6 +25,8 @@ GROUPS = {
     "train": "the optimizer and its schedule",
     "logs": "what is reported, evaluated and saved",
     "bench": "what is measured, and against what",
+    "estimate": "what is planned, and on what",
+    "profile": "what is recorded, and where it is written",
 }
 
 _KINDS: dict[type, str] = {
@@ -364,7 +366,7 @@ def to_hf_dict(config: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 _DEVICES: dict[str, Any] = {"choices": ("auto", "cpu", "cuda"), "pattern": "cuda:[0-9]+"}
-_PRECISIONS: dict[str, Any] = {"choices": ("auto", "fp32", "bf16")}
+_PRECISIONS: dict[str, Any] = {"choices": ("auto", "fp32", "tf32", "bf16", "fp16")}
 
 
 @dataclass(frozen=True)
@@ -386,7 +388,28 @@ class PretrainConfig:
         "", "checkpoint to go on from: its path, or auto = the last one under out", "run"
     )
     precision: str = _setting(
-        "auto", "of activations (auto = bf16 where the device is fast at it)", "run", **_PRECISIONS
+        "auto",
+        "of activations (auto = bf16 where the device is fast at it, else fp16 on a GPU)",
+        "run",
+        **_PRECISIONS,
+    )
+    step: str = _setting(
+        "auto",
+        "how a step is launched (auto = as one CUDA graph on a GPU)",
+        "run",
+        choices=("auto", "eager", "graph"),
+    )
+    kernels: str = _setting(
+        "auto",
+        "the fused ops (auto = our Triton kernels where they can run, else plain PyTorch)",
+        "run",
+        choices=("auto", "triton", "reference"),
+    )
+    attn_implementation: str = _setting(
+        "auto",
+        "attention on a GPU (torch, flash_attn = FlashAttention, from PyTorch or its package)",
+        "run",
+        choices=("auto", "triton", "torch", "flash_attn"),
     )
     torch_compile: str = _setting(
         "auto", "compile the model with torch.compile", "run", choices=("auto", "on", "off")
@@ -396,6 +419,12 @@ class PretrainConfig:
     )
     num_threads: int = _setting(
         0, "CPU threads of one operation (0 = torch's choice)", "run", at_least=0
+    )
+    dataloader_num_workers: int | None = _setting(
+        None, "processes that pack and mask batches (none = 1 for a GPU, else 0)", "run", at_least=0
+    )
+    dataloader_prefetch_factor: int = _setting(
+        2, "batches that each of them prepares ahead", "run", at_least=1
     )
 
     model: str = _setting(
@@ -436,6 +465,12 @@ class PretrainConfig:
         0.05, "share of documents held out (0 = none)", "data", at_least=0, less_than=1
     )
 
+    curriculum: str = _setting(
+        "",
+        "shorter sequences first, as LENGTH:SHARE of the steps, e.g. 128:0.9 (empty = none)",
+        "data",
+    )
+
     max_steps: int = _setting(2400, "optimizer steps of the whole run", "train", at_least=1)
     learning_rate: float | None = _setting(
         None, "peak learning rate (none = 2e-3 x 128 / hidden_size)", "train", more_than=0
@@ -455,6 +490,15 @@ class PretrainConfig:
     max_grad_norm: float = _setting(
         1.0, "clip the gradient to this norm (0 = off)", "train", at_least=0
     )
+    optim: str = _setting(
+        "adamw",
+        "the optimizer (adamw, lamb = the fastest form here)",
+        "train",
+        choices=("adamw", "lamb", "adamw_torch_fused", "adamw_apex_fused", "lamb_apex_fused"),
+    )
+    gradient_precision: str = _setting(
+        "fp32", "of the gradients that a step adds up", "train", choices=("fp32", "bf16")
+    )
     lr_scheduler_type: str = _setting(
         "linear",
         "shape of the learning rate after warm-up",
@@ -469,6 +513,18 @@ class PretrainConfig:
     )
     gradient_accumulation_steps: int = _setting(
         1, "batches per optimizer step", "train", at_least=1
+    )
+    batch_ramp_steps: int = _setting(
+        0,
+        "steps over which the batches per optimizer step grow from 1 to that number (0 = off)",
+        "train",
+        at_least=0,
+    )
+    gradient_checkpointing: bool = _setting(
+        False, "compute layers again in the backward: less memory, a third more time", "train"
+    )
+    last_layer_masked_only: bool = _setting(
+        True, "run the last layer's second half only where a loss reads it (exact)", "train"
     )
 
     logging_steps: int = _setting(10, "steps between log lines", "logs", at_least=1)
@@ -494,11 +550,46 @@ class PretrainConfig:
                 f"tokens_per_batch = {self.tokens_per_batch} must be at least "
                 f"max_seq_length = {self.max_seq_length}"
             )
+        self.phases()
+        if self.batch_ramp_steps and self.gradient_accumulation_steps == 1:
+            raise UserError(
+                f"batch_ramp_steps = {self.batch_ramp_steps} needs gradient_accumulation_steps of "
+                "2 or more to grow to"
+            )
         if self.decay_steps and self.lr_scheduler_type != "warmup_stable_decay":
             raise UserError(
                 f"decay_steps = {self.decay_steps} belongs to lr_scheduler_type = "
                 f"'warmup_stable_decay': it must be 0 with {self.lr_scheduler_type!r}"
             )
+
+    def phases(self) -> tuple[tuple[int, int], ...]:
+        """(sequence length, the step it ends before) of each phase of `curriculum`, in order.
+
+        Raises:
+            UserError: `curriculum` cannot be read, or does not fit `max_seq_length`.
+        """
+        shown, found, share = f"curriculum = {self.curriculum!r}", [], 0.0
+        for part in self.curriculum.split(",") if self.curriculum else []:
+            match = re.fullmatch(r"\s*([0-9]+):([0-9]*\.?[0-9]+)\s*", part)
+            if not match:
+                raise UserError(f"{shown}: {part!r} must be LENGTH:SHARE, e.g. 128:0.9")
+            length, share = int(match[1]), share + float(match[2])
+            if not 8 <= length <= self.max_seq_length:
+                raise UserError(
+                    f"{shown}: length {length} must be at least 8 and at most max_seq_length = "
+                    f"{self.max_seq_length}"
+                )
+            if not float(match[2]) > 0 or share >= 1:
+                raise UserError(f"{shown}: shares must be more than 0 and sum to less than 1")
+            found.append((length, round(share * self.max_steps)))
+        return (*found, (self.max_seq_length, self.max_steps))
+
+    def accumulation_at(self, step: int) -> int:
+        """Batches of optimizer step `step`, counted from 0."""
+        most = self.gradient_accumulation_steps
+        if step >= self.batch_ramp_steps:
+            return most
+        return min(most, 1 + step * most // self.batch_ramp_steps)
 
     @property
     def stable_decay_steps(self) -> int:
@@ -517,6 +608,17 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
     return replace(config, learning_rate=2e-3 * 128 / model_config(config.model).hidden_size)
 
 
+STEP_RIVAL_NAMES = (
+    *("hf-eager", "hf-sdpa", "hf-flash", "hf-eager-compile", "hf-sdpa-compile", "hf-flash-compile"),
+    *("hf-sdpa-compile-max", "torch-encoder", "modernbert", "liger"),
+)
+STEP_RIVALS = {
+    "cpu": "hf-eager,hf-sdpa,hf-sdpa-compile,torch-encoder,hf-sdpa+malloc,hf-sdpa-compile+malloc",
+    "cuda": ",".join(STEP_RIVAL_NAMES),
+}
+"""What `against = auto` means on each type of device."""
+
+
 @dataclass(frozen=True)
 class StepBenchConfig:
     """Everything `fastbert bench step` can be told.
@@ -533,12 +635,11 @@ class StepBenchConfig:
     max_seq_length: int = _setting(128, "longest sequence, tokens", "bench", at_least=8)
     lengths: str = _setting(
         "natural",
-        "of the sequences: as in real text, or all of max_seq_length",
+        "of the sequences: natural (as in real text), full, or a file with one a line",
         "bench",
-        choices=("natural", "full"),
     )
     against: str = _setting(
-        "hf-eager,hf-sdpa,hf-compile,hf-sdpa+malloc,hf-compile+malloc",
+        "auto",
         "rivals, separated by commas (none = no rival; +malloc = with our allocator setting)",
         "bench",
     )
@@ -556,14 +657,383 @@ class StepBenchConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        known = settings(StepBenchConfig)
-        listed = next(s for s in known if s.name == "against").default.split(",")
-        rivals = sorted({name.removesuffix("+malloc") for name in listed} | {*listed})
-        for rival in self.against.split(",") if self.against != "none" else []:
-            if rival not in rivals:
+        names = [] if self.against in ("auto", "none") else self.against.split(",")
+        for name in names:
+            if name.removesuffix("+malloc") not in STEP_RIVAL_NAMES:
                 raise UserError(
-                    f"against = {self.against!r}: {rival!r} must be one of {', '.join(rivals)}"
+                    f"against = {self.against!r}: {name!r}{did_you_mean(name, STEP_RIVAL_NAMES)} "
+                    f"must be one of {', '.join(STEP_RIVAL_NAMES)}"
                 )
+        if not self.lengths:
+            raise UserError("lengths = '' must not be empty")
+
+
+def integers(name: str, text: str, at_least: int) -> list[int]:
+    """The integers of a setting like "512,128".
+
+    Raises:
+        UserError: something else stands there, or a number is too small.
+    """
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) >= at_least for part in parts):
+        raise UserError(
+            f"{name} = {text!r} must be integers of at least {at_least}, separated by commas"
+        )
+    return [int(part) for part in parts]
+
+
+def _check_names(setting: str, text: str, known: tuple[str, ...], words: tuple[str, ...]) -> None:
+    for name in [] if text in words else text.split(","):
+        if name not in known:
+            raise UserError(
+                f"{setting} = {text!r}: {name!r} must be one of {', '.join(known)}"
+                f"{did_you_mean(name, known)}"
+            )
+
+
+@dataclass(frozen=True)
+class DataBenchConfig:
+    """Everything `fastbert bench data` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    max_seq_lengths: str = _setting("512,128", "each longest sequence to measure, tokens", "bench")
+    num_workers: str = _setting("0,1,2,4", "each number of worker processes to measure", "bench")
+    tokens_per_batch: int = _setting(65536, "tokens of a batch", "bench", at_least=8)
+    dataloader_prefetch_factor: int = _setting(
+        2, "batches that each worker prepares ahead", "bench", at_least=1
+    )
+    corpus_tokens: int = _setting(2**24, "tokens of the random corpus", "bench", at_least=1000)
+    rounds: int = _setting(5, "times each is measured, in turn", "bench", at_least=1)
+    seconds: float = _setting(2.0, "of each round", "bench", more_than=0)
+    json: str = _setting("", "file to write the measurements to", "bench")
+    seed: int = _setting(42, "seed of corpus and batches", "bench", at_least=0, at_most=2**63 - 1)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        lengths = integers("max_seq_lengths", self.max_seq_lengths, 8)
+        integers("num_workers", self.num_workers, 0)
+        if max(lengths) > self.tokens_per_batch:
+            raise UserError(
+                f"max_seq_lengths = {self.max_seq_lengths!r}: {max(lengths)} must be at most "
+                f"tokens_per_batch = {self.tokens_per_batch}"
+            )
+
+
+KERNEL_OPS = (
+    *("attention", "dropout_add_layer_norm", "linear_cross_entropy", "adamw", "linear_gelu"),
+    *("gelu_layer_norm", "bias_gelu", "embed_layer_norm", "lamb", "mask_tokens"),
+)
+
+
+@dataclass(frozen=True)
+class KernelBenchConfig:
+    """Everything `fastbert bench kernels` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = _setting(
+        "auto", "device (auto = the GPU if there is one)", "bench", choices=("auto", "cpu", "cuda")
+    )
+    op: str = _setting("all", "ops to measure, separated by commas", "bench")
+    quick: bool = _setting(False, "fewer and smaller sizes, fewer rounds", "bench")
+    json: str = _setting("", "file to write the measurements to", "bench")
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_names("op", self.op, KERNEL_OPS, ("all",))
+
+
+INFERENCE_RIVAL_NAMES = (
+    *("hf-eager", "hf-sdpa", "hf-flash", "hf-sdpa-compile", "torch-encoder", "modernbert"),
+)
+
+
+@dataclass(frozen=True)
+class InferenceBenchConfig:
+    """Everything `fastbert bench inference` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = _setting("auto", "device (auto = the GPU if there is one)", "bench", **_DEVICES)
+    model: str = _setting(
+        "mini", "preset (" + ", ".join(PRESETS) + ") or path of a config.json", "bench"
+    )
+    batch_size: int = _setting(32, "sequences per batch", "bench", at_least=1)
+    max_seq_length: int = _setting(128, "longest sequence, tokens", "bench", at_least=8)
+    lengths: str = _setting(
+        "natural",
+        "of the sequences: natural (as in real text), full, or a file with one a line",
+        "bench",
+    )
+    against: str = _setting("auto", "rivals, separated by commas (none = no rival)", "bench")
+    rounds: int = _setting(5, "times each contender is measured, in turn", "bench", at_least=1)
+    json: str = _setting("", "file to write the measurements to", "bench")
+    seed: int = _setting(42, "seed of weights and batches", "bench", at_least=0, at_most=2**63 - 1)
+    precision: str = _setting(
+        "auto",
+        "of weights and activations (auto = bf16 where the device is fast at it)",
+        "bench",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_names("against", self.against, INFERENCE_RIVAL_NAMES, ("auto", "none"))
+        if not self.lengths:
+            raise UserError("lengths = '' must not be empty")
+
+
+CONVERGENCE_RIVAL_NAMES = ("hf-trainer", "hf-loop")
+
+
+@dataclass(frozen=True)
+class ConvergenceBenchConfig:
+    """Everything `fastbert bench convergence` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = _setting("auto", "device (auto = the GPU if there is one)", "bench", **_DEVICES)
+    model: str = _setting(
+        "tiny", "preset (" + ", ".join(PRESETS) + ") or path of a config.json", "bench"
+    )
+    data: str = _setting("builtin", "text file or folder of text files, or builtin", "bench")
+    tokenizer: str = _setting(
+        "train", "path of a tokenizer or its folder, or train = train one on the data", "bench"
+    )
+    vocab_size: int = _setting(
+        4096, "tokens in the vocabulary of a trained tokenizer", "bench", at_least=100
+    )
+    max_seq_length: int = _setting(128, "longest sequence, tokens", "bench", at_least=8)
+    tokens_per_batch: int = _setting(4096, "tokens of a step", "bench", at_least=8)
+    max_steps: int = _setting(400, "optimizer steps of each contender", "bench", at_least=1)
+    warmup_steps: int = _setting(
+        40, "steps over which the learning rate rises", "bench", at_least=0
+    )
+    learning_rate: float | None = _setting(
+        None, "peak learning rate (none = 2e-3 x 128 / hidden_size)", "bench", more_than=0
+    )
+    eval_steps: int = _setting(50, "steps between evaluations", "bench", at_least=1)
+    max_eval_batches: int = _setting(8, "batches of one evaluation at most", "bench", at_least=1)
+    target_loss: float | None = _setting(
+        None,
+        "held-out MLM loss to time (none = the highest final loss)",
+        "bench",
+        more_than=0,
+    )
+    against: str = _setting(
+        "auto",
+        "rivals, separated by commas (none = no rival; hf-trainer needs accelerate)",
+        "bench",
+    )
+    json: str = _setting("", "file to write the measurements to", "bench")
+    png: str = _setting("", "file to draw loss over wall time into", "bench")
+    seed: int = _setting(
+        42, "seed of weights, batches and dropout", "bench", at_least=0, at_most=2**63 - 1
+    )
+    precision: str = _setting(
+        "auto",
+        "of activations (auto = bf16 where the device is fast at it)",
+        "bench",
+        choices=("auto", "fp32", "bf16"),
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_names("against", self.against, CONVERGENCE_RIVAL_NAMES, ("auto", "none"))
+        if self.tokens_per_batch < self.max_seq_length:
+            raise UserError(
+                f"tokens_per_batch = {self.tokens_per_batch} must be at least "
+                f"max_seq_length = {self.max_seq_length}"
+            )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Everything `fastbert bench report` can be told, but the files.
+
+    Raises:
+        UserError: a value is not text.
+    """
+
+    out: str = _setting("runs/report", "folder of the page and its pictures", "bench")
+    against: str = _setting(
+        "", "folder of results to compare with, or the commit that holds the same files", "bench"
+    )
+    readme: bool = _setting(
+        False, "rewrite the README's measurements from benchmarks/results", "bench"
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if not self.out:
+            raise UserError("out = '' must not be empty")
+
+
+ESTIMATE_GPUS = ("h100", "h200", "a100-80gb", "a100-40gb", "cpu")
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    """Everything `fastbert estimate` can be told.
+
+    Raises:
+        UserError: a value is out of bounds, or two do not fit together.
+    """
+
+    model: str = _setting(
+        "base", "preset (" + ", ".join(PRESETS) + ") or path of a config.json", "estimate"
+    )
+    lengths: str = _setting(
+        "natural",
+        "of the sequences: natural (as in real text), full, or a file with one a line",
+        "estimate",
+    )
+    max_seq_length: int = _setting(512, "longest sequence, tokens", "estimate", at_least=8)
+    tokens: float | None = _setting(
+        None, "real tokens of the whole run (none = 1.31e11, as BERT)", "estimate", more_than=0
+    )
+    epochs: float | None = _setting(
+        None, "instead of tokens: times that the corpus is read", "estimate", more_than=0
+    )
+    corpus_tokens: float | None = _setting(
+        None, "real tokens of the corpus, for epochs", "estimate", more_than=0
+    )
+    gpu: str = _setting("h100", "what it runs on: " + ", ".join(ESTIMATE_GPUS), "estimate")
+    gpus: int = _setting(
+        1, "how many, with one copy of the model each", "estimate", at_least=1, at_most=1024
+    )
+    price_per_hour: float | None = _setting(
+        None, "dollars for one GPU and hour (none = no costs)", "estimate", at_least=0
+    )
+    tokens_per_batch: int | None = _setting(
+        None, "of one GPU's forward and backward pass (none = what fits)", "estimate", at_least=8
+    )
+    json: str = _setting("", "file to write the estimate to", "estimate")
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if self.gpu not in ESTIMATE_GPUS:
+            raise UserError(
+                f"gpu = {self.gpu!r} must be one of {', '.join(ESTIMATE_GPUS)}"
+                f"{did_you_mean(self.gpu, ESTIMATE_GPUS)}"
+            )
+        if not self.lengths:
+            raise UserError("lengths = '' must not be empty")
+        if (self.epochs is None) != (self.corpus_tokens is None):
+            raise UserError("epochs and corpus_tokens belong together: give both, or tokens")
+        if self.tokens is not None and self.epochs is not None:
+            raise UserError(
+                f"tokens = {self.tokens:g} and epochs = {self.epochs:g} say the same: give one"
+            )
+        if self.tokens_per_batch is not None and self.tokens_per_batch < self.max_seq_length:
+            raise UserError(
+                f"tokens_per_batch = {self.tokens_per_batch} must be at least "
+                f"max_seq_length = {self.max_seq_length}"
+            )
+        if self.gpu == "cpu" and self.gpus > 1:
+            raise UserError(f"gpus = {self.gpus} must be 1 with gpu = 'cpu'")
+
+
+@dataclass(frozen=True)
+class ProfileStepConfig:
+    """Everything `fastbert profile step` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = _setting(
+        "auto", "device (auto = the GPU if there is one)", "profile", **_DEVICES
+    )
+    model: str = _setting(
+        "mini", "preset (" + ", ".join(PRESETS) + ") or path of a config.json", "profile"
+    )
+    batch_size: int = _setting(32, "sequences per batch", "profile", at_least=1)
+    max_seq_length: int = _setting(128, "longest sequence, tokens", "profile", at_least=8)
+    lengths: str = _setting(
+        "natural",
+        "of the sequences: natural (as in real text), full, or a file with one a line",
+        "profile",
+    )
+    precision: str = _setting(
+        "auto",
+        "of activations (auto = bf16 where the device is fast at it)",
+        "profile",
+        **_PRECISIONS,
+    )
+    step: str = _setting(
+        "auto",
+        "how a step is launched (auto = as one CUDA graph on a GPU)",
+        "profile",
+        choices=("auto", "eager", "graph"),
+    )
+    json: str = _setting("profile-step.json", "file to write the table to", "profile")
+    trace: str = _setting(
+        "", "file to write the Chrome trace to (empty = beside the JSON)", "profile"
+    )
+    seed: int = _setting(
+        42, "seed of weights, batches and dropout", "profile", at_least=0, at_most=2**63 - 1
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        for name in ("lengths", "json"):
+            if not getattr(self, name):
+                raise UserError(f"{name} = '' must not be empty")
+
+
+_SIZE_LETTERS = ("T", "S", "H", "A", "F", "V", "M")
+
+
+@dataclass(frozen=True)
+class ProfileKernelConfig:
+    """Everything `fastbert profile kernel` can be told, but the kernel's name.
+
+    Raises:
+        UserError: a value is out of bounds, or `shape` cannot be read.
+    """
+
+    shape: str = _setting(
+        "",
+        "sizes by letter, e.g. T=65536,S=512,H=768 (empty = BERT base's, small on a CPU)",
+        "profile",
+    )
+    device: str = _setting(
+        "auto", "device (auto = the GPU if there is one)", "profile", **_DEVICES
+    )
+    json: str = _setting("", "file to write the measurements to", "profile")
+    png: str = _setting("", "file to draw the roofline into", "profile")
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        self.sizes()
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that `shape` names.
+
+        Raises:
+            UserError: it is not written as LETTER=NUMBER,... with letters that are known.
+        """
+        shown, found = f"shape = {self.shape!r}", {}
+        for part in self.shape.split(",") if self.shape else []:
+            match = re.fullmatch(r"\s*([A-Za-z]+)=([1-9][0-9]{0,9})\s*", part)
+            if not match:
+                raise UserError(f"{shown}: {part!r} must be LETTER=NUMBER, e.g. T=4096")
+            if match[1] not in _SIZE_LETTERS:
+                raise UserError(
+                    f"{shown}: {match[1]!r} must be one of {', '.join(_SIZE_LETTERS)}"
+                )
+            found[match[1]] = int(match[2])
+        return found
 
 
 Config = TypeVar("Config")

@@ -1,14 +1,22 @@
 """The only door to kernels: a frozen bundle of ops, chosen once and passed down to the model."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastbert_kernels import reference
+from fastbert_kernels import main_grad, reference, reference_optimizer
 from fastbert_kernels.cpu import CpuOps
+from fastbert_kernels.main_grad import MainGrad as MainGrad  # for the flat buffers
 
 Op = Callable[..., Tensor]
+
+HEAD_SIZES = (32, 64, 128)  # what the attention kernels are made for
+MAX_WIDTH = 4096
 
 
 @dataclass(frozen=True)
@@ -18,16 +26,22 @@ class Ops:
     name: str
     attention: Op
     dropout_add_layer_norm: Op
+    linear: Op
     linear_gelu: Op
     gelu_layer_norm: Op
     embed_layer_norm: Op
     linear_cross_entropy: Op
+    adamw_step: Callable[..., None] = reference_optimizer.adamw_step
+    lamb_step: Callable[..., None] = reference_optimizer.lamb_step
+    kernels: bool = False
+    """Whether these are our Triton kernels."""
 
 
 REFERENCE = Ops(
-    name="reference",
+    name="plain PyTorch",
     attention=reference.attention,
     dropout_add_layer_norm=reference.dropout_add_layer_norm,
+    linear=main_grad.linear,
     linear_gelu=reference.linear_gelu,
     gelu_layer_norm=reference.gelu_layer_norm,
     embed_layer_norm=reference.embed_layer_norm,
@@ -35,22 +49,81 @@ REFERENCE = Ops(
 )
 
 
-def choose_ops(device_type: str, compiled: bool) -> Ops:
-    """The fastest implementation there is for a device.
+def cpu_ops(compiled: bool) -> Ops:
+    """The ops as a CPU wants them.
 
     Args:
-        device_type: "cpu" or "cuda".
-        compiled: on a CPU, fuse pointwise chains with torch.compile (needs a C++ compiler).
+        compiled: fuse pointwise chains with torch.compile (needs a C++ compiler).
     """
-    if device_type != "cpu":
-        return REFERENCE
     ops = CpuOps(compiled)
     return Ops(
-        name="cpu (pointwise chains compiled)" if compiled else "cpu",
+        name="plain PyTorch for a CPU" + (", pointwise chains compiled" if compiled else ""),
         attention=ops.attention,
         dropout_add_layer_norm=ops.dropout_add_layer_norm,
-        linear_gelu=reference.linear_gelu,
+        linear=main_grad.linear,
+        linear_gelu=ops.linear_gelu,
         gelu_layer_norm=ops.gelu_layer_norm,
         embed_layer_norm=ops.embed_layer_norm,
         linear_cross_entropy=ops.linear_cross_entropy,
     )
+
+
+def triton_ops(attn_implementation: str = "auto", precision: str = "ieee") -> Ops:
+    """Our Triton kernels.
+
+    Args:
+        attn_implementation: "auto", "triton", "torch" (the FlashAttention 2 that PyTorch carries)
+            or "flash_attn" (the package).
+        precision: of fp32 products inside attention: "ieee" or "tf32".
+
+    Raises:
+        ModuleNotFoundError: Triton is not installed.
+    """
+    from fastbert_kernels import attention, cross_entropy, embedding, gelu, layer_norm, optimizer
+
+    def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
+        return gelu.bias_gelu(main_grad.linear(x, weight), bias, approximate)
+
+    @lru_cache(maxsize=1)
+    def lamb_table(spans: tuple[tuple[int, int], ...], device: torch.device) -> Any:
+        return optimizer.lamb_table(list(spans), device)
+
+    def lamb_step(*buffers: Any, spans: list[tuple[int, int]], **settings: Any) -> None:
+        settings["table"] = lamb_table(tuple(spans), buffers[0].device)
+        optimizer.lamb_step(*buffers, **settings)
+
+    return Ops(
+        name="Triton kernels",
+        attention=partial(attention.attention, backend=attn_implementation, precision=precision),
+        dropout_add_layer_norm=layer_norm.dropout_add_layer_norm,
+        linear=main_grad.linear,
+        linear_gelu=linear_gelu,
+        gelu_layer_norm=gelu.gelu_layer_norm,
+        embed_layer_norm=embedding.embed_layer_norm,
+        linear_cross_entropy=cross_entropy.linear_cross_entropy,
+        adamw_step=optimizer.adamw_step,
+        lamb_step=lamb_step,
+        kernels=True,
+    )
+
+
+def why_no_kernels(
+    device: torch.device, hidden_size: int, intermediate_size: int, head_size: int
+) -> str:
+    """What keeps our Triton kernels from running a model on a device; empty where nothing does."""
+    if device.type != "cuda":
+        return "they need a GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need an A100 or newer"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if head_size not in HEAD_SIZES:
+        return f"heads of {head_size} are none of {', '.join(map(str, HEAD_SIZES))}"
+    if hidden_size % 8 or intermediate_size % 8 or hidden_size > MAX_WIDTH:
+        return f"widths must be multiples of 8, and hidden_size at most {MAX_WIDTH}"
+    return ""
+
+
+def choose_ops(device_type: str, compiled: bool) -> Ops:
+    """The ops for a device: Triton's on a GPU, else a CPU's own."""
+    return cpu_ops(compiled) if device_type == "cpu" else triton_ops()

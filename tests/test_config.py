@@ -14,6 +14,10 @@ from hypothesis import strategies as st
 from fastbert.config import (
     GROUPS,
     PRESETS,
+    ConvergenceBenchConfig,
+    DataBenchConfig,
+    InferenceBenchConfig,
+    KernelBenchConfig,
     ModelConfig,
     PretrainConfig,
     Setting,
@@ -26,7 +30,16 @@ from fastbert.config import (
 )
 from fastbert.errors import UserError, did_you_mean
 
-CONFIGS = [ModelConfig, PretrainConfig, StepBenchConfig]
+CONFIGS = [
+    ModelConfig,
+    PretrainConfig,
+    StepBenchConfig,
+    KernelBenchConfig,
+    DataBenchConfig,
+    InferenceBenchConfig,
+    ConvergenceBenchConfig,
+    EstimateConfig,
+]
 
 
 def parameters(config: ModelConfig) -> int:
@@ -206,7 +219,11 @@ def test_unknown_keys_of_config_json_are_ignored(tmp_path: Path) -> None:
         ),
         ({"seed": -1}, "seed = -1 must be at least 0 and at most"),
         ({"device": "cuda:a"}, "device = 'cuda:a' must be auto, cpu, cuda or cuda:N"),
-        ({"precision": "fp16"}, "precision = 'fp16' must be auto, fp32 or bf16"),
+        ({"precision": "fp8"}, "precision = 'fp8' must be auto, fp32, tf32, bf16 or fp16"),
+        ({"curriculum": "128"}, "curriculum = '128': '128' must be LENGTH:SHARE, e.g. 128:0.9"),
+        ({"curriculum": "256:0.5"}, "curriculum = '256:0.5': length 256 must be at least 8 and at"),
+        ({"curriculum": "64:0.5,128:0.5"}, "shares must be more than 0 and sum to less than 1"),
+        ({"batch_ramp_steps": 9}, "batch_ramp_steps = 9 needs gradient_accumulation_steps of 2"),
         ({"torch_compile": "yes"}, "torch_compile = 'yes' must be auto, on or off"),
         ({"report_to": "wandb"}, "report_to = 'wandb' must be tensorboard or none"),
         ({"out": ""}, "out = '' must not be empty"),
@@ -225,7 +242,7 @@ def test_values_at_their_bounds_are_fine() -> None:
     PretrainConfig(short_seq_prob=1, validation_fraction=0, max_grad_norm=0, weight_decay=0)
     PretrainConfig(lr_scheduler_type="warmup_stable_decay", decay_steps=1400)
     assert StepBenchConfig(against="none").against == "none"
-    with pytest.raises(UserError, match=r"'hf' must be one of hf-compile, hf-compile.malloc,"):
+    with pytest.raises(UserError, match=r"'hf' must be one of hf-eager, hf-sdpa,"):
         StepBenchConfig(against="hf-sdpa,hf")
 
 
@@ -325,7 +342,7 @@ def values(setting: Setting) -> st.SearchStrategy[Any]:
 
 
 # These hang together; the rest may take any value of their own.
-BOUND = {"max_seq_length", "tokens_per_batch", "decay_steps"}
+BOUND = {"max_seq_length", "tokens_per_batch", "decay_steps", "curriculum", "batch_ramp_steps"}
 FREE = {s.name: values(s) for s in settings(PretrainConfig) if s.name not in BOUND}
 
 

@@ -6,7 +6,7 @@ as spans of the token store and becomes tokens only in its batch.
 """
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -120,16 +120,17 @@ class _Planner:
             self._open_next()
         return spans
 
-    def units(self, document: int) -> list[int]:
+    def units(self, document: int, room: int | None = None) -> list[int]:
         """Returns where the sentences of a document start, and its end; long ones are cut up."""
+        room = room or self._room
         start, end = self._shards.document_offsets[document : document + 2]
         offsets = self._shards.sentence_offsets[start : end + 1]
         units: list[int] = offsets.tolist()
-        if np.diff(offsets).max() > self._room:
+        if np.diff(offsets).max() > room:
             cut = [
                 unit + piece * (after - unit) // pieces
                 for unit, after in pairwise(units)
-                for pieces in (-(-(after - unit) // self._room),)
+                for pieces in (-(-(after - unit) // room),)
                 for piece in range(pieces)
             ]
             units = [*cut, units[-1]]
@@ -246,12 +247,18 @@ class _Planner:
             "rng": self._rng.bit_generator.state,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], their_room: int | None = None) -> None:
+        """Goes on from a state; `their_room` is that of its planner, where it is another."""
         self.epoch = state["epoch"]
         self.position = state["position"]
         self.balance = state["balance"]
         self._open = [list(cursor) for cursor in state["open"]]
         self._units = {}
+        if their_room not in (None, self._room):  # sentences were cut up otherwise
+            for cursor in self._open:
+                document, unit = cursor
+                token = self.units(document, their_room)[unit]
+                cursor[1] = bisect_right(self.units(document), token) - 1
         self._order = self._epoch_order()
         self._rng.bit_generator.state = state["rng"]
 
@@ -342,6 +349,7 @@ class Packer:
         self._ids = ids
         self._max_seq_length = max_seq_length
         self._shortest = shortest
+        self._special = 3 if nsp else 2  # [CLS] and each [SEP]
         self._seed = seed
 
         def planner(shuffle: bool, epochs: int | None) -> _Planner:
@@ -371,6 +379,7 @@ class Packer:
         self._pending: list[Spans] = []
         self._batches = 0
         self._real_tokens = 0
+        self._room = 0  # tokens that the batches so far could hold
         self.notes: list[str] = []
         if nsp and shards.num_documents == 1:
             self.notes.append(
@@ -386,14 +395,25 @@ class Packer:
         if not sequences:
             raise StopIteration
         batch = self._materialise(sequences)
-        self._batches += 1
-        self._real_tokens += batch.num_tokens
+        self._count(sequences)
         return batch
+
+    def skip(self) -> bool:
+        """Advances by a batch without making it; False where there is none left."""
+        sequences = self._select()
+        if sequences:
+            self._count(sequences)
+        return bool(sequences)
+
+    def _count(self, sequences: Sequence[Spans]) -> None:
+        self._batches += 1
+        self._real_tokens += sum(spans.length for spans in sequences)
+        self._room += self.T
 
     @property
     def fill(self) -> float:
         """Share of tokens so far that are not [PAD]; 1 before the first batch."""
-        return self._real_tokens / (self._batches * self.T) if self._batches else 1.0
+        return self._real_tokens / self._room if self._room else 1.0
 
     @property
     def epoch(self) -> float:
@@ -512,6 +532,7 @@ class Packer:
             "shape": self._shape(),
             "batches": self._batches,
             "real_tokens": self._real_tokens,
+            "room": self._room,
             "pending": [list(spans) for spans in self._pending],
             "planner": self._planner.state_dict(),
         }
@@ -522,15 +543,31 @@ class Packer:
         Raises:
             UserError: it belongs to other data or other shapes.
         """
-        if state.get("shape") != self._shape():
+        self._require_same(state, set(self._shape()))
+        self.adopt(state)
+
+    def _require_same(self, state: dict[str, Any], names: set[str]) -> None:
+        theirs, ours = state.get("shape", {}), self._shape()
+        if any(theirs.get(name) != ours[name] for name in names):
             raise UserError(
                 f"{self._shards.folder}: the checkpoint's data position is for other data or "
-                f"settings ({state.get('shape')}, not {self._shape()}); resume with its own"
+                f"settings ({theirs}, not {ours}); resume with its own"
             )
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Goes on with the data where a packer of other T or other S stopped.
+
+        Raises:
+            UserError: the state belongs to other data.
+        """
+        self._require_same(state, {"seed", "documents", "tokens"})
+        S, shorten = self._max_seq_length, self._planner.shorten
         self._batches = state["batches"]
-        self._real_tokens = state["real_tokens"]
-        self._pending = [Spans(*spans) for spans in state["pending"]]
-        self._planner.load_state_dict(state["planner"])
+        self._real_tokens, self._room = state["real_tokens"], state["room"]
+        theirs = state["shape"]["max_seq_length"]
+        self._planner.load_state_dict(state["planner"], theirs - self._special)
+        pending = [Spans(*spans) for spans in state["pending"]]
+        self._pending = [spans if spans.length <= S else shorten(spans, S) for spans in pending]
 
     def _shape(self) -> dict[str, int]:
         return {

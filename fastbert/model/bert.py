@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import ModelConfig
 from fastbert.model.embeddings import Embeddings
@@ -38,6 +39,10 @@ class Bert(nn.Module):
         config: sizes, named as in Hugging Face's BertConfig.
         ops: which implementation of the fused ops to use.
         pooler, mlm, next_sentence: which parts stand on the encoder.
+        gradient_checkpointing: keep only the layers' inputs and compute the rest again in the
+            backward (Chen et al. 2016); dropout draws the same bits again from its counters.
+        last_layer_masked_only: beyond its attention, run the last layer only at the positions that
+            a loss reads. Exact; it saves some 6% of BERT-base's FLOPs.
     """
 
     dropout_state: Tensor
@@ -50,9 +55,13 @@ class Bert(nn.Module):
         pooler: bool = True,
         mlm: bool = True,
         next_sentence: bool = True,
+        gradient_checkpointing: bool = False,
+        last_layer_masked_only: bool = True,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, ops
+        self.gradient_checkpointing = gradient_checkpointing
+        self.last_layer_masked_only = last_layer_masked_only
         self.embeddings = Embeddings(config, ops)
         self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_hidden_layers))
         self.pooler = Pooler(config) if pooler else None
@@ -78,6 +87,10 @@ class Bert(nn.Module):
         self.dropout_state[:, 0] = seed
         self.dropout_state[:, 1] = step
 
+    def advance_dropout(self) -> None:
+        """Other bits for the next forward, on the device alone."""
+        self.dropout_state[:, 1] += 1
+
     def encode(
         self,
         input_ids: Tensor,  # (T,)
@@ -90,8 +103,19 @@ class Bert(nn.Module):
         seeds = self.dropout_state.unbind(0)
         x = self.embeddings(input_ids, token_type_ids, position_ids, seeds[0])
         for layer, seed in zip(self.layers[:-1], seeds[1:-1], strict=True):
-            x = layer(x, cu_seqlens, max_seqlen, seed)
-        return self.layers[-1](x, cu_seqlens, max_seqlen, seeds[-1], rows)
+            x = self._run(layer, x, cu_seqlens, max_seqlen, seed)
+        if self.last_layer_masked_only or rows is None:
+            return self._run(self.layers[-1], x, cu_seqlens, max_seqlen, seeds[-1], rows)
+        x = self._run(self.layers[-1], x, cu_seqlens, max_seqlen, seeds[-1])
+        return x.index_select(0, rows)
+
+    def _run(self, layer: nn.Module, *inputs: Tensor | int | None) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # No generator has a state to restore: dropout's bits come from counters.
+            out: Tensor = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = layer(*inputs)
+        return out
 
     def hidden_states(
         self,

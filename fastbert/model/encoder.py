@@ -1,7 +1,6 @@
 """One Transformer encoder layer, post-LayerNorm (Vaswani et al. 2017; Devlin et al. 2019)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.config import ModelConfig
@@ -50,17 +49,18 @@ class Layer(nn.Module):
     ) -> Tensor:  # (T or R, H)
         attention_p = self.attention_dropout_p if self.training else 0.0
         hidden_p = self.hidden_dropout_p if self.training else 0.0
-        qkv = F.linear(x, self.qkv.weight, self.qkv.bias).view(-1, 3, self.heads, self.head_size)
+        qkv = self.ops.linear(x, self.qkv.weight, self.qkv.bias)
+        qkv = qkv.view(-1, 3, self.heads, self.head_size)
         context = self.ops.attention(qkv, cu_seqlens, max_seqlen, attention_p, seed, 0).flatten(1)
         if rows is not None:
             # Nothing after attention mixes tokens: what no loss reads need not be computed.
             context, x = context.index_select(0, rows), x.index_select(0, rows)
         x = self.ops.dropout_add_layer_norm(
-            F.linear(context, self.attention_out.weight), self.attention_out.bias, x,
+            self.ops.linear(context, self.attention_out.weight), self.attention_out.bias, x,
             self.attention_norm_weight, self.attention_norm_bias, self.eps, hidden_p, seed, 1,
         )  # fmt: skip
         up = self.ops.linear_gelu(x, self.up.weight, self.up.bias, self.approximate)
         return self.ops.dropout_add_layer_norm(
-            F.linear(up, self.down.weight), self.down.bias, x,
+            self.ops.linear(up, self.down.weight), self.down.bias, x,
             self.norm_weight, self.norm_bias, self.eps, hidden_p, seed, 2,
         )  # fmt: skip

@@ -34,7 +34,7 @@ class MaskedLanguageHead(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:  # (M, H) -> (M, H)
         return self.ops.gelu_layer_norm(
-            F.linear(x, self.transform.weight), self.transform.bias,
+            self.ops.linear(x, self.transform.weight), self.transform.bias,
             self.norm_weight, self.norm_bias, self.eps, self.approximate,
         )  # fmt: skip
 

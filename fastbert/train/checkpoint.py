@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastbert.errors import RunError, UserError
 
-FORMAT = 1
+FORMAT = 2
 _FILES = ("weights.safetensors", "optimizer.safetensors")
 
 
@@ -202,6 +202,8 @@ def load_newest(run: Path, warn: Any) -> Checkpoint | None:
 # What may differ between a checkpoint and the run that goes on from it.
 _FREE = {
     *("out", "device", "precision", "torch_compile", "num_threads", "resume", "stop_at_step"),
+    *("step", "kernels", "attn_implementation", "gradient_checkpointing", "last_layer_masked_only"),
+    *("dataloader_num_workers", "dataloader_prefetch_factor"),
     *("data", "tokenizer"),  # their content is checked by fingerprint
     *("max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
     *("max_eval_batches", "report_to"),

@@ -1,6 +1,7 @@
 """Where a run computes and how: each choice with its reason, said in the log's first lines."""
 
 import ctypes
+import os
 import shutil
 from dataclasses import dataclass
 
@@ -8,7 +9,8 @@ import torch
 
 from fastbert.config import ModelConfig, PretrainConfig
 from fastbert.errors import RunError, UserError
-from fastbert.ops import Ops, choose_ops
+from fastbert.ops import REFERENCE, Ops, cpu_ops, triton_ops, why_no_kernels
+from fastbert.train.flat import FlatParameters
 
 # On 2 cores the compiled pieces cost 15 s at the start and then save a quarter of the time.
 _COMPILE_WORTH_FLOPS = {"cpu": 1e13, "cuda": 1e16}
@@ -16,11 +18,13 @@ _COMPILE_WORTH_FLOPS = {"cpu": 1e13, "cuda": 1e16}
 
 @dataclass(frozen=True)
 class Execution:
-    """The device, dtype and compilation of a run."""
+    """The device, dtype, ops and launching of a run."""
 
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    graph: bool
+    """Whether a step is launched as one CUDA graph."""
     ops: Ops
     reasons: tuple[str, ...]
     """One line each, for the log."""
@@ -39,19 +43,29 @@ def training_flops(model: ModelConfig, config: PretrainConfig) -> float:
 
 
 def choose_execution(config: PretrainConfig, model: ModelConfig) -> Execution:
-    """Resolves `device`, `precision` and `torch_compile`, all of which may be "auto".
+    """Resolves `device`, `precision`, `kernels`, `torch_compile` and `step`, which may be "auto".
 
     The choice depends on settings and hardware only, never on a timing, so that two runs compute
     the same numbers.
 
     Raises:
-        UserError: torch_compile = on without a C++ compiler on a CPU.
+        UserError: settings that do not fit the device or each other.
         RunError: CUDA was asked for and is not there.
     """
     device = choose_device(config.device)
     dtype, precision_reason = choose_dtype(config.precision, device)
-    compiled, compile_reason = _compile(config, model, device)
-    ops = choose_ops(device.type, compiled)
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    why_not = _why_no_kernels(config, model, device)
+    compiled, compile_reason = _compile(config, model, device, kernels=not why_not)
+    if why_not:
+        ops = cpu_ops(compiled) if device.type == "cpu" else REFERENCE
+        if config.kernels == "reference":
+            ops = REFERENCE
+    else:
+        tf32 = config.precision == "tf32"
+        ops = triton_ops(config.attn_implementation, "tf32" if tf32 else "ieee")
+    graph, step_reason = _graph(config, device, ops)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if device.type == "cpu":
         keep_freed_memory()
@@ -60,14 +74,45 @@ def choose_execution(config: PretrainConfig, model: ModelConfig) -> Execution:
         device,
         dtype,
         compiled,
+        graph,
         ops,
         (
             f"device: {device} ({name}{threads})",
             f"precision: {precision_reason}",
-            f"ops: {ops.name}, plain PyTorch",
+            f"ops: {ops.name}" + (f" ({why_not})" if why_not else ""),
             f"torch.compile: {compile_reason}",
+            f"step: {step_reason}",
         ),
     )
+
+
+def _why_no_kernels(config: PretrainConfig, model: ModelConfig, device: torch.device) -> str:
+    if config.kernels == "reference":
+        return "asked for"
+    why_not = why_no_kernels(device, model.hidden_size, model.intermediate_size, model.head_size)
+    if why_not and config.kernels == "triton":
+        raise UserError(f"kernels = 'triton': {why_not}; use kernels = 'auto'")
+    if why_not and config.attn_implementation != "auto":
+        raise UserError(
+            f"attn_implementation = {config.attn_implementation!r} belongs to our Triton kernels: "
+            f"{why_not}; use attn_implementation = 'auto'"
+        )
+    return f"Triton kernels: {why_not}" if why_not else ""
+
+
+def _graph(config: PretrainConfig, device: torch.device, ops: Ops) -> tuple[bool, str]:
+    obstacle = ""
+    if device.type != "cuda":
+        obstacle = "CUDA graphs need a GPU"
+    elif not ops.kernels:
+        obstacle = f"{ops.name} asks the host in every layer"
+    elif config.optim.endswith("_apex_fused"):
+        obstacle = f"{config.optim} asks the host at every step"
+    if config.step == "graph" and obstacle:
+        raise UserError(f"step = 'graph': {obstacle}; use step = 'auto' or 'eager'")
+    if config.step == "eager":
+        return False, "eager (asked for)"
+    return (False, f"eager ({obstacle})") if obstacle else (True, "one CUDA graph")
 
 
 def choose_device(name: str) -> torch.device:
@@ -86,6 +131,31 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def what_fits(
+    model: ModelConfig, dtype: torch.dtype, flat: FlatParameters, device: torch.device
+) -> str:
+    """Advice for a micro-batch that does not fit, with the number of tokens that would.
+
+    Between forward and backward, a layer keeps 8 tensors of hidden_size and 2 of intermediate_size
+    a token (inputs of the matrix products and norms, Q, K and V, the GELU's both sides).
+    """
+    buffers = {b.data_ptr(): b for b in (flat.master, flat.weights, flat.grad)}
+    state = sum(b.numel() * b.element_size() for b in buffers.values()) + 8 * flat.master.numel()
+    per_token = (8 * model.hidden_size + 2 * model.intermediate_size) * dtype.itemsize
+    per_token *= model.num_hidden_layers
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    tokens = max(0, int(0.9 * (total - state) / per_token))
+    gib = 2**30
+    return (
+        f"{device} has {total / gib:.1f} GiB, of which weights, gradients and moments take "
+        f"{state / gib:.1f}, which leaves room for about {tokens} tokens: lower --max-seq-length "
+        "and --tokens-per-batch to fit, or use --gradient-checkpointing or a smaller --model"
+    )
+
+
 def fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices in hardware."""
     if device.type == "cuda":
@@ -95,13 +165,28 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def choose_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """What activations are computed in, and why: fp32 or bf16."""
+    """What activations are computed in, and why: fp32, bf16 or fp16.
+
+    Raises:
+        UserError: TF32 was asked for on a CPU.
+    """
     hardware = fast_bf16(device)
-    if precision == "fp32" or (precision == "auto" and not hardware):
-        why = "asked for" if precision == "fp32" else "this device has no bf16 multiplication"
-        return torch.float32, f"fp32 ({why})"
-    why = "hardware" if hardware else "asked for, emulated: slower than fp32 here"
-    return torch.bfloat16, f"bf16 with fp32 masters ({why})"
+    if precision == "tf32":
+        if device.type != "cuda":
+            raise UserError("precision = 'tf32' needs a GPU: use fp32")
+        return torch.float32, "fp32, matrix products in TF32 (asked for)"
+    if precision == "auto":
+        if hardware:
+            return torch.bfloat16, "bf16 with fp32 masters (hardware)"
+        if device.type == "cuda":
+            return torch.float16, "fp16 with fp32 masters (this GPU has no bf16 multiplication)"
+        return torch.float32, "fp32 (this device has no bf16 multiplication)"
+    if precision == "fp32":
+        return torch.float32, "fp32 (asked for)"
+    if precision == "fp16":
+        return torch.float16, "fp16 with fp32 masters and dynamic loss scaling (asked for)"
+    emulated = "" if hardware else ", emulated: slower than fp32 here"
+    return torch.bfloat16, f"bf16 with fp32 masters (asked for{emulated})"
 
 
 def can_compile(device: torch.device) -> bool:
@@ -136,7 +221,9 @@ def keep_freed_memory(keep: bool = True) -> bool:
     return done
 
 
-def _compile(config: PretrainConfig, model: ModelConfig, device: torch.device) -> tuple[bool, str]:
+def _compile(
+    config: PretrainConfig, model: ModelConfig, device: torch.device, kernels: bool
+) -> tuple[bool, str]:
     compiler = can_compile(device)
     if config.torch_compile == "on":
         if not compiler:
@@ -144,6 +231,10 @@ def _compile(config: PretrainConfig, model: ModelConfig, device: torch.device) -
         return True, "on (asked for)"
     if config.torch_compile == "off":
         return False, "off (asked for)"
+    if kernels:
+        return False, "off (the Triton kernels are fused already)"
+    if config.kernels == "reference" and device.type == "cpu":
+        return False, "off (reference ops are not compiled)"
     if not compiler:
         return False, "off (no C++ compiler found)"
     flops = training_flops(model, config)

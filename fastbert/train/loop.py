@@ -5,10 +5,13 @@ checkpoints/step-000010/, loss.png, hf/.
 """
 
 import dataclasses
+import gc
+import json
+import math
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,18 +22,21 @@ import torch
 from torch import Tensor
 
 from fastbert.config import ModelConfig, PretrainConfig, model_config, resolved
+from fastbert.data.batch import Batch
 from fastbert.data.pack import Packer, evaluation_batches
 from fastbert.data.shards import Shards
 from fastbert.data.tokenize import WordPiece
+from fastbert.data.workers import BatchLoader, DevicePrefetcher
 from fastbert.errors import RunError, UserError
 from fastbert.model.bert import Bert
 from fastbert.train import checkpoint
-from fastbert.train.device import Execution, choose_execution
+from fastbert.train.device import Execution, choose_execution, what_fits
 from fastbert.train.evaluate import evaluate, fill_masks, unigram_log_probabilities
+from fastbert.train.graph import launcher
 from fastbert.train.prepare import prepare_data, run_folder, say, taken_back_on_failure
 from fastbert.train.report import Reporter
 from fastbert.train.schedule import learning_rate
-from fastbert.train.step import TrainStep, compile_model
+from fastbert.train.step import Metrics, TrainStep, compile_model
 
 Export = Callable[[Path, Mapping[str, Tensor], ModelConfig, Path], None]
 _MAX_SKIPPED_IN_A_ROW = 3
@@ -158,46 +164,41 @@ class _Trainer:
         restored: checkpoint.Checkpoint | None,
     ) -> None:
         self.config, self.folder, self.sizes, self.device = config, run, sizes, execution.device
-        self.tokenizer, self.validation_shards = tokenizer, validation_shards
-        self.model = self._build_model(execution)
-        self.train_step = TrainStep(self.model, config, execution.dtype)
-        packing: dict[str, Any] = {
-            "tokens_per_batch": config.tokens_per_batch,
-            "max_seq_length": config.max_seq_length,
-            "nsp": config.nsp,
-            "short_seq_prob": config.short_seq_prob,
-            "mlm_probability": config.mlm_probability,
-            "whole_word_mask": config.whole_word_mask,
-            "seed": config.seed,
-        }
-        self.packer = Packer(train_shards, tokenizer.ids, **packing)
-        for note in self.packer.notes:
+        self.execution, self.tokenizer = execution, tokenizer
+        self.train_shards, self.validation_shards = train_shards, validation_shards
+        state = restored.state if restored else {}
+        self.step = restored.step if restored else 0
+        self.tokens = state.get("tokens", 0)
+        self.split = state.get("split", 1)
+        """Parts that a batch is cut into for want of memory, each a micro-batch."""
+        self.told_skipped = state.get("skipped", 0)
+        self.model = self._build_model()
+        compiled = execution.compile and self.device.type == "cuda"
+        self.train_step = TrainStep(self.model, config, execution.dtype, main_grads=not compiled)
+        self.launch = self._launcher()
+        self.loader = self._open_data(state.get("data"), adopt=self._phase_ended(state))
+        for note in self.loader.notes:
             say(f"data: {note}")
-        self.eval_batches = []
-        if validation_shards is not None:
-            self.eval_batches = evaluation_batches(
-                validation_shards,
-                tokenizer.ids,
-                max_batches=config.max_eval_batches,
-                num_slots=self.packer.N,
-                **packing,
-            )
+        self.eval_batches = self._evaluation_batches()
         counts = train_shards.token_counts(tokenizer.vocab_size)
         self.unigram = unigram_log_probabilities(counts, tokenizer.special_ids).to(self.device)
-        self.step = 0
-        self.tokens = 0
-        self.skipped = 0
-        self.window = (0.0, 0)  # loss sum and steps since the last log line
         if restored is not None:
             self._restore(restored)
         self.reporter = Reporter(
             run, self.step, config.max_steps, config.report_to == "tensorboard"
         )
 
-    def _build_model(self, execution: Execution) -> Bert:
-        torch.manual_seed(self.config.seed)
-        nsp = self.config.nsp
-        model = Bert(self.sizes, execution.ops, pooler=nsp, mlm=True, next_sentence=nsp)
+    def _build_model(self) -> Bert:
+        config, execution = self.config, self.execution
+        torch.manual_seed(config.seed)
+        model = Bert(
+            self.sizes,
+            execution.ops,
+            pooler=config.nsp,
+            next_sentence=config.nsp,
+            gradient_checkpointing=config.gradient_checkpointing,
+            last_layer_masked_only=config.last_layer_masked_only,
+        )
         model.to(execution.device)
         if execution.compile and execution.device.type == "cuda":
             compile_model(model)
@@ -209,10 +210,71 @@ class _Trainer:
         )
         return model
 
+    def _launcher(self) -> Callable[[Sequence[Batch]], None]:
+        accumulates = self.split * self.config.gradient_accumulation_steps > 1
+        return launcher(self.train_step, self.execution.graph, accumulates)
+
+    # Data
+
+    def _packing(self, max_seq_length: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "tokens_per_batch": config.tokens_per_batch // self.split,
+            "max_seq_length": max_seq_length,
+            "nsp": config.nsp,
+            "short_seq_prob": config.short_seq_prob,
+            "mlm_probability": config.mlm_probability,
+            "whole_word_mask": config.whole_word_mask,
+            "seed": config.seed,
+        }
+
+    def _length(self) -> int:
+        """The longest sequence of the phase that the next step belongs to."""
+        phases = self.config.phases()
+        return next((length for length, end in phases if self.step < end), phases[-1][0])
+
+    def _phase_ended(self, state: dict[str, Any]) -> bool:
+        """Whether a checkpoint was written at the very end of a phase of the curriculum."""
+        length = state["data"]["shape"]["max_seq_length"] if state else self._length()
+        before = {phase for phase, end in self.config.phases() if end == self.step}
+        return length != self._length() and length in before
+
+    def _open_data(self, state: dict[str, Any] | None, *, adopt: bool = False) -> DevicePrefetcher:
+        """Batches from where `state` stands; `adopt` where that is of other shapes."""
+        packing = self._packing(self._length())
+        packer = Packer(self.train_shards, self.tokenizer.ids, **packing)
+        if state is not None:
+            (packer.adopt if adopt else packer.load_state_dict)(state)
+        workers = self.config.dataloader_num_workers
+        if workers is None:
+            workers = int(self.device.type == "cuda")
+        loader = BatchLoader(packer, workers, self.config.dataloader_prefetch_factor)
+        loader.start()
+        return DevicePrefetcher(loader, self.device)
+
+    def _evaluation_batches(self) -> list[Batch]:
+        if self.validation_shards is None:
+            return []
+        return evaluation_batches(
+            self.validation_shards,
+            self.tokenizer.ids,
+            max_batches=self.config.max_eval_batches,
+            **self._packing(self.config.max_seq_length),
+        )
+
+    def _next_phase(self) -> None:
+        """Goes on with longer sequences where the curriculum says so."""
+        state = self.loader.state_dict()
+        if state["shape"]["max_seq_length"] == self._length():
+            return
+        self.loader.close()
+        self.loader = self._open_data(state, adopt=True)
+        self.reporter.say(f"step {self.step}: sequences of up to {self._length()} tokens from here")
+
     # Checkpoints
 
     def _restore(self, restored: checkpoint.Checkpoint) -> None:
-        flat, state = self.train_step.flat, restored.state
+        state = restored.state
         sizes = dataclasses.asdict(self.sizes)
         for name, value in state["sizes"].items():
             if sizes[name] != value:
@@ -221,28 +283,26 @@ class _Trainer:
                     f"the checkpoint of step {restored.step}: put it back, or start a new run"
                 )
         try:
-            with torch.no_grad():
-                for name, view in flat.views(flat.master).items():
-                    view.copy_(restored.weights[name])
-            flat.write_back()
-            self.train_step.optimizer.load_state_dict(restored.optimizer, state["updates"])
-            self.packer.load_state_dict(state["data"])
-            self.tokens, self.skipped = state["tokens"], state["skipped"]
-            self.window = tuple(state["window"])
+            self.train_step.load_state_dict(
+                restored.step, restored.weights, restored.optimizer, state
+            )
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"the checkpoint of step {restored.step} does not fit this run: {error}"
             ) from None
-        self.step = restored.step
 
     def _save(self) -> None:
         flat, optimizer = self.train_step.flat, self.train_step.optimizer
+        if not all(bool(t.isfinite().all()) for t in (flat.master, *optimizer.moments)):
+            raise RunError(
+                f"step {self.step}: weights or moments are not finite, no checkpoint is written: "
+                f"start a new run with a lower --learning-rate; {self._newest_checkpoint()}"
+            )
         state = {
-            "updates": optimizer.updates,
-            "data": self.packer.state_dict(),
+            **self.train_step.state_dict(),
+            "data": self.loader.state_dict(),
             "tokens": self.tokens,
-            "skipped": self.skipped,
-            "window": self.window,
+            "split": self.split,
             "recipe": dataclasses.asdict(self.config),
             "sizes": dataclasses.asdict(self.sizes),
         }
@@ -257,79 +317,124 @@ class _Trainer:
     # The loop
 
     def run(self, stop_signal: Callable[[], str]) -> None:
-        config = self.config
-        last = min(config.max_steps, config.stop_at_step or config.max_steps)
-        saved_at = self.step if self.step else -1
         try:
-            started, tokens_before = time.perf_counter(), self.tokens
-            skipped_in_a_row = 0
-            rate = loss = None
-            while self.step < last and not stop_signal():
-                loss, updated = self._one_step()
-                skipped_in_a_row = 0 if updated else skipped_in_a_row + 1
-                if skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
-                    raise RunError(
-                        f"the gradient was not finite in {skipped_in_a_row} steps in a row, up to "
-                        f"step {self.step}: start a new run with a lower --learning-rate; "
-                        f"{self._newest_checkpoint()}"
-                    )
-                if self.step % config.logging_steps == 0 or self.step == last:
-                    now = time.perf_counter()
-                    rate = (self.tokens - tokens_before) / (now - started)
-                    started, tokens_before = now, self.tokens
-                    self._log(rate)
-                self.reporter.advance(loss, rate)
-                pause = time.perf_counter()
-                if config.eval_steps and self.step % config.eval_steps == 0 and self.step < last:
-                    self._evaluate()
-                if config.save_steps and self.step % config.save_steps == 0:
-                    self._save()
-                    saved_at = self.step
-                started += time.perf_counter() - pause
-            if self.step != saved_at:
-                self._save()
-            if stop_signal() and self.step < last:
-                raise RunError(
-                    f"stopped by {stop_signal()} at step {self.step}; everything is saved: go on "
-                    f"with: fastbert pretrain --resume auto --out {shlex.quote(str(self.folder))}"
-                )
-            self._evaluate()
+            self._run(stop_signal)
         except BaseException:
             self.reporter.close()
             raise
+        finally:
+            self.loader.close()
+
+    def _run(self, stop_signal: Callable[[], str]) -> None:
+        config = self.config
+        last = min(config.max_steps, config.stop_at_step or config.max_steps)
+        saved_at = self.step if self.step else -1
+        # On a GPU, reading what a step reports would wait for it.
+        read_every = 1 if self.device.type == "cpu" else config.logging_steps
+        started, tokens_before = time.perf_counter(), self.tokens
+        rate = loss = None
+        while self.step < last and not stop_signal():
+            self._next_phase()
+            self._one_step()
+            logs = self.step % config.logging_steps == 0 or self.step == last
+            if logs or self.step % read_every == 0:
+                metrics = self._read()
+                loss = metrics.loss
+            if logs:
+                now = time.perf_counter()
+                rate = (self.tokens - tokens_before) / (now - started)
+                started, tokens_before = now, self.tokens
+                self._log(metrics, rate)
+            self.reporter.advance(loss, rate)
+            pause = time.perf_counter()
+            if config.eval_steps and self.step % config.eval_steps == 0 and self.step < last:
+                self._evaluate()
+            if config.save_steps and self.step % config.save_steps == 0:
+                self._save()
+                saved_at = self.step
+            started += time.perf_counter() - pause
+        if self.step != saved_at:
+            self._save()
+        if stop_signal() and self.step < last:
+            raise RunError(
+                f"stopped by {stop_signal()} at step {self.step}; everything is saved: go on "
+                f"with: fastbert pretrain --resume auto --out {shlex.quote(str(self.folder))}"
+            )
+        self._evaluate()
 
     def _newest_checkpoint(self) -> str:
         newest = checkpoint.newest_folder(self.folder)
         return f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet"
 
-    def _one_step(self) -> tuple[float, bool]:
-        batches = [next(self.packer) for _ in range(self.config.gradient_accumulation_steps)]
-        result = self.train_step(
-            [batch.to(self.device) for batch in batches],
-            self.step,
-            learning_rate(self.config, self.step),
-        )
+    def _one_step(self) -> None:
+        position = self.loader.position
+        while True:
+            count = self.split * self.config.accumulation_at(self.step)
+            batches = [next(self.loader) for _ in range(count)]
+            try:
+                self.launch(batches)
+                break
+            except torch.OutOfMemoryError:
+                pass  # handled outside, where the exception no longer holds the step's tensors
+            del batches
+            self._halve_micro_batch(json.loads(position))
+            position = self.loader.position
         self.step += 1
         self.tokens += sum(batch.num_tokens for batch in batches)
-        if result.updated:
-            self.window = (self.window[0] + result.loss, self.window[1] + 1)
-        else:
-            self.skipped += 1
-            self.reporter.say(f"step {self.step}: the gradient was not finite, update skipped")
-        return result.loss, result.updated
 
-    def _log(self, rate: float) -> None:
-        metrics = {
+    def _halve_micro_batch(self, data: dict[str, Any]) -> None:
+        """Cuts each batch into twice as many parts: the step is the same, the memory half."""
+        config, flat = self.config, self.train_step.flat
+        T = config.tokens_per_batch // self.split
+        if T % 2 or T // 2 < config.max_seq_length:
+            raise RunError(
+                f"out of memory with {T} tokens in a micro-batch, which cannot be halved: "
+                f"{what_fits(self.sizes, self.execution.dtype, flat, self.device)}"
+            )
+        self.split *= 2
+        self.train_step.abandon()
+        self.launch = self._launcher()
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        self.reporter.say(
+            f"step {self.step}: out of memory with {T} tokens in a micro-batch: going on with "
+            f"{T // 2}, and twice as many in a step"
+        )
+        self.loader.close()
+        self.loader = self._open_data(data, adopt=True)
+        self.eval_batches = self._evaluation_batches()
+
+    def _read(self) -> Metrics:
+        """What the device counted; complains of skipped steps, and stops after three in a row."""
+        metrics = self.train_step.read()
+        skipped = metrics.skipped - self.told_skipped
+        if skipped:
+            self.told_skipped = metrics.skipped
+            times = f" {skipped} times" if skipped > 1 else ""
+            self.reporter.say(
+                f"step {self.step}: the gradient was not finite{times}, update skipped"
+            )
+        if metrics.streak >= _MAX_SKIPPED_IN_A_ROW:
+            raise RunError(
+                f"the gradient was not finite in {metrics.streak} steps in a row, up to step "
+                f"{self.step}: start a new run with a lower --learning-rate; "
+                f"{self._newest_checkpoint()}"
+            )
+        return metrics
+
+    def _log(self, metrics: Metrics, rate: float) -> None:
+        logged = {
             "learning_rate": learning_rate(self.config, self.step - 1),
+            "grad_norm": metrics.grad_norm,
             "tokens_per_second": rate,
             "tokens": self.tokens,
-            "skipped_steps": self.skipped,
+            "skipped_steps": metrics.skipped,
         }
-        loss_sum, steps = self.window
-        if steps:
-            metrics = {"loss": loss_sum / steps, **metrics}
-        self.window = (0.0, 0)
-        self.reporter.log(self.step, metrics)
+        if metrics.loss_steps:
+            logged = {"loss": metrics.loss_sum / metrics.loss_steps, **logged}
+        self.train_step.clear_window()
+        self.reporter.log(self.step, {k: v for k, v in logged.items() if math.isfinite(v)})
 
     def _evaluate(self) -> None:
         if not self.eval_batches:
@@ -351,7 +456,7 @@ class _Trainer:
         flat = self.train_step.flat
         hf_folder = self.folder / "hf"
         export(hf_folder, flat.views(flat.master), self.sizes, self.folder / "tokenizer")
-        say(f"packing: {self.packer.fill:.2%} of each batch was real tokens")
+        say(f"packing: {self.loader.fill:.2%} of each batch was real tokens")
         for example in fill_masks(self.model, self.tokenizer, self._held_out_sentences()):
             print(example)
         print(f"loss curve: {picture}")

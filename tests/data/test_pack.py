@@ -127,9 +127,9 @@ def test_batches_are_full_and_of_one_shape(make_shards, make_ids, name, T, S, ns
     assert source.fill == pytest.approx(np.mean(fill))
 
 
-def test_constant_shapes_over_300_batches(make_shards, make_ids):
+def test_constant_shapes_over_1000_batches(make_shards, make_ids):
     source = packer(make_ids, make_shards(ragged(np.random.default_rng(5), 400)))
-    for batch in islice(source, 300):
+    for batch in islice(source, 1000):
         check_shape(batch, source.T, source.N, source.M, 128)
         assert batch.num_tokens >= 0.98 * 1024
 
@@ -308,6 +308,27 @@ def test_state_of_other_data_is_refused(make_shards, make_ids):
     for target in (packer(make_ids, other), packer(make_ids, one, T=2048)):
         with pytest.raises(UserError, match="is for other data or settings"):
             target.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("before", "after"), [(16, 40), (40, 16)])
+def test_another_length_goes_on_with_the_data(make_shards, make_ids, before, after):
+    """No token of the epoch is skipped but those in the sentence that was cut up otherwise."""
+    rng = np.random.default_rng(0)
+    shards = make_shards([[int(n) for n in rng.integers(1, 90, 12)] for _ in range(30)])
+    short = packer(make_ids, shards, 256, before, nsp=False, short_seq_prob=0.0)
+    batches = [next(short) for _ in range(8)]
+    long = packer(make_ids, shards, 512, after, nsp=False, short_seq_prob=0.0)
+    long.adopt(short.state_dict())
+    assert long.batch_index == 8 and long.epoch == short.epoch
+    batches += [next(long) for _ in range(6)]
+    assert all(int(batch.cu_seqlens.diff().max()) <= after for batch in batches[8:])
+    assert 0.95 < long.fill <= 1
+    again = packer(make_ids, shards, 512, after, nsp=False, short_seq_prob=0.0)
+    again.adopt(short.state_dict())
+    assert equal(next(again), batches[8])
+    other = packer(make_ids, shards, 512, after, nsp=False, seed=7)
+    with pytest.raises(UserError, match="the checkpoint's data position is for other data"):
+        other.adopt(short.state_dict())
 
 
 def test_masks_follow_the_batch_index(make_shards, make_ids):

@@ -9,20 +9,29 @@ import torch
 
 from fastbert.config import ModelConfig, PretrainConfig
 from fastbert.model.bert import Bert
+from fastbert.ops import REFERENCE
 from fastbert.train.flat import FlatParameters
-from fastbert.train.loop import _Trainer
-from fastbert.train.optimizer import FlatAdamW
+from fastbert.train.optimizer import FlatOptimizer, make_optimizer
 from fastbert.train.report import read_metrics
+from fastbert.train.step import TrainStep
 
 SIZES = ModelConfig(97, 16, 2, 2, 24, max_position_embeddings=16)
 CONFIG = PretrainConfig(weight_decay=0.1, adam_beta2=0.98, adam_epsilon=1e-8)
 
 
-def build(config: PretrainConfig, dtype: torch.dtype = torch.float32) -> FlatAdamW:
-    return FlatAdamW(FlatParameters(Bert(SIZES), dtype), config)
+def build(config: PretrainConfig, dtype: torch.dtype = torch.float32) -> FlatOptimizer:
+    return make_optimizer(FlatParameters(Bert(SIZES), dtype), config, REFERENCE)
 
 
-def random_gradients(optimizer: FlatAdamW, generator: torch.Generator) -> None:
+def update(optimizer: FlatOptimizer, learning_rate: float) -> bool:
+    """Makes one update and returns whether it was made."""
+    skipped = int(optimizer.skipped)
+    optimizer.lr.fill_(learning_rate)
+    optimizer.update(torch.ones(()))
+    return int(optimizer.skipped) == skipped
+
+
+def random_gradients(optimizer: FlatOptimizer, generator: torch.Generator) -> None:
     """Only where a parameter lies: the gaps between them are never touched by a backward."""
     for view in optimizer.flat.views(optimizer.flat.grad).values():
         view.copy_(torch.randn(view.shape, generator=generator) * 0.1)
@@ -53,7 +62,8 @@ def test_equals_torch_parameter_by_parameter(max_grad_norm: float) -> None:
             theirs[name].grad = view.clone()
         for group in rule.param_groups:
             group["lr"] = 1e-3 * (1 + math.sin(step))
-        norm, updated = ours.step(1e-3 * (1 + math.sin(step)))
+        updated = update(ours, 1e-3 * (1 + math.sin(step)))
+        norm = ours.grad_norm.item()
         want = torch.nn.utils.get_total_norm([p.grad for p in theirs.values()])  # type: ignore
         if max_grad_norm:
             torch.nn.utils.clip_grad_norm_(theirs.values(), max_grad_norm)
@@ -62,7 +72,7 @@ def test_equals_torch_parameter_by_parameter(max_grad_norm: float) -> None:
         assert norm > 1  # so that clipping to 1 is at work, and clipping to 100 is not
     for name, view in masters.items():
         assert (view - theirs[name]).abs().max() < 1e-6, name
-    assert ours.updates == 50
+    assert int(ours.updates) == 50
     decayed = {name for name, view in masters.items() if view.dim() > 1}
     assert not {name for name in decayed if "norm" in name or name.endswith("bias")}
     assert {"embeddings.word", "layers.0.qkv.weight", "pooler.weight"} < decayed
@@ -74,22 +84,22 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison: float, dtype: tor
     optimizer = build(CONFIG, dtype)
     generator = torch.Generator().manual_seed(1)
     random_gradients(optimizer, generator)
-    assert optimizer.step(1e-3)[1]
+    assert update(optimizer, 1e-3)
     weights = {n: p.clone() for n, p in optimizer.flat.views(optimizer.flat.weights).items()}
     masters = optimizer.flat.master.clone()
     moments = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
     random_gradients(optimizer, generator)
     optimizer.flat.views(optimizer.flat.grad)["layers.1.up.bias"][3] = poison
-    norm, updated = optimizer.step(1e-3)
-    assert not updated and not math.isfinite(norm)
-    assert optimizer.updates == 1
+    assert not update(optimizer, 1e-3)
+    assert not math.isfinite(optimizer.grad_norm.item())
+    assert int(optimizer.updates) == 1
     assert torch.equal(optimizer.flat.master, masters)
     for name, tensor in optimizer.state_dict().items():
         assert torch.equal(tensor, moments[name]), name
     for name, view in optimizer.flat.views(optimizer.flat.weights).items():
         assert torch.equal(view, weights[name]), name
     random_gradients(optimizer, generator)
-    assert optimizer.step(1e-3)[1] and optimizer.updates == 2
+    assert update(optimizer, 1e-3) and int(optimizer.updates) == 2
     assert optimizer.flat.master.isfinite().all()
 
 
@@ -99,7 +109,7 @@ def test_bf16_weights_are_the_rounded_masters() -> None:
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         random_gradients(optimizer, generator)
-        optimizer.step(1e-5)  # far below what bf16 could take up
+        update(optimizer, 1e-5)  # far below what bf16 could take up
     moved = (optimizer.flat.master - start).abs()
     assert moved[optimizer.flat.grad != 0].min() > 0
     assert torch.equal(optimizer.flat.weights, optimizer.flat.master.bfloat16())
@@ -107,23 +117,14 @@ def test_bf16_weights_are_the_rounded_masters() -> None:
 
 def poison_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """NaN in the gradient of these steps, counted from 1."""
-    one_step = _Trainer._one_step
+    update = TrainStep.update
 
-    def poisoned(self: _Trainer) -> tuple[float, bool]:
-        rule = self.train_step.optimizer.step
+    def poisoned(self: TrainStep) -> None:
+        if int(self._step) + 1 in steps:
+            self.flat.grad[5] = math.nan
+        update(self)
 
-        def step(learning_rate: float) -> tuple[float, bool]:
-            if self.step + 1 in steps:
-                self.train_step.flat.grad[5] = math.nan
-            return rule(learning_rate)
-
-        self.train_step.optimizer.step = step  # type: ignore[method-assign]
-        try:
-            return one_step(self)
-        finally:
-            self.train_step.optimizer.step = rule  # type: ignore[method-assign]
-
-    monkeypatch.setattr(_Trainer, "_one_step", poisoned)
+    monkeypatch.setattr(TrainStep, "update", poisoned)
 
 
 def test_skipped_steps_are_counted(

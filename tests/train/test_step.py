@@ -1,7 +1,9 @@
 """One optimizer step: accumulation changes nothing, and the losses lie on Hugging Face's."""
 
+import dataclasses
 import math
 
+import pytest
 import torch
 from transformers import BertForPreTraining as HFPreTraining
 from transformers import get_linear_schedule_with_warmup
@@ -11,7 +13,6 @@ from fastbert.config import ModelConfig, PretrainConfig
 from fastbert.data.batch import Batch
 from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
-from fastbert.train.schedule import learning_rate
 from fastbert.train.step import TrainStep
 
 V, S = 211, 24
@@ -86,10 +87,10 @@ def padded(rows: list[Sequence]) -> dict[str, torch.Tensor]:
 
 def gradient(rows: list[list[Sequence]], T: int) -> tuple[dict[str, torch.Tensor], float]:
     torch.manual_seed(3)
-    config = PretrainConfig(max_grad_norm=0.0)
+    config = PretrainConfig(max_grad_norm=0.0, learning_rate=1e-3)
     step = TrainStep(Bert(SIZES), config, torch.float32)
-    result = step([packed(part, T, 12, 80) for part in rows], 0, 1e-3)
-    return {n: g.clone() for n, g in step.flat.views(step.flat.grad).items()}, result.loss
+    step([packed(part, T, 12, 80) for part in rows])
+    return {n: g.clone() for n, g in step.flat.views(step.flat.grad).items()}, step.read().loss
 
 
 def test_accumulation_changes_nothing_but_rounding() -> None:
@@ -112,11 +113,13 @@ def test_gradients_are_those_of_hugging_face(tmp_path: object) -> None:
     theirs = _theirs(model, tmp_path)
     generator = torch.Generator().manual_seed(0)
     rows = sequences([24, 3, 17, 9, 1], generator)
-    step = TrainStep(model.packed, PretrainConfig(max_grad_norm=0.0), torch.float32)
-    result = step([packed(rows, 96, 8, 40)], 0, 0.0)
+    step = TrainStep(
+        model.packed, PretrainConfig(max_grad_norm=0.0, learning_rate=1e-3), torch.float32
+    )
+    step([packed(rows, 96, 8, 40)])
     want = theirs(**padded(rows)).loss
     want.backward()
-    assert math.isclose(result.loss, want.item(), rel_tol=1e-6)
+    assert math.isclose(step.read().loss, want.item(), rel_tol=1e-6)
     ours = to_hf(step.flat.views(step.flat.grad), SIZES)
     for name, parameter in theirs.named_parameters():
         assert parameter.grad is not None
@@ -151,10 +154,11 @@ def test_100_steps_lie_on_hugging_faces(tmp_path: object) -> None:
     rates = get_linear_schedule_with_warmup(rule, config.warmup_steps, config.max_steps)
     generator = torch.Generator().manual_seed(5)
     differences, first, last, clipped = [], 0.0, 0.0, 0
-    for index in range(100):
+    for _ in range(100):
         lengths = torch.randint(1, S + 1, (10,), generator=generator).tolist()
         rows = sequences(lengths, generator)
-        ours = step([packed(rows, 10 * S, 22, 100)], index, learning_rate(config, index))
+        step([packed(rows, 10 * S, 22, 100)])
+        ours = step.read()
         want = theirs(**padded(rows)).loss
         want.backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.max_grad_norm)
@@ -166,3 +170,130 @@ def test_100_steps_lie_on_hugging_faces(tmp_path: object) -> None:
         first, last = first or ours.loss, ours.loss
     assert max(differences) < 1e-3
     assert clipped > 10 and last < first - 1  # both were at work, and both learnt
+
+
+def trained(steps: int = 4, dtype: torch.dtype = torch.float32, **changes: object) -> TrainStep:
+    """A model after some steps on the same batches, dropout on."""
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(0)
+    options = {k: changes.pop(k) for k in ("gradient_checkpointing", "last_layer_masked_only")
+               if k in changes}  # fmt: skip
+    dropout = changes.pop("dropout", 0.1)
+    sizes = dataclasses.replace(
+        SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
+    )
+    settings = {"learning_rate": 1e-3, "warmup_steps": 0, "max_steps": 50, **changes}
+    step = TrainStep(Bert(sizes, **options), PretrainConfig(**settings), dtype)  # type: ignore
+    for _ in range(steps):
+        step([packed(sequences([24, 3, 17, 9], generator), 72, 8, 40)])
+    return step
+
+
+def test_gradient_checkpointing_changes_no_bit() -> None:
+    plain, again = trained(), trained(gradient_checkpointing=True)
+    assert torch.equal(plain.flat.master, again.flat.master)
+    assert plain.read() == again.read()
+
+
+def test_the_last_layers_saving_is_exact() -> None:
+    """Without dropout, whose bits are drawn for the rows that are there."""
+    saved = trained(steps=1, dropout=0.0)
+    whole = trained(steps=1, dropout=0.0, last_layer_masked_only=False)
+    assert math.isclose(saved.read().loss, whole.read().loss, rel_tol=1e-6)
+    scale = whole.flat.grad.abs().max()
+    assert (saved.flat.grad - whole.flat.grad).abs().max() < 1e-6 * scale
+
+
+def test_compiled_layers_give_the_same_losses() -> None:
+    """torch.compile's tracing; what its code generator makes of it is checked on a GPU."""
+    plain = trained(steps=0, dropout=0.0)
+    traced = trained(steps=0, dropout=0.0)
+    traced = TrainStep(traced.model, traced.config, main_grads=False)
+    for layer in traced.model.layers:
+        layer.compile(dynamic=False, fullgraph=False, backend="aot_eager")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        batch = packed(sequences([24, 3, 17, 9], generator), 72, 8, 40)
+        plain([batch])
+        traced([batch])
+        assert math.isclose(plain.read().loss, traced.read().loss, rel_tol=1e-6)
+
+
+def test_weight_gradients_need_no_tensor_of_their_own() -> None:
+    """Products add to the flat buffer: autograd leaves `.grad` to vectors and small tables only."""
+    step = trained(steps=0)
+    left: set[str] = set()
+    collect = step.flat.collect_gradients
+
+    def spy() -> None:
+        left.update(n for n, p in step.model.named_parameters() if p.grad is not None)
+        collect()
+
+    step.flat.collect_gradients = spy  # type: ignore[method-assign]
+    generator = torch.Generator().manual_seed(0)
+    step([packed(sequences([24, 3, 17, 9], generator), 72, 8, 40)])
+    assert not {n for n in left if n.endswith(("qkv.weight", "out.weight", "down.weight"))}
+    assert "layers.0.qkv.bias" in left
+    assert not any(p.grad is not None for p in step.model.parameters())
+
+
+@pytest.mark.parametrize("gradients", ["fp32", "bf16"])
+def test_gradients_in_bf16_by_setting(gradients: str) -> None:
+    step = trained(gradient_precision=gradients)
+    assert step.flat.grad.dtype == (torch.bfloat16 if gradients == "bf16" else torch.float32)
+    assert step.read().updates == 4
+    difference = (step.flat.master - trained().flat.master).abs().max()
+    assert difference == 0 if gradients == "fp32" else 0 < difference < 5e-3
+
+
+class TestLossThatIsNotFinite:
+    def test_it_never_reaches_the_weights(self) -> None:
+        step = trained()
+        before = step.flat.master.clone()
+        accumulate = step.accumulate
+
+        def infinite(batch: Batch) -> None:
+            accumulate(batch)
+            step._loss += math.inf  # with a gradient that is finite
+
+        step.accumulate = infinite  # type: ignore[method-assign]
+        generator = torch.Generator().manual_seed(0)
+        for streak in (1, 2, 3):
+            step([packed(sequences([24, 3, 17, 9], generator), 72, 8, 40)])
+            metrics = step.read()
+            assert (metrics.skipped, metrics.streak, metrics.updates) == (streak, streak, 4)
+        assert torch.equal(step.flat.master, before)
+        step.accumulate = accumulate  # type: ignore[method-assign]
+        step([packed(sequences([24, 3, 17, 9], generator), 72, 8, 40)])
+        metrics = step.read()
+        assert (metrics.updates, metrics.streak, metrics.loss_steps) == (5, 3, 5)
+        step.clear_window()
+        assert step.read().streak == 0
+
+
+class TestFp16:
+    def test_overflow_halves_the_scale_and_is_no_failure(self) -> None:
+        step = trained(steps=0, dtype=torch.float16)
+        step._scale.fill_(2.0**40)
+        generator = torch.Generator().manual_seed(0)
+        scales = []
+        for _ in range(40):
+            step([packed(sequences([24, 3, 17, 9], generator), 72, 8, 40)])
+            scales.append(step.read().loss_scale)
+        metrics = step.read()
+        assert metrics.skipped > 10 and metrics.updates == 40 - metrics.skipped > 5
+        assert metrics.streak == 0  # it was the scale's fault
+        assert scales[0] == 2.0**39 and scales[-1] < 2.0**31
+        assert step.flat.master.isfinite().all()
+
+    def test_it_grows_after_2000_good_steps(self) -> None:
+        step = trained(steps=1, dtype=torch.float16)
+        scale = step.read().loss_scale
+        step._good_steps.fill_(1999)
+        generator = torch.Generator().manual_seed(0)
+        step([packed(sequences([24, 3, 17, 9], generator), 72, 8, 40)])
+        assert step.read().loss_scale == 2 * scale
+
+    def test_it_learns_as_fp32_does(self) -> None:
+        ours, theirs = trained(steps=8, dtype=torch.float16), trained(steps=8)
+        assert ours.read().loss == pytest.approx(theirs.read().loss, rel=5e-3)

@@ -1,0 +1,137 @@
+"""The training step as CUDA graphs: recorded once for each batch shape, then replayed.
+
+A step of BERT-base launches some 400 kernels; recorded, the host launches one graph. Kernels,
+weights, gradients and counters are those of the eager step, so the losses are its losses too.
+Not yet run on a GPU.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fastbert.data.batch import Batch
+from fastbert.train.step import TrainStep
+
+# Eager steps before recording: kernels get compiled, cuBLAS takes its workspace.
+WARM_UP = 2
+
+Work = Callable[[], None]
+Recorder = Callable[[Work], Work]
+"""Takes work and returns what repeats it."""
+
+
+class CudaRecorder:
+    """Records work as CUDA graphs that share one memory pool; made on a CUDA device.
+
+    All work runs on one stream, as autograd's nodes remember the stream they were made on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Work) -> Work:
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": another thread may pin memory for the next batches meanwhile.
+        with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+    def run(self, work: Work) -> None:
+        """Does work on the stream, after and before what the current stream does."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            work()
+        current.wait_stream(self.stream)
+
+
+class _Recorded:
+    """What is replayed for one batch shape, reading from a batch that stays where it is."""
+
+    def __init__(self, step: TrainStep, like: Batch, accumulates: bool, record: Recorder) -> None:
+        clones = {name: tensor.clone() for name, tensor in like.tensors()}
+        self.batch = dataclasses.replace(like, **clones)  # type: ignore[arg-type]
+
+        def add() -> None:
+            step.accumulate(self.batch)
+
+        def whole() -> None:
+            step([self.batch])
+
+        def finish() -> None:
+            add()
+            step.update()
+            step.flat.zero_gradients()
+
+        # With micro-batches, all add to gradients that the last one leaves zero.
+        self.add = record(add) if accumulates else None
+        self.finish = record(finish if accumulates else whole)
+
+
+class GraphedStep:
+    """`TrainStep` as one recorded graph, or two where gradients are accumulated.
+
+    The first steps of each shape run eagerly and count as steps.
+
+    Args:
+        step: what to record.
+        accumulates: whether a step may have several micro-batches.
+        record: records work; a `CudaRecorder` on a GPU.
+    """
+
+    def __init__(self, step: TrainStep, accumulates: bool, record: Recorder) -> None:
+        self.step, self._accumulates, self._record = step, accumulates, record
+        self._eager_steps: dict[tuple[int, ...], int] = {}
+        self._recorded: dict[tuple[int, ...], _Recorded] = {}
+
+    def __call__(self, batches: Sequence[Batch]) -> None:
+        """Trains on the micro-batches of one step, all of one shape."""
+        shape = _shape(batches[0])
+        done = self._eager_steps.setdefault(shape, 0)
+        if done < WARM_UP:
+            self._eager_steps[shape] += 1
+            self.step(batches)
+            return
+        if shape not in self._recorded:
+            if self._accumulates:
+                self.step.flat.zero_gradients()
+            self._recorded[shape] = _Recorded(
+                self.step, batches[0], self._accumulates, self._record
+            )
+        self._replay(self._recorded[shape], batches)
+
+    def _replay(self, recorded: _Recorded, batches: Sequence[Batch]) -> None:
+        if self._accumulates:
+            self.step.begin(batches)
+        for batch in batches[:-1]:
+            _copy(recorded.batch, batch)
+            assert recorded.add is not None
+            recorded.add()
+        _copy(recorded.batch, batches[-1])
+        recorded.finish()
+
+
+def launcher(step: TrainStep, graph: bool, accumulates: bool) -> Callable[[Sequence[Batch]], None]:
+    """What runs a step: the eager one, or its recording."""
+    if not graph:
+        return step
+    recorder = CudaRecorder(step.flat.master.device)
+    graphed = GraphedStep(step, accumulates, recorder)
+    return lambda batches: recorder.run(lambda: graphed(batches))
+
+
+def _shape(batch: Batch) -> tuple[int, ...]:
+    return (*(tensor.numel() for _, tensor in batch.tensors()), batch.max_seqlen)
+
+
+def _copy(to: Batch, batch: Batch) -> None:
+    """Copies all tensors in one launch for each dtype."""
+    for dtype in (torch.int64, torch.int32):
+        pairs = [
+            (mine, theirs)
+            for (_, mine), (_, theirs) in zip(to.tensors(), batch.tensors(), strict=True)
+            if mine.dtype == dtype
+        ]
+        torch._foreach_copy_([mine for mine, _ in pairs], [theirs for _, theirs in pairs])

@@ -1,0 +1,78 @@
+"""The bookkeeping of recorded steps, with a recorder that repeats the work itself.
+
+What only a GPU can show (that the work can be captured) is checked by `python -m benchmarks.gpu`.
+"""
+
+import pytest
+import torch
+
+from fastbert.config import PretrainConfig
+from fastbert.model.bert import Bert
+from fastbert.train.graph import WARM_UP, GraphedStep, Work, launcher
+from fastbert.train.step import TrainStep
+
+from .test_step import SIZES, S, packed, sequences
+
+DROPOUT = 0.1
+
+
+def build(**changes: object) -> TrainStep:
+    import dataclasses
+
+    torch.manual_seed(3)
+    sizes = dataclasses.replace(
+        SIZES, hidden_dropout_prob=DROPOUT, attention_probs_dropout_prob=DROPOUT
+    )
+    config = PretrainConfig(learning_rate=1e-3, warmup_steps=2, max_steps=50, **changes)  # type: ignore
+    return TrainStep(Bert(sizes), config, torch.float32)
+
+
+def batches(steps: int, micro_batches: int, slots: int = 12) -> list[list]:  # type: ignore[type-arg]
+    generator = torch.Generator().manual_seed(0)
+    return [
+        [
+            packed(sequences([S, 3, 17, int(n)], generator), 96, slots, 60)
+            for n in torch.randint(1, S + 1, (micro_batches,), generator=generator)
+        ]
+        for _ in range(steps)
+    ]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_recorded_steps_are_the_eager_ones(micro_batches: int) -> None:
+    """Two shapes in turn, as a curriculum has them; bit for bit with one micro-batch."""
+    eager, recorded = build(), build()
+    recordings = 0
+
+    def record(work: Work) -> Work:
+        nonlocal recordings
+        recordings += 1
+        return work
+
+    graphed = GraphedStep(recorded, micro_batches > 1, record)
+    for step in batches(5, micro_batches) + batches(5, micro_batches, slots=13):
+        eager(step)
+        graphed(step)
+        ours, theirs = recorded.read(), eager.read()
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+        assert ours.updates == theirs.updates
+    assert recordings == 2 * (1 + (micro_batches > 1))
+    assert WARM_UP < 5
+    same = torch.equal if micro_batches == 1 else torch.allclose
+    assert same(recorded.flat.master, eager.flat.master)
+    assert torch.equal(recorded.model.dropout_state, eager.model.dropout_state)
+
+
+def test_a_ramp_uses_fewer_micro_batches_than_recorded() -> None:
+    eager, recorded = build(), build()
+    graphed = GraphedStep(recorded, True, lambda work: work)
+    for step, count in zip(batches(7, 3), (1, 1, 1, 2, 2, 3, 3), strict=True):
+        eager(step[:count])
+        graphed(step[:count])
+        assert recorded.read().loss == pytest.approx(eager.read().loss, rel=1e-6)
+    assert torch.allclose(recorded.flat.master, eager.flat.master, atol=1e-6)
+
+
+def test_eager_needs_no_gpu() -> None:
+    step = build()
+    assert launcher(step, graph=False, accumulates=True) is step
