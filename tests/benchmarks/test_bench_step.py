@@ -3,13 +3,15 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import step
+from benchmarks import contenders, step
+from benchmarks import result as results
 from fastbert.cli import main
 from fastbert.config import StepBenchConfig
-from fastbert.errors import RunError
+from fastbert.errors import RunError, UserError
 
 CPU = torch.device("cpu")
 
@@ -42,13 +44,14 @@ def test_the_command_prints_a_table_and_writes_json(small, tmp_path, capsys):
     assert main(["bench", "step", *arguments, *options]) == 0
     printed = capsys.readouterr().out
     result = json.loads(out.read_text())
-    rows = {row["name"]: row for row in result["contenders"]}
+    results.check(result)
+    rows = {row["name"]: row for row in result["rows"]}
     assert {"fastbert-eager", "hf-eager", "hf-sdpa", "hf-sdpa+malloc"} <= rows.keys()
     for name, row in rows.items():
         assert name in printed
-        assert len(row["rounds_ms"]) == 2 and row["ms_per_step"] > 0
+        assert len(row["rounds_ms"]) == 2 and row["ms"] > 0
         assert row["real_tokens_per_second"] == pytest.approx(
-            result["real_tokens"] / row["ms_per_step"] * 1e3
+            result["real_tokens"] / row["ms"] * 1e3
         )
     assert result["real_tokens"] < result["padded_tokens"] == 64
     # Logits of every padded position in fp32 alone outweigh all that we hold.
@@ -56,7 +59,9 @@ def test_the_command_prints_a_table_and_writes_json(small, tmp_path, capsys):
 
 
 def test_both_sides_train_the_same_sequences(small):
-    padded, packed = step.make_batches(small, 1200)
+    rng = np.random.default_rng(small.seed)
+    lengths = contenders.natural_lengths(small.batch_size, small.max_seq_length, rng)
+    padded, packed = contenders.make_batches(lengths, small.max_seq_length, 1200, rng)
     for theirs, ours in zip(padded, packed, strict=True):
         real = theirs["attention_mask"].bool()
         assert torch.equal(theirs["input_ids"][real], ours.input_ids)
@@ -67,29 +72,89 @@ def test_both_sides_train_the_same_sequences(small):
         assert int(real.sum()) == ours.num_tokens == packed[0].num_tokens
 
 
-def test_a_contender_that_computes_something_else_is_refused(small):
-    def contender(name, loss):
-        return step.Contender(name, lambda index: 0.0, loss, 0, keeps_memory=True)
+def test_every_rival_is_a_row_or_says_why_not(small):
+    result = step.run(dataclasses.replace(small, against=",".join(contenders.RIVALS)))
+    names = {row["name"] for row in result["rows"]}
+    missing = {one["name"]: one["why"] for one in result["missing"]}
+    assert names | missing.keys() >= contenders.RIVALS.keys()
+    assert {"hf-eager", "hf-sdpa", "torch-encoder"} <= names
+    assert "rotary positions" in missing["modernbert"] and "no BERT" in missing["liger"]
+    assert "not installed" in missing["hf-flash"] and "energy" in missing
+    losses = [row["first_loss"] for row in result["rows"]]
+    assert max(losses) - min(losses) < 1e-4
 
-    same = [contender("a", 10.0), contender("b", 10.0 + 1e-4)]
-    step.check_same_loss(same, torch.float32)
-    for wrong in (10.01, float("nan")):
-        with pytest.raises(RunError, match=r"first loss of b is .* of a"):
-            step.check_same_loss([same[0], contender("b", wrong)], torch.float32)
+
+class TestWrongContendersAreCaught:
+    """Each deliberately does other work than we do."""
+
+    @pytest.fixture
+    def refused(self, small):
+        def run() -> str:
+            with pytest.raises(RunError) as raised:
+                step.run(dataclasses.replace(small, precision="fp32", against="hf-sdpa"))
+            return str(raised.value)
+
+        return run
+
+    def test_attention_that_leaks_into_padding(self, refused, monkeypatch):
+        from transformers import BertForPreTraining
+
+        forward = BertForPreTraining.forward
+
+        def leaking(self, attention_mask=None, **inputs):
+            return forward(self, attention_mask=torch.ones_like(attention_mask), **inputs)
+
+        monkeypatch.setattr(BertForPreTraining, "forward", leaking)
+        assert "nats in the loss of a token" in refused()
+
+    def test_missing_dropout(self, refused, monkeypatch):
+        hugging_face = contenders._hugging_face
+
+        def without(name, sizes, weights, dtype):
+            sizes = dataclasses.replace(
+                sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            )
+            return hugging_face(name, sizes, weights, dtype)
+
+        monkeypatch.setattr(contenders, "_hugging_face", without)
+        assert "hf-sdpa trains without dropout" in refused()
+
+    def test_padding_counted_as_work(self, refused, monkeypatch):
+        rival = step.rival
+
+        def padded(*arguments):
+            made = rival(*arguments)
+            return dataclasses.replace(made, real_tokens=64)
+
+        monkeypatch.setattr(step, "rival", padded)
+        assert "count 64 and" in refused()
+
+    def test_other_weights(self, refused, monkeypatch):
+        hugging_face = contenders._hugging_face
+
+        def other(name, sizes, weights, dtype):
+            return hugging_face(name, sizes, {}, dtype)
+
+        monkeypatch.setattr(contenders, "_hugging_face", other)
+        assert "nats in the loss of a token" in refused()
 
 
-def test_attention_over_padding_is_noticed(small, monkeypatch):
-    def leaking(config, vocab_size):
-        padded, packed = make_batches(config, vocab_size)
-        for batch in padded:
-            batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-        return padded, packed
-
-    make_batches = step.make_batches
-    monkeypatch.setattr(step, "make_batches", leaking)
-    monkeypatch.setitem(step.LOSS_TOLERANCE, torch.float32, 1e-7)
-    with pytest.raises(RunError, match="not comparable"):
-        step.run(dataclasses.replace(small, precision="fp32", against="hf-sdpa"))
+def test_lengths_from_a_file(small, tmp_path):
+    path = tmp_path / "lengths.txt"
+    path.write_text("3\n5\n99\n")
+    rng = np.random.default_rng(0)
+    drawn = step.drawn_lengths(dataclasses.replace(small, lengths=str(path)), rng)
+    assert len(drawn) == 4 and set(drawn.tolist()) <= {3, 5, 16}
+    for text, message in (
+        ("", "is empty"),
+        ("3\nx\n", ":2: 'x' is not a length"),
+        ("2", ":1: '2'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            step.drawn_lengths(dataclasses.replace(small, lengths=str(path)), rng)
+    with pytest.raises(UserError, match="No such file"):
+        step.drawn_lengths(dataclasses.replace(small, lengths="no/file"), rng)
 
 
 def test_peak_memory_counts_what_lives_at_once():

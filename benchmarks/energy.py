@@ -1,0 +1,56 @@
+"""Watts and joules, by the GPU's own counter of all the energy it has spent (NVML)."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Energy of some repetitions of a call."""
+
+    joules: float  # of one
+    watts: float
+
+
+class EnergyMeter:
+    """Reads the counter of a GPU, where nvidia-ml-py and the driver give one.
+
+    Attributes:
+        why_not: what is missing; empty where energy can be measured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._read = device, None
+        self.why_not = "a CPU has no energy counter that we read"
+        if device.type != "cuda":
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except ImportError:
+            self.why_not = "nvidia-ml-py is not installed"
+        except pynvml.NVMLError as error:
+            self.why_not = f"NVML: {error}"
+        else:
+            self.why_not = ""
+            self._read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+
+    def measure(self, call: Callable[[int], object], seconds: float, once: float) -> Spent | None:
+        """Energy of call(0), call(1), ... for about `seconds`; `once` is how long one takes."""
+        if self._read is None:
+            return None
+        count = max(3, round(seconds / once))
+        torch.cuda.synchronize(self._device)
+        joules, started = self._read(), time.perf_counter()
+        for index in range(count):
+            call(index)
+        torch.cuda.synchronize(self._device)
+        spent = self._read() - joules
+        return Spent(spent / count, spent / (time.perf_counter() - started))

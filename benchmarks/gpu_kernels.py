@@ -1,0 +1,372 @@
+"""The stage `kernels` of `python -m benchmarks.gpu`: every op checked and timed on this GPU.
+
+Each op has a process of its own, so that a crash or a hang costs that op's results only; what it
+found is on disk as soon as it is found. One process at a time uses the GPU, while the next one only
+imports. Before anything is measured, all kernels and peers are compiled by many processes at once,
+into the caches of Triton and torch, where the measuring processes find them.
+
+Under `out`: kernels/<op>.json while it runs, kernels.json with everything so far.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kernels import OPS, ROOT
+
+CEILINGS = "ceilings"
+FAULTS = ("fault:raise", "fault:kill", "fault:hang")  # stand in for an op, to try the above out
+PARTS = {"attention": 4, "linear_gelu": 2}  # processes that compile an op's kernels
+WARM_SECONDS = 90.0
+STDERR_LINES = 5
+
+Found = dict[str, Any]
+
+
+def write_json(path: Path, content: object) -> None:
+    """At once or not at all: a reader never finds half a file."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+# The process of one op
+
+
+def work(op: str, path: Path, device_type: str, quick: bool, part: str | None) -> None:
+    """Checks and times one op, or compiles what a share (part) of that needs."""
+    import torch
+    import triton  # noqa: F401  so that no import is left for the time on the GPU
+
+    from benchmarks import kernel_checks, kernel_timings, timing
+
+    if device_type == "cuda":
+        importlib.import_module("torch._inductor.compile_fx")
+    sys.stdin.readline()  # the GPU is ours from here on
+    device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            # The default stream cannot be captured, and a backward runs where its forward ran.
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        if part is not None:
+            index, parts = map(int, part.split("/"))
+            kernel_checks.warm_up(op, device, quick, index, parts)
+            kernel_timings.warm_up(op, device, quick, index, parts)
+        elif op == CEILINGS:
+            found: Found = {"conditions": timing.conditions(device)}
+            write_json(path, found)
+            found["ceilings"] = timing.ceilings(device)
+            if device.type == "cuda":
+                found["conditions"]["nvidia_smi_after_load"] = timing.nvidia_smi()
+            write_json(path, found)
+        else:
+            for found in measured(op, device, quick):
+                write_json(path, found)
+
+
+def measured(op: str, device: Any, quick: bool) -> Iterator[Found]:
+    """What is known of `op`, again and again as more is found."""
+    from benchmarks import kernel_checks, kernel_timings
+
+    found: Found = {"checks": [], "timings": []}
+    if op in FAULTS:
+        yield found | {"checks": [{"check": "before the fault", "ok": True}]}
+        fail(op)
+    for name, rows in kernel_checks.checks_of(op, device, quick):
+        try:
+            found["checks"] += list(rows)
+        except Exception as error:
+            found["checks"].append({"check": name, "ok": False, "why": one_line(error)})
+        yield found
+    for workload in kernel_timings.workloads(op, device, quick):
+        try:
+            for timed in kernel_timings.measure(workload, device, quick):
+                found["timings"] += timed
+                yield found
+        except Exception as error:
+            row = {"op": op, "direction": workload.directions[0], "sizes": workload.sizes}
+            found["timings"].append(row | {"contender": "ours", "why": one_line(error)})
+            yield found
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+
+
+def fail(fault: str) -> None:
+    if fault == "fault:raise":
+        raise RuntimeError("a fault that was asked for")
+    if fault == "fault:kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(3600)
+
+
+# The process that starts them
+
+
+def start(
+    op: str, path: Path, device_type: str, quick: bool, part: str | None = None
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu_kernels", op, str(path), device_type]
+    command += ["--quick"] * quick + (["--part", part] if part else [])
+    environment = dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS="1")
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    environment.pop("TRITON_INTERPRET", None)
+    if device_type == "cpu":
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, errors="replace", process_group=0,
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Ends a process that runs, and all that it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for pipe in (process.stdin, process.stderr):
+        if pipe is not None:
+            pipe.close()
+
+
+def finish(process: subprocess.Popen[str], seconds: float) -> str | None:
+    """Lets a waiting process go and waits for it; what went wrong, if anything."""
+    seconds = max(0.0, seconds)
+    try:
+        _, errors = process.communicate("go\n", timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        stop(process)
+        said: Any = error.stderr or b""  # bytes, whatever the stub says
+        return f"stopped after {seconds:.0f} s: {last_lines(said.decode(errors='replace'))}"
+    except BaseException:  # we are being ended ourselves
+        stop(process)
+        raise
+    if process.returncode == 0:
+        return None
+    return f"exit code {process.returncode}: {last_lines(errors)}"
+
+
+def last_lines(text: str) -> str:
+    """The last line, which names an error, and then those before it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(reversed(lines[-STDERR_LINES:]))[:1000]
+
+
+def compile_all(ops: Sequence[str], folder: Path, device_type: str, quick: bool) -> list[str]:
+    """Fills the caches, as many processes at once as there are cores; says what did not work."""
+    shares = [(op, f"{i}/{PARTS.get(op, 1)}") for op in ops for i in range(PARTS.get(op, 1))]
+    deadline = time.monotonic() + WARM_SECONDS
+    notes = []
+    cores = os.cpu_count() or 1
+    for first in range(0, len(shares), cores):
+        running = [
+            (op, part, start(op, folder / "unused", device_type, quick, part))
+            for op, part in shares[first : first + cores]
+        ]
+        try:
+            for _, _, process in running:
+                assert process.stdin is not None
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            for op, part, process in running:
+                why = finish(process, deadline - time.monotonic())
+                if why:
+                    notes.append(f"compiling {op} {part}: {why}")
+        finally:
+            for _, _, process in running:
+                stop(process)
+    return notes
+
+
+def run(
+    out: Path,
+    quick: bool,
+    *,
+    ops: Sequence[str] = OPS,
+    device_type: str = "cuda",
+    timeout: float = 90.0,
+    commit: str | None = None,
+) -> int:
+    """Checks and times `ops`, prints a table last; 1 where anything failed, else 0.
+
+    Args:
+        out: folder for the JSON files.
+        quick: fewer and smaller cases.
+        ops: which, in this order.
+        device_type: "cuda", or "cpu" to rehearse in Triton's interpreter at small sizes.
+        timeout: seconds that an op may take.
+        commit: what the tree is, where it has no .git.
+    """
+    started = time.monotonic()
+    folder = out / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    (out / "kernels.json").unlink(missing_ok=True)
+    stage: Found = {"stage": "kernels", "quick": quick, "conditions": {}, "ops": {}, "rows": []}
+    if device_type == "cuda":
+        real = [op for op in ops if op in OPS]
+        stage["compile_notes"] = compile_all(real, folder, device_type, quick)
+        stage["compile_seconds"] = time.monotonic() - started
+        print(f"compiled in {stage['compile_seconds']:.0f} s", flush=True)
+    jobs = [CEILINGS, *ops]
+    waiting: list[subprocess.Popen[str]] = []
+    try:
+        for index, op in enumerate(jobs):
+            for later in jobs[index + len(waiting) : index + 2]:  # this one and the next
+                path(folder, later).unlink(missing_ok=True)
+                waiting.append(start(later, path(folder, later), device_type, quick))
+            process, began = waiting.pop(0), time.monotonic()
+            error = finish(process, timeout)
+            file = path(folder, op)
+            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            add(stage, op, found, error, time.monotonic() - began, commit)
+            stage["seconds"] = time.monotonic() - started
+            write_json(out / "kernels.json", stage)
+            print(f"{op}: {time.monotonic() - began:.0f} s{f', {error}' if error else ''}"[:300],
+                  flush=True)  # fmt: skip
+    finally:
+        for process in waiting:
+            stop(process)
+    print(table(stage))
+    return 1 if failures(stage) else 0
+
+
+def path(folder: Path, op: str) -> Path:
+    return folder / f"{op.replace(':', '-')}.json"
+
+
+def add(
+    stage: Found, op: str, found: Found, error: str | None, seconds: float, commit: str | None
+) -> None:
+    """Takes one process's findings into the whole."""
+    from benchmarks.kernel_timings import finish as finish_rows
+
+    if op == CEILINGS:
+        stage |= found
+        if commit and stage["conditions"].get("commit") == "unknown":
+            stage["conditions"]["commit"] = commit
+        if error or "ceilings" not in stage:
+            stage["ops"][op] = {"error": error or "no ceilings", "checks": [], "seconds": seconds}
+        return
+    stage["ops"][op] = {
+        "error": error, "checks": found.get("checks", []), "seconds": round(seconds, 1)
+    }  # fmt: skip
+    rows = found.get("timings", [])
+    if "ceilings" in stage:
+        hopper = stage["conditions"].get("capability", 90) >= 90
+        rows = finish_rows(rows, stage["ceilings"], hopper)
+    stage["rows"] += rows
+
+
+def failures(stage: Found) -> list[str]:
+    """Crashes, failed checks, and timings of ours that could not be taken. Not missed targets."""
+    lines = []
+    for op, found in stage["ops"].items():
+        if found["error"]:
+            lines.append(f"{op}: {found['error']}")
+        for check in found["checks"]:
+            if check["ok"] is False:
+                numbers = {k: v for k, v in check.items() if k not in ("check", "ok")}
+                told = ", ".join(
+                    f"{k} {v:.2e}" if isinstance(v, float) else f"{v}" for k, v in numbers.items()
+                )
+                lines.append(f"{op}: {check['check']}: {told or 'does not hold'}")
+    for row in stage["rows"]:
+        if row["contender"].startswith("ours") and "why" in row:
+            lines.append(f"{row['op']} {row['direction']}, {row['contender']}: {row['why']}")
+    return lines
+
+
+def table(stage: Found, limit: int = 11_000) -> str:
+    """Conditions, a line for each of our timings, and what failed: at most `limit` characters."""
+    told = stage["conditions"]
+    lines = [
+        f"{told.get('device', 'device unknown')}, torch {told.get('torch')}, triton "
+        f"{told.get('triton')}, {told.get('commit')}, {stage['seconds']:.0f} s"
+    ]
+    if "ceilings" in stage:
+        best = stage["ceilings"]
+        lines.append(
+            f"ceilings: copy {best['bandwidth'] / 1e12:.2f} TB/s, "
+            f"bf16 product {best['matrix'] / 1e12:.0f} TFLOP/s"
+        )
+    lines.append("time (p20 to p80); share of the floor; target; how many times as fast as others")
+    for op, found in stage["ops"].items():
+        lines.append(f"{op}: {summary_of_checks(found['checks'])}")
+        rows = [row for row in stage["rows"] if row["op"] == op]
+        lines += [timing_line(row) for row in rows if row["contender"] == "ours" and "ms" in row]
+        absent = {r["contender"]: r["why"] for r in rows
+                  if "why" in r and not r["contender"].startswith("ours")}  # fmt: skip
+        lines += [f"  no {name}: {why[:70]}" for name, why in absent.items()]
+    wrong = failures(stage)
+    bottom = [f"FAILED {line}"[:220] for line in wrong[:15]]
+    if len(wrong) > 15:
+        bottom.append(f"… and {len(wrong) - 15} more in kernels.json")
+    bottom.append(verdict(stage, len(wrong)))
+    end = "\n".join(bottom)
+    body = "\n".join(lines)
+    if len(body) + len(end) >= limit:
+        body = body[: limit - len(end) - 40] + "\n… cut; all is in kernels.json"
+    return f"{body}\n{end}"
+
+
+def verdict(stage: Found, wrong: int) -> str:
+    checks = [check for found in stage["ops"].values() for check in found["checks"]]
+    targets = [row["target_met"] for row in stage["rows"] if "target_met" in row]
+    return (
+        f"{summary_of_checks(checks)}; {targets.count(True)} of {len(targets)} targets met, "
+        f"{targets.count(None)} without a number; {wrong} failures"
+    )
+
+
+def summary_of_checks(checks: Sequence[Mapping[str, Any]]) -> str:
+    held = sum(check["ok"] is True for check in checks)
+    impossible = sum(check["ok"] is None for check in checks)
+    also = f" ({impossible} not possible here)" if impossible else ""
+    return f"{held} of {len(checks) - impossible} checks hold{also}"
+
+
+def timing_line(row: Mapping[str, Any]) -> str:
+    sizes = row["sizes"]
+    line = (
+        f"  {row['direction']:<8} H={sizes['H']:<4} S={sizes['S']:<4}{row['ms']:>7.3f} ms "
+        f"({row['ms_p20']:.3f} to {row['ms_p80']:.3f})"
+    )
+    if "floor_share" not in row:
+        return line
+    rate = f"{row['tflops']:.0f} TFLOP/s" if row["flops"] else f"{row['gbps']:.0f} GB/s"
+    line += f" {rate} {row['floor_share']:.0%}"
+    said = {True: "met", False: "MISSED", None: "?"}
+    if "target" in row:
+        line += f" [{row['target']}: {said[row['target_met']]}]"
+    if "extra_bytes" in row:
+        line += f" [extra {row['extra_bytes'] >> 20} MiB, chunk {row['chunk_bytes'] >> 20} MiB]"
+    return line + "".join(f" {name} {1 / ratio:.2f}x" for name, ratio in row["ratios"].items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One op's process; see `run` for the stage."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels")
+    parser.add_argument("op")
+    parser.add_argument("path", type=Path)
+    parser.add_argument("device", choices=("cuda", "cpu"))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--part")
+    args = parser.parse_args(argv)
+    work(args.op, args.path, args.device, args.quick, args.part)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

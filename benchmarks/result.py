@@ -1,0 +1,150 @@
+"""The file of every benchmark: what was asked, under which conditions, what was measured.
+
+`schema.json` beside this file is its published form; nothing is written that does not fit it.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbert.errors import UserError
+
+FORMAT = 1
+SCHEMA_PATH = Path(__file__).with_name("schema.json")
+_ROOT = Path(__file__).resolve().parent.parent
+_SMI_FIELDS = (
+    "driver_version", "power.limit", "power.draw", "clocks.sm", "clocks.max.sm", "clocks.mem",
+    "temperature.gpu",
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+def make(
+    benchmark: str,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    rows: Sequence[Row],
+    missing: Sequence[Mapping[str, str]] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """A result under the present conditions.
+
+    Args:
+        benchmark: the command's name, e.g. "step".
+        settings: what was asked for.
+        device: what was measured.
+        rows: figures, one contender, kernel or size each.
+        missing: {"name", "why"} of what could not be measured.
+        more: figures that belong to no row.
+    """
+    return {
+        "format": FORMAT,
+        "benchmark": benchmark,
+        "settings": dict(settings),
+        "conditions": conditions(device),
+        "rows": list(rows),
+        "missing": [dict(one) for one in missing],
+        **more,
+    }
+
+
+def check(result: Any) -> None:
+    """Raises jsonschema.ValidationError where a result does not fit `schema.json`."""
+    import jsonschema
+
+    schema = json.loads(SCHEMA_PATH.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator(schema).validate(result)
+
+
+def write(result: Mapping[str, Any], path: Path) -> None:
+    """Writes a result that fits the schema, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    check(result)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"json = {str(path)!r}: {error.strerror}") from None
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """Device, its state, versions, commit and date."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gpu": _gpu(device) if cuda else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "capability": 10 * properties.major + properties.minor,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nvidia_smi": nvidia_smi(),
+    }
+
+
+def nvidia_smi() -> dict[str, str] | str:
+    """Driver, power limit and clocks of the first GPU, or why they are not known."""
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader", "-i0"],
+            capture_output=True, text=True, check=True, timeout=20,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown: {error}"
+    return dict(zip(_SMI_FIELDS, said.strip().split(", "), strict=False))
+
+
+def commit() -> str:
+    """Of the tree that holds this file; "unknown" where that is no git checkout."""
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, check=True, timeout=20,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head.stdout.strip()
