@@ -29,10 +29,8 @@ from benchmarks import contenders as ways
 from benchmarks import result as results
 from benchmarks import step, timing
 from benchmarks.contenders import Contender, PaddedBatch
-from benchmarks.flops import flops_per_token
 from fastbert.config import model_config
 from fastbert.data.batch import Batch
-from fastbert.errors import RunError
 from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE, Ops, cpu_ops, triton_ops
@@ -242,78 +240,99 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
-def measure(workload: Workload, device: torch.device, quick: bool) -> dict[str, Any]:
-    """Everything about one workload; a part that fails says so and the others go on."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    bench = Bench(workload, device, dtype)
-    lengths, batch = bench.lengths, bench.packed[0]
-    T, N = batch.num_tokens, batch.num_sequences
-    flops = flops_per_token(bench.sizes, lengths) * T
-    result: dict[str, Any] = {
-        "stage": "step",
-        "workload": dataclasses.asdict(workload),
-        "conditions": results.conditions(device),
-        "real_tokens": T,
-        "sequences": N,
-        "mean_length": float(lengths.mean()),
-        "model_flops_per_step": flops,
-        "failed": [],
-    }
+class Record:
+    """What is known of a workload, on disk after every part: a cut-off run loses nothing."""
 
-    def part(name: str, work: Callable[[], Any]) -> Any:
+    def __init__(self, bench: Bench, path: Path | None) -> None:
+        lengths, batch = bench.lengths, bench.packed[0]
+        self._device, self._path = bench.device, path
+        self.result = results.make(
+            "step",
+            dataclasses.asdict(bench.workload),
+            bench.device,
+            rows=[],
+            dtype=str(bench.dtype).removeprefix("torch."),
+            model=dataclasses.asdict(bench.sizes),
+            real_tokens=batch.num_tokens,
+            padded_tokens=bench.workload.B * bench.workload.S,
+            sequences=batch.num_sequences,
+            lengths=lengths.tolist(),
+            checks={},
+            ablations=[],
+            floor_ms=None,
+            seconds={},
+        )
+
+    def part(self, name: str, work: Callable[[], Any]) -> Any:
+        """Does one part; one that fails is noted as missing, and the others go on."""
         started = time.perf_counter()
         try:
             return work()
         except Exception as error:
             traceback.print_exc()
-            result["failed"].append(f"{name}: {_one_line(error)}")
+            self.result["missing"].append({"name": name, "why": _one_line(error)})
             return None
         finally:
-            _free(device)
-            result.setdefault("seconds", {})[name] = time.perf_counter() - started
+            _free(self._device)
+            self.result["seconds"][name] = time.perf_counter() - started
 
-    result["checks"] = part("check", lambda: check(bench)) or {}
-    contenders: list[Contender] = []
+    def keep(self, **found: Any) -> None:
+        """Takes findings in, and writes the file anew."""
+        self.result |= found
+        self.result["targets"] = judged(self.result)
+        if self._path is not None:
+            write(self.result, self._path)
 
-    def add(name: str, make: Callable[[], Contender]) -> None:
-        def work() -> Contender:
-            made = make()
-            if contenders:
-                ways.check_fair(contenders[0], made, drops=True)
-            return made
 
-        made = part(name, work)
-        if made is not None:
-            contenders.append(made)
-
-    add("fastbert", lambda: bench.ours("fastbert"))
-    if device.type == "cuda":
-        add("fastbert-eager", lambda: bench.ours("fastbert-eager", graph=False))
-    for name in workload.against[: 2 if quick else None]:
-        add(name, partial(bench.rival, name))
-    rounds = 3 if quick else 5
-    measured: list[Contender] = []
-    if contenders:
-        able, failed = part("contest", lambda: step.measure(contenders, rounds, device)) or ([], [])
-        measured = able
-        result["failed"] += [f"{one['name']}: {one['why']}" for one in failed]
-    rows = step.summary(measured, bench.sizes, lengths, device) if measured else []
-    result["contenders"] = rows
-    contenders.clear()
-    measured.clear()
-    _free(device)
-    floor = part("floor", lambda: floor_seconds(bench))
-    result["floor_ms"] = floor * 1e3 if floor else None
+def measure(
+    workload: Workload, device: torch.device, quick: bool, path: Path | None = None
+) -> dict[str, Any]:
+    """Everything about one workload, written to `path` as it is found."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bench = Bench(workload, device, dtype)
+    record, rounds = Record(bench, path), 3 if quick else 5
+    record.keep(checks=record.part("check", lambda: check(bench)) or {})
+    rivals = workload.against[: 2 if quick else None]
+    compiled = [name for name in rivals if "compile" in name]
+    plain = [name for name in rivals if name not in compiled]
+    rows = record.part("contest", lambda: contest(bench, plain, rounds, record)) or []
+    record.keep(rows=rows)
+    floor = record.part("floor", lambda: floor_seconds(bench))
+    record.keep(floor_ms=floor * 1e3 if floor else None)
+    for name in compiled:  # each takes a minute and more to compile
+        work = partial(contest, bench, [name], rounds, record, eager=False)
+        rows = rows + (record.part(name, work) or [])[1:]
+        record.keep(rows=rows)
     if workload is WORKLOADS[0] or device.type == "cpu":
         chosen = _CPU_ABLATIONS if device.type == "cpu" else tuple(ABLATIONS)
-        result["ablations"] = part("ablations", lambda: ablations(bench, rounds, chosen))
-    result["targets"] = judged(workload, result)
-    return result
+        record.keep(
+            ablations=record.part("ablations", lambda: ablations(bench, rounds, chosen)) or []
+        )
+    return record.result
 
 
-def judged(workload: Workload, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def contest(
+    bench: Bench, rivals: Sequence[str], rounds: int, record: Record, *, eager: bool = True
+) -> list[dict[str, Any]]:
+    """Rows of our step and of the rivals that can run, in interleaved rounds."""
+    contenders = [bench.ours("fastbert")]
+    if eager and bench.device.type == "cuda":
+        contenders.append(bench.ours("fastbert-eager", graph=False))
+    for name in rivals:
+        try:
+            made = bench.rival(name)
+            ways.check_fair(contenders[0], made, drops=True)
+            contenders.append(made)
+        except Exception as error:
+            record.result["missing"].append({"name": name, "why": _one_line(error)})
+    able, failed = step.measure(contenders, rounds, bench.device)
+    record.result["missing"] += failed
+    return step.summary(able, bench.sizes, bench.lengths, bench.device)
+
+
+def judged(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Each target with what was measured, and whether it holds; None where it was not measured."""
-    rows = {row["name"]: row for row in result["contenders"]}
+    rows = {row["name"]: row for row in result["rows"]}
     ours = rows.get("fastbert", {})
     measured: dict[str, float | None] = {
         "tokens_per_second": ours.get("real_tokens_per_second"),
@@ -324,7 +343,7 @@ def judged(workload: Workload, result: dict[str, Any]) -> dict[str, dict[str, An
     }
     measured |= {name: row["ratio"] for name, row in rows.items()}
     told = {}
-    for name, wanted in workload.targets.items():
+    for name, wanted in result["settings"]["targets"].items():
         found = measured.get(name)
         most = name in ("memory", "floor")
         holds = None if found is None else found <= wanted if most else found >= wanted
@@ -334,32 +353,26 @@ def judged(workload: Workload, result: dict[str, Any]) -> dict[str, dict[str, An
 
 def table(result: dict[str, Any]) -> str:
     """The result of one workload as text."""
+    settings = result["settings"]
     lines = [
-        f"{result['workload']['name']}: {result['sequences']} sequences, {result['real_tokens']} "
-        f"real tokens, mean length {result['mean_length']:.0f}; {result['conditions']['device']}"
+        f"{settings['name']}: {result['sequences']} sequences, {result['real_tokens']} real "
+        f"tokens, mean length {np.mean(result['lengths']):.0f}; {result['conditions']['device']}"
     ]
     lines += [f"  {'ok  ' if ok is True else 'FAIL'} {name}" + ("" if ok is True else f": {ok}")
               for name, ok in result["checks"].items()]  # fmt: skip
-    for row in result["contenders"]:
-        mfu = f"{row['mfu']:6.1%}" if row["mfu"] else "     -"
-        joules = row["joules_per_million_tokens"]
-        lines.append(
-            f"  {row['name']:<16}{row['ms']:8.2f} ms "
-            f"({row['ms_p20']:.2f}-{row['ms_p80']:.2f}){row['real_tokens_per_second']:12,.0f} tok/s"
-            f"{row['sequences_per_second']:9,.0f} seq/s  MFU {mfu}"
-            f"{row['peak_memory_bytes'] / 2**30:7.1f} GiB"
-            f"{row['ratio']:6.2f}x" + (f"{joules:8.1f} J/Mtok" if joules else "")
-        )
+    if result["rows"]:
+        lines += [f"  {line}" for line in step.table(result).splitlines()]
+    else:
+        lines += [f"  missing {one['name']}: {one['why']}" for one in result["missing"]]
     if result["floor_ms"]:
         lines.append(f"  floor (bare products) {result['floor_ms']:.2f} ms")
-    for row in result.get("ablations") or []:
+    for row in result["ablations"]:
         told = row.get("failed") or f"{row['ms']:8.2f} ms, x{row['ratio']:.3f}"
         lines.append(f"  - {row['name']:<40}{told}")
     for name, target in result["targets"].items():
         verdict = {True: "holds", False: "MISSED", None: "not measured"}[target["holds"]]
         found = f"{target['measured']:.4g}" if target["measured"] is not None else "-"
         lines.append(f"  target {name} {target['target']:g}: {found} {verdict}")
-    lines += [f"  FAILED {failure}" for failure in result["failed"]]
     return "\n".join(lines)
 
 
@@ -371,8 +384,16 @@ def write(result: dict[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def run(out: Path, quick: bool, *, device_type: str = "cuda", seconds: float = 150.0) -> int:
-    """All workloads, each in a process; 1 where one crashed, ran late, or failed a check."""
+def run(out: Path, quick: bool, *, device_type: str = "cuda", seconds: float = 300.0) -> int:
+    """All workloads, each in a process; 1 where one crashed, failed a check, or time ran out.
+
+    Args:
+        out: folder for step-<workload>.json.
+        quick: fewer workloads, rivals and rounds.
+        device_type: "cuda", or "cpu" to rehearse on a tiny model.
+        seconds: that all of them may take together.
+    """
+    deadline = time.monotonic() + seconds
     workloads = WORKLOADS if device_type == "cuda" else (_TINY,)
     code = 0
     for workload in workloads[: 2 if quick else None]:
@@ -380,16 +401,21 @@ def run(out: Path, quick: bool, *, device_type: str = "cuda", seconds: float = 1
             sys.executable, "-m", "benchmarks.gpu_step", workload.name, "--out", str(out),
             "--device", device_type, *(["--quick"] if quick else []),
         ]  # fmt: skip
+        left = deadline - time.monotonic()
         try:
-            done = subprocess.run(command, timeout=seconds, check=False).returncode
+            done = subprocess.run(command, timeout=max(left, 0.1), check=False).returncode
         except subprocess.TimeoutExpired:
-            print(f"{workload.name}: not done after {seconds:.0f} s", flush=True)
             done = 1
+            path = out / f"step-{workload.name}.json"
+            print(f"{workload.name}: the time is up; what was found lies in {path}", flush=True)
+            if path.exists():
+                print(table(json.loads(path.read_text(encoding="utf-8"))), flush=True)
         code = max(code, min(abs(done), 1))
     return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """One workload's process; see `run` for the stage."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_step")
     known = {workload.name: workload for workload in (*WORKLOADS, _TINY)}
     parser.add_argument("workload", choices=known)
@@ -398,15 +424,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer rivals and rounds")
     args = parser.parse_args(argv)
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    try:
-        result = measure(known[args.workload], device, args.quick)
-    except RunError as error:
-        print(f"{args.workload}: {error}", file=sys.stderr)
-        return 1
-    write(result, args.out / f"step-{args.workload}.json")
+    path = args.out / f"step-{args.workload}.json"
+    result = measure(known[args.workload], device, args.quick, path)
     print(table(result), flush=True)
-    bad = result["failed"] or any(ok is not True for ok in result["checks"].values())
-    return 1 if bad or not result["contenders"] else 0
+    bad = not all(ok is True for ok in result["checks"].values())
+    return 1 if bad or not result["checks"] or not result["rows"] else 0
 
 
 if __name__ == "__main__":

@@ -334,13 +334,6 @@ def test_without_a_gpu_it_says_what_to_do(capsys):
     assert "no CUDA GPU here: use one, or rehearse by --device cpu" in capsys.readouterr().err
 
 
-def test_a_stage_that_is_missing_is_told(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    assert gpu.main(["--stage", "step", "--out", str(tmp_path)]) == 1
-    assert "gpu_step.py is missing" in capsys.readouterr().err
-
-
 def test_no_process_is_left(tmp_path):
     process = gpu_kernels.start("mask_tokens", tmp_path / "x.json", "cpu", True)
     gpu_kernels.stop(process)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_step
+from benchmarks import result as results
 from benchmarks.flops import flops_per_token
 from benchmarks.gpu_step import WORKLOADS, Bench, Workload
 from fastbert.config import model_config
@@ -17,10 +18,11 @@ TINY = Workload("test", "tiny", 4, 32, "natural", ("hf-sdpa",), {"floor": 1.3, "
 
 
 def test_a_workload_is_measured_and_judged(tmp_path: Path) -> None:
-    result = gpu_step.measure(TINY, torch.device("cpu"), quick=True)
-    assert result["failed"] == []
+    path = tmp_path / "a" / "step.json"
+    result = gpu_step.measure(TINY, torch.device("cpu"), quick=True, path=path)
+    assert result["missing"] == []
     assert all(ok is True for ok in result["checks"].values()) and len(result["checks"]) == 2
-    ours, theirs = result["contenders"]
+    ours, theirs = result["rows"]
     assert (ours["name"], theirs["name"]) == ("fastbert", "hf-sdpa")
     assert math.isclose(ours["first_loss"], theirs["first_loss"], rel_tol=1e-5)
     tokens = result["real_tokens"] / ours["real_tokens_per_second"] * 1e3
@@ -33,8 +35,9 @@ def test_a_workload_is_measured_and_judged(tmp_path: Path) -> None:
     assert all(row["ratio"] > 0 for row in result["ablations"])
     assert result["targets"]["hf-sdpa"]["holds"] is False
     assert result["targets"]["floor"]["measured"] > 1
-    gpu_step.write(result, tmp_path / "a" / "step.json")
-    assert json.loads((tmp_path / "a" / "step.json").read_text())["real_tokens"] > 0
+    written = json.loads(path.read_text())
+    results.check(written)
+    assert written["rows"] == result["rows"] and written["targets"] == result["targets"]
     assert "MISSED" in gpu_step.table(result)
 
 
@@ -45,8 +48,10 @@ def test_a_part_that_fails_loses_only_itself(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Bench, "rival", broken)
     monkeypatch.setattr(gpu_step, "_CPU_ABLATIONS", ())
     result = gpu_step.measure(TINY, torch.device("cpu"), quick=True)
-    assert result["failed"] == ["hf-sdpa: OutOfMemoryError: CUDA out of memory."]
-    assert [row["name"] for row in result["contenders"]] == ["fastbert"]
+    assert result["missing"] == [
+        {"name": "hf-sdpa", "why": "OutOfMemoryError: CUDA out of memory."}
+    ]
+    assert [row["name"] for row in result["rows"]] == ["fastbert"]
     assert result["targets"]["hf-sdpa"]["holds"] is None
 
 
@@ -63,8 +68,8 @@ def test_a_rival_that_computes_something_else_is_not_admitted(
     monkeypatch.setattr(Bench, "rival", other)
     monkeypatch.setattr(gpu_step, "_CPU_ABLATIONS", ())
     result = gpu_step.measure(TINY, torch.device("cpu"), quick=True)
-    assert [row["name"] for row in result["contenders"]] == ["fastbert"]
-    assert "hf-sdpa: RunError: not comparable" in result["failed"][0]
+    assert [row["name"] for row in result["rows"]] == ["fastbert"]
+    assert result["missing"][0]["why"].startswith("RunError: not comparable")
 
 
 def test_flops_are_the_formulas() -> None:
