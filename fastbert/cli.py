@@ -236,7 +236,13 @@ def _build_parsers() -> tuple[_Parser, dict[str, tuple[str, ...]]]:
         _doctor,
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    below = {"pretrain": (), "bench": (*_BENCHES, "report"), "profile": ("step", "kernel"), "estimate": (), "doctor": ()}
+    below = {
+        "pretrain": (),
+        "bench": (*_BENCHES, "report"),
+        "profile": ("step", "kernel"),
+        "estimate": (),
+        "doctor": (),
+    }
     return parser, below
 
 
@@ -395,8 +401,7 @@ def _bench(name: str, args: argparse.Namespace) -> int:
 def _profile_step(args: argparse.Namespace) -> int:
     config = load_config(ProfileStepConfig, None, _overrides(ProfileStepConfig, args))
     _check_model(config.model, config.max_seq_length)
-    if config.lengths != "full":
-        _check_path("lengths", config.lengths, words=("natural",))
+    _check_path("lengths", config.lengths, words=("natural", "full"))
     from benchmarks import profiling
 
     profiling.main(config)

@@ -16,6 +16,7 @@ from fastbert.config import (
     PRESETS,
     ConvergenceBenchConfig,
     DataBenchConfig,
+    EstimateConfig,
     InferenceBenchConfig,
     KernelBenchConfig,
     ModelConfig,

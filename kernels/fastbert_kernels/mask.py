@@ -48,7 +48,7 @@ def _mask_kernel(
     choice, kind, word, _ = philox_words(token, group, plane, site, key0, key1)
     chosen = (choice.to(tl.int64) < CHOSEN) & (special == 0)
     kind = kind.to(tl.int64)
-    random_id = tl.umulhi(word, V.to(tl.uint32)).to(tl.int64)
+    random_id = tl.umulhi(word, tl.cast(V, tl.uint32)).to(tl.int64)
     replaced = tl.where(kind < MASK, mask_id, tl.where(kind < RANDOM, random_id, ids))
     tl.store(masked_ids_ptr + token, tl.where(chosen, replaced, ids), inside)
     tl.store(labels_ptr + token, tl.where(chosen, ids, -100), inside)

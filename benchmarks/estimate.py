@@ -1,0 +1,663 @@
+"""What a pre-training will take, before anyone pays for it: `fastbert estimate`.
+
+A roofline model: a step's ops one after the other, each the larger of its bytes over the bandwidth
+and its FLOPs over the rate, by the costs of `benchmarks.kernels` and the shapes of the model. Where
+a step of that model was measured on that device, the file under benchmarks/results/ replaces the
+model's time, and the model only carries it to another batch (Williams et al. 2009, "Roofline").
+
+T tokens and N sequences of a batch, s the mean length of the sequence that a token stands in,
+M masked tokens, H hidden size, F intermediate size, A heads, L layers, V vocabulary, P parameters.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import result
+from benchmarks.contenders import natural_lengths
+from benchmarks.flops import MLM_PROBABILITY, PEAK_FLOPS, flops_per_token
+from benchmarks.kernels import A100, H100, RESULTS, ROOT, Ceilings, cost_of
+from fastbert.config import EstimateConfig, ModelConfig, model_config
+from fastbert.errors import RunError, UserError
+
+GIB = 2**30
+GPU_COUNTS = (1, 8, 64, 1024)
+NODE_GPUS = 8
+INFINIBAND = 400e9 / 8
+"""Bytes a second and direction of one port."""
+LINK_SHARE = 0.8
+"""Of a link's datasheet rate that an all-reduce reaches."""
+USABLE_MEMORY = 0.9
+LARGEST_KNOWN_BATCH = 65_536
+"""Sequences: LAMB's published recipes end here (You et al. 2020)."""
+BERT_TOKENS = 1e6 * 256 * 512
+SIMILAR = 0.25
+"""How far s may lie from a measurement's for it to be used."""
+DRAWN = 4096
+"""Lengths drawn to stand for `natural`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a device reaches at best, and which shares of that a step's ops reach.
+
+    None of the shares was measured on a GPU yet.
+    """
+
+    names: str
+    """Regular expression: how its driver names it."""
+    ceilings: Ceilings
+    source: str
+    """Where the ceilings come from."""
+    memory_bytes: float
+    product_share: float
+    attention_share: float
+    bandwidth_share: float
+    gap_seconds: float
+    """Between one op and the next."""
+    peak_flops: float | None
+    power_watts: float | None
+    """Power limit of the part."""
+    power_share: float
+    nvlink: float
+    """Bytes a second and direction; 0: no link."""
+    writes_scores: bool = False
+    """Whether attention writes its scores to memory."""
+
+
+def _gpu(
+    names: str, ceilings: Ceilings, source: str, gib: int, peak: float, watts: float, nvlink: float,
+    attention_share: float,
+) -> Device:  # fmt: skip
+    return Device(
+        names, ceilings, source, gib * GIB,
+        product_share=0.8, attention_share=attention_share, bandwidth_share=0.85,
+        gap_seconds=1.5e-6, peak_flops=peak, power_watts=watts, power_share=0.85, nvlink=nvlink,
+    )  # fmt: skip
+
+
+_DATASHEET = "assumed: 90% of the datasheet's bandwidth, 85% of its bf16 rate"
+# The SXM parts. Attention on Hopper as FlashAttention 3 publishes it at head size 64, length 512:
+# 333 TFLOP/s forward and 272 backward, 287 of 798 together. Its share on an A100 is a guess.
+DEVICES = {
+    "h100": _gpu(
+        "H100 80GB HBM3", H100, "measured: a device copy, a bf16 product of 8192 x 8192 x 8192",
+        79, PEAK_FLOPS["H100"], 700, 450e9, 0.36,
+    ),
+    "h200": _gpu(
+        r"\bH200$", Ceilings(0.9 * 4.8e12, H100.matrix),
+        "assumed: 90% of the datasheet's bandwidth, and an H100's measured bf16 rate",
+        139, PEAK_FLOPS["H200"], 700, 450e9, 0.36,
+    ),
+    "a100-80gb": _gpu(
+        "A100-SXM4-80GB", A100, _DATASHEET, 79, PEAK_FLOPS["A100"], 400, 300e9, 0.6
+    ),
+    "a100-40gb": _gpu(
+        "A100-SXM4-40GB", Ceilings(0.9 * 1.555e12, A100.matrix), _DATASHEET,
+        39, PEAK_FLOPS["A100"], 400, 300e9, 0.6,
+    ),
+    # The 2 cores of benchmarks/results/amd-epyc-2-cores. Products at the model's shapes reach 445
+    # GFLOP/s in bf16 on one core. The bandwidth is no copy's (39 GB/s on one core) but what the
+    # passes of a whole step reach: several passes for one of the table, dispatch, page faults; it
+    # is the one number fitted to the committed steps.
+    "cpu": Device(
+        "^AMD EPYC$", Ceilings(6.25e9, 2 * 445e9),
+        "2 cores of an AMD EPYC: the rate measured, the bandwidth fitted to the committed steps",
+        23 * GIB, product_share=1.0, attention_share=0.5, bandwidth_share=1.0, gap_seconds=0.0,
+        peak_flops=None, power_watts=None, power_share=1.0, nvlink=0.0, writes_scores=True,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """What the lengths of the sequences come down to."""
+
+    mean: float
+    attended: float
+    """s: by tokens, not by sequences."""
+
+    @classmethod
+    def of(cls, lengths: np.ndarray) -> "Lengths":  # (B,)
+        lengths = lengths.astype(float)
+        return cls(float(lengths.mean()), float((lengths**2).sum() / lengths.sum()))
+
+
+def lengths_asked(config: EstimateConfig) -> np.ndarray:  # (B,)
+    """The lengths that `config` names, cut at its `max_seq_length`.
+
+    Raises:
+        UserError: a file that cannot be read, or a line that is no length.
+    """
+    S = config.max_seq_length
+    if config.lengths == "full":
+        return np.array([S])
+    if config.lengths == "natural":
+        return natural_lengths(DRAWN, S, np.random.default_rng(42))
+    path = Path(config.lengths)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UserError(f"lengths = {config.lengths!r}: cannot be read: {reason}") from None
+    if not lines:
+        raise UserError(f"lengths = {config.lengths!r}: the file is empty")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip().isdecimal() or int(line) < 3:
+            raise UserError(f"{path}:{number}: {line!r} is not a length of at least 3 tokens")
+    return np.minimum([int(line) for line in lines], S)
+
+
+# One step on one device
+
+
+def parameters(sizes: ModelConfig) -> int:
+    """Of the encoder, the pooler and both heads; the output matrix is the embedding."""
+    L, H, F, V = (
+        sizes.num_hidden_layers, sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size,
+    )  # fmt: skip
+    embeddings = _embedding_rows(sizes) * H + 2 * H
+    layers = L * (4 * H * H + 2 * H * F + 9 * H + F)
+    heads = (H * H + H) + (H * H + 3 * H + V) + (2 * H + 2)
+    return embeddings + layers + heads
+
+
+def _embedding_rows(sizes: ModelConfig) -> int:
+    return sizes.vocab_size + sizes.max_position_embeddings + sizes.type_vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """`count` calls of one op of the step."""
+
+    part: str
+    """What the time is booked under: products, attention, passes or optimizer."""
+    direction: str
+    count: float
+    bytes: float
+    flops: float = 0.0
+
+    def seconds(self, device: Device) -> float:
+        """Of all calls."""
+        share = device.attention_share if self.part == "attention" else device.product_share
+        reached = Ceilings(
+            device.ceilings.bandwidth * device.bandwidth_share, device.ceilings.matrix * share
+        )
+        return self.count * (reached.floor(self.bytes, self.flops) + device.gap_seconds)
+
+
+def step_ops(
+    sizes: ModelConfig, tokens: float, lengths: Lengths, writes_scores: bool = False
+) -> list[Op]:
+    """Every op of a step of AdamW on `tokens` real tokens.
+
+    Only masked and [CLS] tokens go through the last layer beyond its attention.
+    """
+    L, H, F, V = (
+        sizes.num_hidden_layers, sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size,
+    )  # fmt: skip
+    A, T, s = sizes.num_attention_heads, tokens, lengths.attended
+    M = MLM_PROBABILITY * T
+    last = M + T / lengths.mean
+    found: list[Op] = []
+
+    def table(op: str, part: str, count: float, rows: float, *directions: str) -> None:
+        here = {
+            "T": rows, "S": s, "H": H, "A": A, "F": F, "V": V, "M": M, "P": parameters(sizes),
+        }  # fmt: skip
+        for direction in directions:
+            cost = cost_of(op, direction)
+            # The formulas are written for whole numbers.
+            whole = {name: round(size) for name, size in here.items()}
+            found.append(Op(part, direction, count, cost.bytes_of(whole), cost.flops_of(whole)))
+
+    def product(count: float, rows: float, k: int, n: int) -> None:
+        flops, kept = 2 * rows * k * n, 2 * rows * (k + n)
+        found.append(Op("products", "forward", count, kept + 2 * k * n, flops))
+        found.append(Op("products", "backward", count, kept + 2 * k * n, flops))  # dx
+        found.append(Op("products", "backward", count, kept + 4 * k * n, flops))  # dW in fp32
+
+    both = ("forward", "backward")
+    table("embed_layer_norm", "passes", 1, T, *both)
+    table("attention", "attention", L, T, *both)
+    product(L, T, H, 3 * H)
+    for count, rows in ((L - 1, T), (1, last)):
+        for k, n in ((H, H), (H, F), (F, H)):
+            product(count, rows, k, n)
+        table("dropout_add_layer_norm", "passes", 2 * count, rows, *both)
+        table("bias_gelu", "passes", count, rows, *both)
+    product(1, M, H, H)
+    table("gelu_layer_norm", "passes", 1, M, *both)
+    table("linear_cross_entropy", "products", 1, T, "both")
+    # Read, overwritten by their gradient, and read for the bias's.
+    found.append(Op("passes", "forward", 1, 6 * M * V))
+    if writes_scores:
+        # bf16: 23 bytes a score for product, mask, softmax, dropout, product, and 20 back.
+        found.append(Op("attention", "forward", L, 23 * A * T * s))
+        found.append(Op("attention", "backward", L, 20 * A * T * s))
+    table("adamw", "optimizer", 1, T, "step")
+    return found
+
+
+def step_seconds(sizes: ModelConfig, tokens: float, lengths: Lengths, device: Device) -> float:
+    """The model's time of a step on one device."""
+    ops = step_ops(sizes, tokens, lengths, device.writes_scores)
+    return sum(op.seconds(device) for op in ops)
+
+
+# Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device; activations and logits by token, as `fastbert.train.device` counts."""
+
+    state_bytes: float
+    bytes_per_token: float
+    device_bytes: float
+
+    @classmethod
+    def of(cls, sizes: ModelConfig, device: Device) -> "Memory":
+        layer = (8 * sizes.hidden_size + 2 * sizes.intermediate_size) * 2
+        logits = MLM_PROBABILITY * sizes.vocab_size * 2
+        state = (2 + 4 + 4 + 8) * parameters(sizes)
+        return cls(state, layer * sizes.num_hidden_layers + logits, device.memory_bytes)
+
+    def needed(self, tokens: float) -> float:
+        """Bytes of a device on which a micro-batch of so many tokens fits."""
+        return (self.state_bytes + tokens * self.bytes_per_token) / USABLE_MEMORY
+
+    def most_tokens(self, S: int) -> int:
+        """Of the largest micro-batch: whole sequences of S tokens."""
+        free = USABLE_MEMORY * self.device_bytes - self.state_bytes
+        return max(0, int(free / self.bytes_per_token) // S * S)
+
+
+def micro_batch(config: EstimateConfig, memory: Memory) -> int:
+    """Tokens of a device's micro-batch: as asked, else the most whole sequences that fit.
+
+    Raises:
+        UserError: not even one sequence fits, or not what was asked for.
+    """
+    S, asked = config.max_seq_length, config.tokens_per_batch
+    most = memory.most_tokens(S)
+    has = f"gpu = {config.gpu!r} has {memory.device_bytes / GIB:.0f} GiB"
+    if most == 0:
+        raise UserError(
+            f"model = {config.model!r} with one sequence of {S} tokens needs "
+            f"{memory.needed(S) / GIB:.1f} GiB, of which weights, gradients and moments take "
+            f"{memory.state_bytes / GIB:.1f}: {has}"
+        )
+    if asked is not None and memory.needed(asked) > memory.device_bytes:
+        raise UserError(
+            f"tokens_per_batch = {asked} needs {memory.needed(asked) / GIB:.1f} GiB: {has}, where "
+            f"at most {most} tokens fit"
+        )
+    return asked or most
+
+
+# Measurements
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """fastbert's step in a committed file."""
+
+    path: Path
+    model: ModelConfig
+    tokens: int
+    lengths: Lengths
+    seconds: float
+    joules_per_million_tokens: float | None
+
+    def factor(self, device: Device) -> float:
+        """How many times as long the step took as the model says."""
+        return self.seconds / step_seconds(self.model, self.tokens, self.lengths, device)
+
+
+def measurements(device: Device, results: Path = RESULTS) -> list[Measured]:
+    """The steps in bf16 that `fastbert bench step` and `benchmarks.gpu` left of a device.
+
+    Raises:
+        RunError: a file whose lengths do not add up to its tokens.
+    """
+    found = []
+    for path in sorted(results.rglob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("benchmark") != "step" or content["dtype"] != "bfloat16":
+            continue
+        if not re.search(device.names, content["conditions"]["device"]):
+            continue
+        rows = content["rows"] if "rows" in content else content["contenders"]
+        ours = next((row for row in rows if row["name"] == "fastbert"), None)
+        if ours is None:
+            continue
+        model, lengths = _what_was_measured(content)
+        if int(lengths.sum()) != content["real_tokens"]:
+            raise RunError(f"{path}: the lengths do not add up to real_tokens")
+        milliseconds = ours["ms"] if "ms" in ours else ours["ms_per_step"]
+        found.append(
+            Measured(
+                path, model, content["real_tokens"], Lengths.of(lengths), milliseconds / 1e3,
+                ours.get("joules_per_million_tokens"),
+            )
+        )  # fmt: skip
+    return found
+
+
+def _what_was_measured(content: dict[str, Any]) -> tuple[ModelConfig, np.ndarray]:
+    if "lengths" in content:
+        return ModelConfig(**content["model"]), np.array(content["lengths"])
+    # The first files only tell how the lengths were drawn.
+    asked = content["conditions"]["settings"]
+    B, S = asked["batch_size"], asked["max_seq_length"]
+    drawn = natural_lengths(B, S, np.random.default_rng(asked["seed"]))
+    return model_config(asked["model"]), drawn
+
+
+def nearest(
+    found: Sequence[Measured], sizes: ModelConfig, tokens: int, lengths: Lengths
+) -> Measured | None:
+    """The measurement of this model at similar lengths whose batch is nearest; None: there is none.
+
+    Dropout and the like do not change what a step costs.
+    """
+
+    def shape(model: ModelConfig) -> tuple[int, ...]:
+        return (
+            model.num_hidden_layers, model.hidden_size, model.num_attention_heads,
+            model.intermediate_size, model.vocab_size,
+        )  # fmt: skip
+
+    alike = [
+        one
+        for one in found
+        if shape(one.model) == shape(sizes)
+        and abs(one.lengths.attended / lengths.attended - 1) <= SIMILAR
+    ]
+    return min(alike, key=lambda one: abs(math.log(one.tokens / tokens)), default=None)
+
+
+# Several GPUs
+
+
+def all_reduce_seconds(bytes: float, gpus: int, device: Device) -> float:
+    """A ring: each GPU sends and receives 2 (g - 1) / g of the bytes over its slowest link."""
+    if gpus == 1:
+        return 0.0
+    link = device.nvlink if gpus <= NODE_GPUS else INFINIBAND
+    return 2 * (gpus - 1) / gpus * bytes / (link * LINK_SHARE)
+
+
+def exposed_seconds(
+    sizes: ModelConfig, gpus: int, backward_seconds: float, device: Device
+) -> float:
+    """What of the all-reduce of fp32 gradients the backward does not hide.
+
+    The tied embedding has its gradient only when the backward ends.
+    """
+    late = _embedding_rows(sizes) * sizes.hidden_size
+    hidden = all_reduce_seconds(4 * (parameters(sizes) - late), gpus, device)
+    tail = all_reduce_seconds(4 * late, gpus, device)
+    return tail + max(0.0, hidden - backward_seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A whole run on so many GPUs."""
+
+    gpus: int
+    tokens_per_batch: int
+    """On each."""
+    step_seconds: float
+    exposed_seconds: float
+    sequences_per_step: float
+    steps: int
+    tokens_per_second: float
+    efficiency: float
+    """Throughput over that of as many GPUs that need not talk."""
+    mfu: float | None
+    days: float
+    dollars: float | None
+    kilowatt_hours: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Everything that is printed."""
+
+    config: EstimateConfig
+    model: ModelConfig
+    device: Device
+    lengths: Lengths
+    tokens: float
+    micro_batch: int
+    memory: Memory
+    source: str
+    watts: float | None
+    watts_from: str
+    shares: dict[str, float]
+    """Part of the step -> its share of the modelled time."""
+    plans: list[Plan]
+
+
+def estimate(config: EstimateConfig, results: Path = RESULTS) -> Estimate:
+    """Works it all out.
+
+    Raises:
+        UserError: settings that do not fit the model or the memory.
+    """
+    sizes, device = model_config(config.model), DEVICES[config.gpu]
+    drawn = lengths_asked(config)
+    lengths = Lengths.of(drawn)
+    memory = Memory.of(sizes, device)
+    T = micro_batch(config, memory)
+    committed = measurements(device, results)
+    measured = nearest(committed, sizes, T, lengths)
+    factor = measured.factor(device) if measured else 1.0
+    watts, watts_from = _watts(device, measured)
+    flops, tokens = flops_per_token(sizes, drawn), tokens_asked(config)
+    price = config.price_per_hour
+
+    def plan(gpus: int, micro: int) -> Plan:
+        ops = step_ops(sizes, micro, lengths, device.writes_scores)
+        alone = factor * sum(op.seconds(device) for op in ops)
+        backward = factor * sum(op.seconds(device) for op in ops if op.direction == "backward")
+        exposed = exposed_seconds(sizes, gpus, backward, device)
+        rate = micro * gpus / (alone + exposed)
+        hours = tokens / rate / 3600
+        return Plan(
+            gpus=gpus,
+            tokens_per_batch=micro,
+            step_seconds=alone + exposed,
+            exposed_seconds=exposed,
+            sequences_per_step=micro * gpus / lengths.mean,
+            steps=math.ceil(tokens / (micro * gpus)),
+            tokens_per_second=rate,
+            efficiency=alone / (alone + exposed),
+            mfu=flops * rate / gpus / device.peak_flops if device.peak_flops else None,
+            days=hours / 24,
+            dollars=None if price is None else hours * price * gpus,
+            kilowatt_hours=None if watts is None else hours * watts * gpus / 1e3,
+        )
+
+    plans = []
+    for gpus in sorted({config.gpus, *GPU_COUNTS} if device.nvlink else {config.gpus}):
+        plans.append(plan(gpus, T))
+        most = int(LARGEST_KNOWN_BATCH * lengths.mean / gpus)
+        if most < T:
+            plans.append(plan(gpus, most))
+    ops = step_ops(sizes, T, lengths, device.writes_scores)
+    seconds = dict.fromkeys(("products", "attention", "passes", "optimizer"), 0.0)
+    for op in ops:
+        seconds[op.part] += op.seconds(device)
+    shares = {part: spent / sum(seconds.values()) for part, spent in seconds.items()}
+    return Estimate(
+        config, sizes, device, lengths, tokens, T, memory, _source(measured, T, bool(committed)),
+        watts, watts_from, shares, plans,
+    )  # fmt: skip
+
+
+def tokens_asked(config: EstimateConfig) -> float:
+    """Real tokens of the whole run."""
+    if config.epochs is not None and config.corpus_tokens is not None:
+        return config.epochs * config.corpus_tokens
+    return config.tokens or BERT_TOKENS
+
+
+def _source(measured: Measured | None, T: int, known: bool) -> str:
+    if measured is None:
+        what = "this model at such lengths is " if known else ""
+        return f"modelled: {what}not yet measured on this device"
+    path = measured.path
+    told = f"from {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}"
+    if measured.tokens != T:
+        told += f" ({measured.tokens:,} tokens a step; the model carries it to {T:,})"
+    return told
+
+
+def _watts(device: Device, measured: Measured | None) -> tuple[float | None, str]:
+    if measured and measured.joules_per_million_tokens:
+        watts = measured.joules_per_million_tokens * measured.tokens / measured.seconds / 1e6
+        return watts, "measured in that file"
+    if device.power_watts is None:
+        return None, "not known for this device"
+    told = f"assumed: {device.power_share:.0%} of the part's limit of {device.power_watts:.0f} W"
+    return device.power_watts * device.power_share, told
+
+
+def assumptions(found: Estimate) -> list[str]:
+    """What the figures rest on, one line each."""
+    device, config = found.device, found.config
+    lines = [
+        f"ceilings: {device.ceilings.bandwidth / 1e9:,.4g} GB/s, "
+        f"{device.ceilings.matrix / 1e12:.3g} TFLOP/s ({device.source})",
+        f"shares of them that ops reach, assumed: products {device.product_share:.0%}, attention "
+        f"{device.attention_share:.0%}, memory-bound passes {device.bandwidth_share:.0%}; "
+        f"{device.gap_seconds * 1e6:g} µs between ops",
+        f"step: bf16, AdamW, {MLM_PROBABILITY:.0%} of tokens masked, one micro-batch a step, the "
+        "last layer on masked and [CLS] tokens only, data never waits; no evaluation, no failures",
+        "bytes and FLOPs of each op: the table of kernels/README.md; model FLOPs for MFU, real "
+        "tokens only",
+        "memory: 18 bytes a parameter (bf16 weights 2, masters 4, gradients 4, moments 8), 8 H + "
+        f"2 F values a token and layer, bf16 logits; {USABLE_MEMORY:.0%} of the device usable",
+        f"lengths: mean {found.lengths.mean:.0f}, by tokens {found.lengths.attended:.0f}",
+        f"power: {found.watts_from}" + ("; the GPU alone, no host, no cooling" * bool(found.watts)),
+    ]
+    if config.epochs is None and config.tokens is None:
+        lines.append(f"tokens: {BERT_TOKENS:.3g} as BERT's own run, 1M steps of 256 x 512")
+    if device.nvlink:
+        lines += [
+            "several GPUs: never measured; data parallel, a ring all-reduces 4 bytes a parameter, "
+            "hidden by the backward except for the tied embedding, which ends with it",
+            f"links: NVLink {device.nvlink / 1e9:.0f} GB/s up to {NODE_GPUS} GPUs, beyond that one "
+            f"InfiniBand port of {INFINIBAND * 8 / 1e9:.0f} Gb/s; {LINK_SHARE:.0%} of either; no "
+            "latency, no stragglers",
+        ]
+    return lines
+
+
+def warnings(found: Estimate) -> list[str]:
+    """What would go wrong although the arithmetic works."""
+    most = LARGEST_KNOWN_BATCH
+    return [
+        f"{plan.gpus:,} GPUs with {plan.tokens_per_batch:,} tokens each are "
+        f"{plan.sequences_per_step:,.0f} sequences a step: LAMB's published recipes end at {most:,}"
+        for plan in found.plans
+        if plan.sequences_per_step > most
+    ]
+
+
+def as_result(found: Estimate) -> dict[str, Any]:
+    """The estimate as a result file; its conditions are of the machine that did the sums."""
+    rows = []
+    for plan in found.plans:
+        joules = plan.kilowatt_hours and plan.kilowatt_hours * 3.6e12 / found.tokens
+        rows.append(
+            {
+                "name": f"{plan.gpus} x {found.config.gpu}, {plan.tokens_per_batch} tokens each",
+                "ms": plan.step_seconds * 1e3,
+                "real_tokens_per_second": plan.tokens_per_second,
+                "sequences_per_second": plan.tokens_per_second / found.lengths.mean,
+                "mfu": plan.mfu,
+                "watts": None if found.watts is None else found.watts * plan.gpus,
+                "joules_per_million_tokens": joules,
+                "peak_memory_bytes": round(
+                    found.memory.state_bytes + plan.tokens_per_batch * found.memory.bytes_per_token
+                ),
+                **dataclasses.asdict(plan),
+            }
+        )
+    missing = []
+    if found.config.price_per_hour is None:
+        missing.append({"name": "dollars", "why": "no price per hour was given"})
+    if found.watts is None:
+        missing.append({"name": "energy", "why": "the power of this device is not known"})
+    if found.device.peak_flops is None:
+        missing.append({"name": "mfu", "why": "the peak rate of this device is not known"})
+    return result.make(
+        "estimate", dataclasses.asdict(found.config), torch.device("cpu"), rows, missing,
+        source=found.source,
+        tokens=found.tokens,
+        parameters=parameters(found.model),
+        state_bytes=found.memory.state_bytes,
+        bytes_per_token=found.memory.bytes_per_token,
+        largest_tokens_per_batch=found.memory.most_tokens(found.config.max_seq_length),
+        shares=found.shares,
+        warnings=warnings(found),
+        assumptions=assumptions(found),
+    )  # fmt: skip
+
+
+def table(found: Estimate) -> str:
+    """The estimate as text."""
+    memory, T, config = found.memory, found.micro_batch, found.config
+    lines = [
+        f"{config.model} ({parameters(found.model) / 1e6:.0f}M parameters), lengths "
+        f"{config.lengths} up to {config.max_seq_length}, {found.tokens:.4g} tokens, {config.gpu}",
+        f"step time: {found.source}",
+        "of the modelled step: "
+        + ", ".join(f"{part} {share:.0%}" for part, share in found.shares.items()),
+        f"memory of each: {memory.state_bytes / GIB:.1f} GiB of weights, gradients and moments + "
+        f"{T * memory.bytes_per_token / GIB:.1f} of activations and logits, of "
+        f"{memory.device_bytes / GIB:.0f}; the largest micro-batch is "
+        f"{memory.most_tokens(config.max_seq_length):,} tokens",
+        "",
+        f"{'GPUs':>5}{'tokens each':>13}{'ms/step':>10}{'exposed':>9}{'scaling':>9}{'tokens/s':>14}"
+        f"{'MFU':>7}{'seq/step':>10}{'steps':>12}{'days':>9}{'dollars':>11}{'kWh':>9}",
+    ]
+    for plan in found.plans:
+        lines.append(
+            f"{plan.gpus:>5,}{plan.tokens_per_batch:>13,}{plan.step_seconds * 1e3:>10,.1f}"
+            f"{plan.exposed_seconds * 1e3:>9.1f}{plan.efficiency:>9.1%}"
+            f"{plan.tokens_per_second:>14,.0f}{_or_dash(plan.mfu, '.1%'):>7}"
+            f"{plan.sequences_per_step:>10,.0f}{plan.steps:>12,}{plan.days:>9,.3g}"
+            f"{_or_dash(plan.dollars, ',.0f'):>11}{_or_dash(plan.kilowatt_hours, ',.0f'):>9}"
+        )
+    lines += [f"warning: {line}" for line in warnings(found)]
+    return "\n".join((*lines, "", "assumptions", *(f"- {line}" for line in assumptions(found))))
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def main(config: EstimateConfig) -> None:
+    """Prints the estimate, writes JSON where asked.
+
+    Raises:
+        UserError: settings that do not fit, or a JSON path that cannot be written.
+    """
+    if config.json and not Path(config.json).resolve().parent.is_dir():
+        raise UserError(f"json = {config.json!r}: no such folder")
+    found = estimate(config)
+    print(table(found))
+    if config.json:
+        result.write(as_result(found), Path(config.json))
