@@ -419,7 +419,7 @@ class Plan:
     step_seconds: float
     exposed_seconds: float
     sequences_per_step: float
-    steps: int
+    optimizer_steps: int
     tokens_per_second: float
     efficiency: float
     """Throughput over that of as many GPUs that need not talk."""
@@ -479,7 +479,7 @@ def estimate(config: EstimateConfig, results: Path = RESULTS) -> Estimate:
             step_seconds=alone + exposed,
             exposed_seconds=exposed,
             sequences_per_step=micro * gpus / lengths.mean,
-            steps=math.ceil(tokens / (micro * gpus)),
+            optimizer_steps=math.ceil(tokens / (micro * gpus)),
             tokens_per_second=rate,
             efficiency=alone / (alone + exposed),
             mfu=flops * rate / gpus / device.peak_flops if device.peak_flops else None,
@@ -638,7 +638,7 @@ def table(found: Estimate) -> str:
             f"{plan.gpus:>5,}{plan.tokens_per_batch:>13,}{plan.step_seconds * 1e3:>10,.1f}"
             f"{plan.exposed_seconds * 1e3:>9.1f}{plan.efficiency:>9.1%}"
             f"{plan.tokens_per_second:>14,.0f}{_or_dash(plan.mfu, '.1%'):>7}"
-            f"{plan.sequences_per_step:>10,.0f}{plan.steps:>12,}{plan.days:>9,.3g}"
+            f"{plan.sequences_per_step:>10,.0f}{plan.optimizer_steps:>12,}{plan.days:>9,.3g}"
             f"{_or_dash(plan.dollars, ',.0f'):>11}{_or_dash(plan.kilowatt_hours, ',.0f'):>9}"
         )
     lines += [f"warning: {line}" for line in warnings(found)]

@@ -589,7 +589,7 @@ def measure(workload: Workload, device: torch.device, quick: bool) -> Iterator[l
         for row in rows:
             if row["contender"] in times:
                 row |= quantiles(times[row["contender"]])
-                row |= {"rounds": len(times[row["contender"]]), "sets": len(sets)}
+                row |= {"rounds_ms": times[row["contender"]], "sets": len(sets)}
         del replays
         gc.collect()
         if device.type == "cuda":

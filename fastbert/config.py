@@ -407,9 +407,9 @@ class PretrainConfig:
     )
     attn_implementation: str = _setting(
         "auto",
-        "attention on a GPU (torch, flash_attn = FlashAttention, from PyTorch or its package)",
+        "attention on a GPU (torch, flash_attn: FlashAttention 2 of PyTorch or its package)",
         "run",
-        choices=("auto", "triton", "torch", "flash_attn"),
+        choices=("auto", "triton", "torch", "flash_attn", "fa3", "fa4"),
     )
     torch_compile: str = _setting(
         "auto", "compile the model with torch.compile", "run", choices=("auto", "on", "off")
@@ -951,9 +951,7 @@ class ProfileStepConfig:
         UserError: a value is out of bounds.
     """
 
-    device: str = _setting(
-        "auto", "device (auto = the GPU if there is one)", "profile", **_DEVICES
-    )
+    device: str = _setting("auto", "device (auto = the GPU if there is one)", "profile", **_DEVICES)
     model: str = _setting(
         "mini", "preset (" + ", ".join(PRESETS) + ") or path of a config.json", "profile"
     )
@@ -1007,9 +1005,7 @@ class ProfileKernelConfig:
         "sizes by letter, e.g. T=65536,S=512,H=768 (empty = BERT base's, small on a CPU)",
         "profile",
     )
-    device: str = _setting(
-        "auto", "device (auto = the GPU if there is one)", "profile", **_DEVICES
-    )
+    device: str = _setting("auto", "device (auto = the GPU if there is one)", "profile", **_DEVICES)
     json: str = _setting("", "file to write the measurements to", "profile")
     png: str = _setting("", "file to draw the roofline into", "profile")
 
@@ -1029,9 +1025,7 @@ class ProfileKernelConfig:
             if not match:
                 raise UserError(f"{shown}: {part!r} must be LETTER=NUMBER, e.g. T=4096")
             if match[1] not in _SIZE_LETTERS:
-                raise UserError(
-                    f"{shown}: {match[1]!r} must be one of {', '.join(_SIZE_LETTERS)}"
-                )
+                raise UserError(f"{shown}: {match[1]!r} must be one of {', '.join(_SIZE_LETTERS)}")
             found[match[1]] = int(match[2])
         return found
 

@@ -72,8 +72,7 @@ def triton_ops(attn_implementation: str = "auto", precision: str = "ieee") -> Op
     """Our Triton kernels.
 
     Args:
-        attn_implementation: "auto", "triton", "torch" (the FlashAttention 2 that PyTorch carries)
-            or "flash_attn" (the package).
+        attn_implementation: a backend of `attention_config.choose_backend`.
         precision: of fp32 products inside attention: "ieee" or "tf32".
 
     Raises:

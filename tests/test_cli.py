@@ -121,6 +121,8 @@ BAD_REQUESTS = [
     ("--seed 1 pretrain", "--seed stands before the command: write fastbert COMMAND --seed"),
     ("bench", "bench needs one of step, kernels, data, inference, convergence"),
     ("bench stp", "unknown bench 'stp': did you mean 'step'? (step, kernels,"),
+    ("bench report", "bench report needs files or folders: fastbert bench report"),
+    ("bench report no/such", "no/such: no such file or folder"),
     ("bench data --num-workers 1,x", "num_workers = '1,x' must be integers of at least 0"),
     ("bench kernels --op gelu", "op = 'gelu': 'gelu' must be one of attention, dropout"),
     ("bench inference --against hf", "against = 'hf': 'hf' must be one of hf-eager, hf-sdpa,"),

@@ -21,6 +21,9 @@ from fastbert.config import (
     KernelBenchConfig,
     ModelConfig,
     PretrainConfig,
+    ProfileKernelConfig,
+    ProfileStepConfig,
+    ReportConfig,
     Setting,
     StepBenchConfig,
     load_config,
@@ -39,7 +42,10 @@ CONFIGS = [
     DataBenchConfig,
     InferenceBenchConfig,
     ConvergenceBenchConfig,
+    ReportConfig,
     EstimateConfig,
+    ProfileStepConfig,
+    ProfileKernelConfig,
 ]
 
 

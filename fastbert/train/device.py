@@ -97,6 +97,14 @@ def _why_no_kernels(config: PretrainConfig, model: ModelConfig, device: torch.de
             f"attn_implementation = {config.attn_implementation!r} belongs to our Triton kernels: "
             f"{why_not}; use attn_implementation = 'auto'"
         )
+    dropout = config.attention_probs_dropout_prob
+    if dropout is None:
+        dropout = model.attention_probs_dropout_prob
+    if config.attn_implementation in ("fa3", "fa4") and dropout > 0:
+        raise UserError(
+            f"attn_implementation = {config.attn_implementation!r} has no dropout: give "
+            "--attention-probs-dropout-prob 0, or use 'torch'"
+        )
     return f"Triton kernels: {why_not}" if why_not else ""
 
 

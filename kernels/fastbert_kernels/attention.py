@@ -752,7 +752,9 @@ def attention(
             cannot serve this call; where checked, sequences that do not fit.
     """
     device = qkv.device
-    chosen = choose_backend(backend, qkv.dtype, device.type)
+    chosen = choose_backend(
+        backend, qkv.dtype, device.type, dropout_p, _capability(device), qkv.shape[-1], max_seqlen
+    )
     if chosen == "triton":
         require_launchable("attention", attention_forward_kernel, device)
     require_tensor("attention", "qkv", qkv, (None, 3, None, None), STORAGE_DTYPES, device)

@@ -9,11 +9,15 @@ import importlib.util
 from dataclasses import dataclass
 
 import torch
+import torch.nn.attention
 
 HEAD_SIZES = (32, 64, 128)
 ONE_TILE = 128  # longest sequence that one tile of the "tile" path holds
 WHOLE_HEAD = 512  # longest sequence of which one program makes all gradients of a head
-BACKENDS = ("auto", "triton", "torch", "flash_attn")
+BACKENDS = ("auto", "triton", "torch", "flash_attn", "fa3", "fa4")
+# (compute capability, D, longest sequence) -> what `auto` takes up to that length, as measured by
+# `python -m benchmarks.gpu --stage kernels`. Empty: nothing has been measured yet.
+FASTEST: dict[tuple[int, int, int], str] = {}
 
 
 @dataclass(frozen=True)
@@ -103,27 +107,47 @@ def choose_backend(
     backend: str,  # one of BACKENDS
     dtype: torch.dtype,
     device_type: str,
+    dropout_p: float,
+    capability: int,
+    D: int,
+    max_seqlen: int,
 ) -> str:
-    """Which implementation serves a call: "triton", "torch" or "flash_attn".
+    """Which implementation serves a call.
 
     | asked for | taken |
     |---|---|
-    | auto | triton: alone deterministic, and alone with the reference's dropout bits |
-    | torch, flash_attn | itself, for fp16 and bf16 on CUDA tensors |
-
-    The first row awaits measurements: should FlashAttention win at some lengths, they belong here.
+    | auto | what `FASTEST` says; triton where it says nothing |
+    | triton | our kernels: alone deterministic, and alone with the reference's dropout bits |
+    | torch | the FlashAttention 2 that PyTorch carries; fp16 or bf16 on a GPU, as all below |
+    | flash_attn | the package of that name, FlashAttention 2 |
+    | fa3, fa4 | FlashAttention 3 or 4 through PyTorch, where installed; without dropout |
 
     Raises:
         ValueError: an unknown backend, or one that cannot serve this call.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention: backend = {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend in ("auto", "triton"):
-        return "triton"
+    if backend == "auto":
+        bounds = [S for cap, d, S in FASTEST if (cap, d) == (capability, D) and S >= max_seqlen]
+        backend = FASTEST[capability, D, min(bounds)] if bounds else "triton"
+    if backend == "triton":
+        return backend
+    asked = f"attention: backend = {backend!r}"
     if dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"attention: backend = {backend!r} takes fp16 or bf16, not {dtype}")
+        raise ValueError(f"{asked} takes fp16 or bf16, not {dtype}")
     if device_type != "cuda":
-        raise ValueError(f"attention: backend = {backend!r} needs CUDA tensors")
+        raise ValueError(f"{asked} needs CUDA tensors")
     if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-        raise ValueError("attention: backend = 'flash_attn', but that package is not installed")
+        raise ValueError(f"{asked}, but that package is not installed")
+    if backend in ("fa3", "fa4"):
+        if dropout_p > 0:
+            raise ValueError(f"{asked} has no dropout: dropout_p must be 0, or use 'torch'")
+        if backend.upper() not in flash_implementations():
+            raise ValueError(f"{asked}, but torch {torch.__version__} does not offer it")
     return backend
+
+
+def flash_implementations() -> list[str]:
+    """The FlashAttentions beyond 2 that PyTorch can be told to use: of ["FA3", "FA4"]."""
+    offered = getattr(torch.nn.attention, "list_flash_attention_impls", None)
+    return [name for name in ("FA3", "FA4") if name in offered()] if offered else []

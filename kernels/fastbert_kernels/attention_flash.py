@@ -9,7 +9,18 @@ import importlib
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
+
+
+def _dispatch_to(backend: str) -> None:
+    wanted = {"fa3": "FA3", "fa4": "FA4"}.get(backend)
+    now = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if wanted != now:
+        if wanted is None:
+            torch.nn.attention.restore_flash_attention_impl()
+        else:
+            torch.nn.attention.activate_flash_attention_impl(wanted)
 
 
 class _MaskGradient(torch.autograd.Function):
@@ -31,12 +42,17 @@ def attention(
     cu_seqlens: Tensor,  # (N + 1,) int32
     max_seqlen: int,
     dropout_p: float,
-    backend: str,  # "torch" or "flash_attn"
+    backend: str,  # "torch", "flash_attn", "fa3" or "fa4"
 ) -> Tensor:  # (T, A, D)
-    """softmax(Q Kᵀ / √D) V within each sequence. Not yet run on a GPU."""
+    """softmax(Q Kᵀ / √D) V within each sequence. Not yet run on a GPU.
+
+    PyTorch dispatches forward and backward of a process to one FlashAttention: the last of "torch",
+    "fa3" and "fa4" that was asked for. Do not mix them between a forward and its backward.
+    """
     tail = torch.arange(qkv.shape[0], device=qkv.device) >= cu_seqlens[-1]
     qkv = _MaskGradient.apply(qkv, tail)
-    if backend == "torch":
+    if backend != "flash_attn":
+        _dispatch_to(backend)
         q, k, v = qkv.unbind(1)
         out: Any = torch.ops.aten._flash_attention_forward(
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, False, False

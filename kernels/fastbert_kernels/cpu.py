@@ -32,6 +32,11 @@ class CpuOps:
         def fuse(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
 
+        if compiled:
+            # One code for each shape: a curriculum and a prediction bring more than the usual 8.
+            dynamo: Any = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+
         self._grouped: Tensor | None = None
         self._version = 0
         self._groups: list[_Group] = []
@@ -63,9 +68,10 @@ class CpuOps:
         """`reference.attention`, group by group."""
         N, A, S = cu_seqlens.numel() - 1, qkv.shape[2], max_seqlen
         keep = self._keep((N, A, S, S), dropout_p, seed, stream)
-        if self._grouped is not cu_seqlens or self._version != cu_seqlens._version:
+        version = -1 if cu_seqlens.is_inference() else cu_seqlens._version  # not known there
+        if self._grouped is not cu_seqlens or self._version != version or version < 0:
             self._groups = _groups(cu_seqlens, S, qkv.shape[0])  # the same for every layer
-            self._grouped, self._version = cu_seqlens, cu_seqlens._version
+            self._grouped, self._version = cu_seqlens, version
         out: Tensor = _Attention.apply(qkv, self._groups, dropout_p, keep)
         return out
 

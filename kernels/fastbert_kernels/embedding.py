@@ -466,7 +466,7 @@ def compile_cases() -> list[CompileCase]:
     )
     cases = []
     # At 256, 512 and 2048 a program holds as many elements as at 1024.
-    for H in (128, 384, 768, 1024, 4096):
+    for H in (128, 256, 384, 512, 768, 1024, 4096):
         BLOCK_H = block_width(H)
         BLOCK_R, warps = forward_config(H)
         BACK_R, SUM_R, back_warps = backward_config(H)

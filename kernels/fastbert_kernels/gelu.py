@@ -413,7 +413,7 @@ def compile_cases() -> list[CompileCase]:
             ("bias_gelu", _bias_gelu_kernel, approximate, tanh | {"BLOCK_R": FORWARD_R}, NUM_WARPS),
             ("gelu_backward", _gelu_backward_kernel, approximate, back, NUM_WARPS),
         ]
-        for H in (128, 384, 768, 1024) if approximate == "none" else (768,):
+        for H in (128, 256, 384, 512, 768, 1024) if approximate == "none" else (768,):
             BLOCK_R, num_warps = forward_config(H)
             BACK_R, sum_rows, back_warps = backward_config(H)
             row = {"TANH": approximate == "tanh", "H": H, "BLOCK_H": block_width(H)}

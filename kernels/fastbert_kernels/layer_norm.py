@@ -340,7 +340,7 @@ def compile_cases() -> list[CompileCase]:
     """Every kernel in every shipped configuration, for the compile report."""
     cases = []
     # Without dropout a kernel is a subset of the one with it: one width stands for all.
-    kinds = [(torch.bfloat16, H, 0.1) for H in (128, 384, 768, 1024, 4096)]
+    kinds = [(torch.bfloat16, H, 0.1) for H in (128, 256, 384, 512, 768, 1024, 4096)]
     more = [(torch.bfloat16, 0.0), (torch.float16, 0.1), (torch.float32, 0.1)]
     for dtype, H, dropout_p in [*kinds, *((dtype, 768, p) for dtype, p in more)]:
         BLOCK_R, num_warps = forward_config(H)

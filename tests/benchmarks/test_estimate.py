@@ -197,8 +197,8 @@ def test_days_dollars_and_energy_follow_from_the_rate(tmp_path):
         assert plan.tokens_per_second * hours * 3600 == pytest.approx(1e11)
         assert plan.dollars == pytest.approx(hours * 2.5 * plan.gpus)
         assert plan.kilowatt_hours == pytest.approx(hours * plan.gpus * 0.7 * 0.85)
-        assert plan.steps == math.ceil(1e11 / (32768 * plan.gpus))
-        assert plan.steps * plan.step_seconds == pytest.approx(hours * 3600, rel=1e-3)
+        assert plan.optimizer_steps == math.ceil(1e11 / (32768 * plan.gpus))
+        assert plan.optimizer_steps * plan.step_seconds == pytest.approx(hours * 3600, rel=1e-3)
         # 72 * 12 * 768² + 12 * 12 * 768 * 512 + 0.9 * (768² + 768 * 30522) = 587,858,688
         rate = plan.tokens_per_second / plan.gpus
         assert plan.mfu == pytest.approx(587_858_688 * rate / 989e12)

@@ -207,11 +207,21 @@ def test_sequences_are_read_when_asked(check: bool, monkeypatch: pytest.MonkeyPa
     assert len(read) == 1 + check
 
 
-def test_choice_of_a_backend() -> None:
-    assert choose_backend("auto", torch.bfloat16, "cuda") == "triton"
-    assert choose_backend("torch", torch.bfloat16, "cuda") == "torch"
+def test_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(backend: str, device_type: str = "cuda", p: float = 0.0, S: int = 512) -> str:
+        return choose_backend(backend, torch.bfloat16, device_type, p, 90, 64, S)
+
+    assert choose("auto") == "triton" and choose("torch", p=0.1) == "torch"
+    monkeypatch.setattr(attention_config, "FASTEST", {(90, 64, 128): "torch"})
+    assert choose("auto", S=128) == "torch" and choose("auto", S=129) == "triton"
+    with pytest.raises(ValueError, match="'fa3' has no dropout: dropout_p must be 0"):
+        choose("fa3", p=0.1)
+    monkeypatch.setattr(attention_config, "flash_implementations", lambda: ["FA4"])
+    assert choose("fa4") == "fa4"
+    with pytest.raises(ValueError, match=r"'fa3', but torch .* does not offer it"):
+        choose("fa3")
     with pytest.raises(ValueError, match="needs CUDA tensors"):
-        choose_backend("torch", torch.bfloat16, "cpu")
+        choose("torch", "cpu")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

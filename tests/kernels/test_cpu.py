@@ -127,3 +127,22 @@ def test_compiled_pieces_draw_the_same_bits():
     except torch._inductor.exc.InductorError as error:  # no C++ compiler here
         pytest.skip(f"torch.compile does not work here: {error}".splitlines()[0])
     assert (ours - reference.dropout_add_layer_norm(*args)).abs().max() < 1e-5
+
+
+def test_more_shapes_than_torch_compile_keeps_by_default(monkeypatch):
+    """A curriculum of four lengths, an evaluation and a prediction in one process need 12."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    CpuOps(compiled=False)
+    assert torch._dynamo.config.recompile_limit == 8
+    CpuOps(compiled=True)
+    assert torch._dynamo.config.recompile_limit >= 32
+
+
+def test_sequences_made_in_inference_mode(ops):
+    with torch.inference_mode():
+        qkv, cu_seqlens = torch.randn(9, 3, 2, 8), torch.tensor([0, 4, 9], dtype=torch.int32)
+        first = ops.attention(qkv, cu_seqlens, 8, 0.0, SEED, 0)
+        cu_seqlens[1] = 7  # nothing tells that it changed
+        again = ops.attention(qkv, cu_seqlens, 8, 0.0, SEED, 0)
+        want = reference.attention(qkv, cu_seqlens, 8, 0.0, SEED, 0)
+    assert (again - want).abs().max() < 1e-6 < (first - want).abs().max()
