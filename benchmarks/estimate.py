@@ -108,7 +108,7 @@ DEVICES = {
     # passes of a whole step reach: several passes for one of the table, dispatch, page faults; it
     # is the one number fitted to the committed steps.
     "cpu": Device(
-        "^AMD EPYC$", Ceilings(6.25e9, 2 * 445e9),
+        "^AMD EPYC$", Ceilings(9.0e9, 2 * 445e9),
         "2 cores of an AMD EPYC: the rate measured, the bandwidth fitted to the committed steps",
         23 * GIB, product_share=1.0, attention_share=0.5, bandwidth_share=1.0, gap_seconds=0.0,
         peak_flops=None, power_watts=None, power_share=1.0, nvlink=0.0, writes_scores=True,
@@ -335,31 +335,19 @@ def measurements(device: Device, results: Path = RESULTS) -> list[Measured]:
             continue
         if not re.search(device.names, content["conditions"]["device"]):
             continue
-        rows = content["rows"] if "rows" in content else content["contenders"]
-        ours = next((row for row in rows if row["name"] == "fastbert"), None)
+        ours = next((row for row in content["rows"] if row["name"] == "fastbert"), None)
         if ours is None:
             continue
-        model, lengths = _what_was_measured(content)
+        model, lengths = ModelConfig(**content["model"]), np.array(content["lengths"])
         if int(lengths.sum()) != content["real_tokens"]:
             raise RunError(f"{path}: the lengths do not add up to real_tokens")
-        milliseconds = ours["ms"] if "ms" in ours else ours["ms_per_step"]
         found.append(
             Measured(
-                path, model, content["real_tokens"], Lengths.of(lengths), milliseconds / 1e3,
+                path, model, content["real_tokens"], Lengths.of(lengths), ours["ms"] / 1e3,
                 ours.get("joules_per_million_tokens"),
             )
         )  # fmt: skip
     return found
-
-
-def _what_was_measured(content: dict[str, Any]) -> tuple[ModelConfig, np.ndarray]:
-    if "lengths" in content:
-        return ModelConfig(**content["model"]), np.array(content["lengths"])
-    # The first files only tell how the lengths were drawn.
-    asked = content["conditions"]["settings"]
-    B, S = asked["batch_size"], asked["max_seq_length"]
-    drawn = natural_lengths(B, S, np.random.default_rng(asked["seed"]))
-    return model_config(asked["model"]), drawn
 
 
 def nearest(

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 commit=args.commit,
             )
         else:
-            code = gpu_step.run(args.out, args.quick, device_type=args.device)
+            code = gpu_step.run(args.out, args.quick, device_type=args.device, commit=args.commit)
         codes.append(code)
     return max(codes)
 

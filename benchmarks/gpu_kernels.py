@@ -48,6 +48,7 @@ def work(op: str, path: Path, device_type: str, quick: bool, part: str | None) -
     import triton  # noqa: F401  so that no import is left for the time on the GPU
 
     from benchmarks import kernel_checks, kernel_timings, timing
+    from benchmarks import result as results
 
     if device_type == "cuda":
         importlib.import_module("torch._inductor.compile_fx")
@@ -62,11 +63,11 @@ def work(op: str, path: Path, device_type: str, quick: bool, part: str | None) -
             kernel_checks.warm_up(op, device, quick, index, parts)
             kernel_timings.warm_up(op, device, quick, index, parts)
         elif op == CEILINGS:
-            found: Found = {"conditions": timing.conditions(device)}
+            found: Found = {"conditions": results.conditions(device)}
             write_json(path, found)
             found["ceilings"] = timing.ceilings(device)
             if device.type == "cuda":
-                found["conditions"]["nvidia_smi_after_load"] = timing.nvidia_smi()
+                found["conditions"]["nvidia_smi_after_load"] = results.nvidia_smi()
             write_json(path, found)
         else:
             for found in measured(op, device, quick):
@@ -264,7 +265,7 @@ def add(
     }  # fmt: skip
     rows = found.get("timings", [])
     if "ceilings" in stage:
-        hopper = stage["conditions"].get("capability", 90) >= 90
+        hopper = (stage["conditions"].get("gpu") or {}).get("capability", 90) >= 90
         rows = finish_rows(rows, stage["ceilings"], hopper)
     stage["rows"] += rows
 

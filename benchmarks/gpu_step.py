@@ -243,7 +243,7 @@ def _one_line(error: Exception) -> str:
 class Record:
     """What is known of a workload, on disk after every part: a cut-off run loses nothing."""
 
-    def __init__(self, bench: Bench, path: Path | None) -> None:
+    def __init__(self, bench: Bench, path: Path | None, commit: str | None) -> None:
         lengths, batch = bench.lengths, bench.packed[0]
         self._device, self._path = bench.device, path
         self.result = results.make(
@@ -262,6 +262,8 @@ class Record:
             floor_ms=None,
             seconds={},
         )
+        if commit and self.result["conditions"]["commit"] == "unknown":
+            self.result["conditions"]["commit"] = commit
 
     def part(self, name: str, work: Callable[[], Any]) -> Any:
         """Does one part; one that fails is noted as missing, and the others go on."""
@@ -285,12 +287,16 @@ class Record:
 
 
 def measure(
-    workload: Workload, device: torch.device, quick: bool, path: Path | None = None
+    workload: Workload,
+    device: torch.device,
+    quick: bool,
+    path: Path | None = None,
+    commit: str | None = None,
 ) -> dict[str, Any]:
     """Everything about one workload, written to `path` as it is found."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     bench = Bench(workload, device, dtype)
-    record, rounds = Record(bench, path), 3 if quick else 5
+    record, rounds = Record(bench, path, commit), 3 if quick else 5
     record.keep(checks=record.part("check", lambda: check(bench)) or {})
     rivals = workload.against[: 2 if quick else None]
     compiled = [name for name in rivals if "compile" in name]
@@ -384,7 +390,14 @@ def write(result: dict[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def run(out: Path, quick: bool, *, device_type: str = "cuda", seconds: float = 300.0) -> int:
+def run(
+    out: Path,
+    quick: bool,
+    *,
+    device_type: str = "cuda",
+    seconds: float = 300.0,
+    commit: str | None = None,
+) -> int:
     """All workloads, each in a process; 1 where one crashed, failed a check, or time ran out.
 
     Args:
@@ -392,6 +405,7 @@ def run(out: Path, quick: bool, *, device_type: str = "cuda", seconds: float = 3
         quick: fewer workloads, rivals and rounds.
         device_type: "cuda", or "cpu" to rehearse on a tiny model.
         seconds: that all of them may take together.
+        commit: what the tree is, where it has no .git.
     """
     deadline = time.monotonic() + seconds
     workloads = WORKLOADS if device_type == "cuda" else (_TINY,)
@@ -400,6 +414,7 @@ def run(out: Path, quick: bool, *, device_type: str = "cuda", seconds: float = 3
         command = [
             sys.executable, "-m", "benchmarks.gpu_step", workload.name, "--out", str(out),
             "--device", device_type, *(["--quick"] if quick else []),
+            *(["--commit", commit] if commit else []),
         ]  # fmt: skip
         left = deadline - time.monotonic()
         try:
@@ -422,10 +437,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="fewer rivals and rounds")
+    parser.add_argument("--commit", help="of a tree without .git")
     args = parser.parse_args(argv)
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     path = args.out / f"step-{args.workload}.json"
-    result = measure(known[args.workload], device, args.quick, path)
+    result = measure(known[args.workload], device, args.quick, path, args.commit)
     print(table(result), flush=True)
     bad = not all(ok is True for ok in result["checks"].values())
     return 1 if bad or not result["checks"] or not result["rows"] else 0

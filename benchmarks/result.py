@@ -91,7 +91,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "transformers": _version("transformers"),
         "python": platform.python_version(),
-        "commit": commit(),
+        "commit": COMMIT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": _gpu(device) if cuda else None,
     }
@@ -148,3 +148,7 @@ def commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return head.stdout.strip()
+
+
+# Read as the process starts: files may change during a long run, but not the code that runs.
+COMMIT = commit()

@@ -1,4 +1,4 @@
-"""Times of GPU calls with a cold L2, and what a reader must know to believe them.
+"""Times of GPU calls with a cold L2.
 
 A contender is a list of calls, one for each clone of its inputs. All clones together exceed three
 times the L2, so that no call finds its inputs there. The calls are captured in one CUDA graph,
@@ -7,12 +7,8 @@ drift of clocks and temperature favours nobody. On a CPU the calls are timed by 
 """
 
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,64 +115,3 @@ def ceilings(device: torch.device) -> dict[str, Any]:
         "bandwidth": 2 * source.nbytes / (copy["ms"] / 1e3),
         "matrix": 2 * n**3 / (gemm["ms"] / 1e3),
     }
-
-
-def conditions(device: torch.device) -> dict[str, Any]:
-    """Device, clocks, versions, commit and date."""
-    import triton
-
-    told: dict[str, Any] = {
-        "device_type": device.type,
-        "device": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        told |= {
-            "device": properties.name,
-            "capability": 10 * properties.major + properties.minor,
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "nvidia_smi": nvidia_smi(),
-        }
-    return told
-
-
-_SMI_FIELDS = (
-    "driver_version", "power.limit", "power.draw", "clocks.sm", "clocks.max.sm", "clocks.mem",
-    "temperature.gpu",
-)  # fmt: skip
-
-
-def nvidia_smi() -> dict[str, str] | str:
-    """Driver, power limit and clocks of the first GPU, or why they are not known."""
-    try:
-        said = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader", "-i0"],
-            capture_output=True, text=True, check=True, timeout=20,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown: {error}"
-    return dict(zip(_SMI_FIELDS, said.strip().split(", "), strict=False))
-
-
-def commit() -> str:
-    """Of the tree that holds this file."""
-
-    def git(*args: str) -> str:
-        root = str(Path(__file__).resolve().parent.parent)
-        return subprocess.run(
-            ["git", "-C", root, *args], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        head = git("rev-parse", "HEAD")
-        return f"{head} + uncommitted changes" if git("status", "--porcelain") else head
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
