@@ -139,6 +139,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device's memory is full, be it torch's, CUDA's or cuBLAS's."""
+    signs = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
 def what_fits(
     model: ModelConfig, dtype: torch.dtype, flat: FlatParameters, device: torch.device
 ) -> str:

@@ -30,7 +30,7 @@ from fastbert.data.workers import BatchLoader, DevicePrefetcher
 from fastbert.errors import RunError, UserError
 from fastbert.model.bert import Bert
 from fastbert.train import checkpoint
-from fastbert.train.device import Execution, choose_execution, what_fits
+from fastbert.train.device import Execution, choose_execution, is_out_of_memory, what_fits
 from fastbert.train.evaluate import evaluate, fill_masks, unigram_log_probabilities
 from fastbert.train.graph import launcher
 from fastbert.train.prepare import prepare_data, run_folder, say, taken_back_on_failure
@@ -176,7 +176,7 @@ class _Trainer:
         compiled = execution.compile and self.device.type == "cuda"
         self.train_step = TrainStep(self.model, config, execution.dtype, main_grads=not compiled)
         self.launch = self._launcher()
-        self.loader = self._open_data(state.get("data"), adopt=self._phase_ended(state))
+        self.loader = self._open_data(state.get("data"), adopt=self._other_phase(state))
         for note in self.loader.notes:
             say(f"data: {note}")
         self.eval_batches = self._evaluation_batches()
@@ -233,11 +233,13 @@ class _Trainer:
         phases = self.config.phases()
         return next((length for length, end in phases if self.step < end), phases[-1][0])
 
-    def _phase_ended(self, state: dict[str, Any]) -> bool:
-        """Whether a checkpoint was written at the very end of a phase of the curriculum."""
+    def _other_phase(self, state: dict[str, Any]) -> bool:
+        """Whether a checkpoint belongs to another phase of the curriculum than the next step.
+
+        It was written at the end of a phase, or max_steps, of which phases are shares, has changed.
+        """
         length = state["data"]["shape"]["max_seq_length"] if state else self._length()
-        before = {phase for phase, end in self.config.phases() if end == self.step}
-        return length != self._length() and length in before
+        return length != self._length() and length in {phase for phase, _ in self.config.phases()}
 
     def _open_data(self, state: dict[str, Any] | None, *, adopt: bool = False) -> DevicePrefetcher:
         """Batches from where `state` stands; `adopt` where that is of other shapes."""
@@ -374,8 +376,10 @@ class _Trainer:
             try:
                 self.launch(batches)
                 break
-            except torch.OutOfMemoryError:
-                pass  # handled outside, where the exception no longer holds the step's tensors
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Handled here, where the exception no longer holds the step's tensors.
             del batches
             self._halve_micro_batch(json.loads(position))
             position = self.loader.position

@@ -759,13 +759,12 @@ def attention(
         require_launchable("attention", attention_forward_kernel, device)
     require_tensor("attention", "qkv", qkv, (None, 3, None, None), STORAGE_DTYPES, device)
     require_tensor("attention", "cu_seqlens", cu_seqlens, (None,), torch.int32, device)
-    require_seed("attention", seed, device)
+    require_seed("attention", seed, device, stream)
     T, _, A, D = qkv.shape
     require(D in HEAD_SIZES, f"attention: qkv has head size {D}, expected one of {HEAD_SIZES}")
     require(T > 0 and A > 0, f"attention: qkv is empty: shape {tuple(qkv.shape)}")
     require(cu_seqlens.numel() > 1, "attention: cu_seqlens holds no sequence")
     require(max_seqlen > 0, f"attention: max_seqlen = {max_seqlen}, expected at least 1")
-    require(0 <= stream < 4, f"attention: stream = {stream}, expected 0, 1, 2 or 3")
     require(
         precision in ("ieee", "tf32"),
         f"attention: precision = {precision!r}, expected 'ieee' or 'tf32'",

@@ -54,9 +54,11 @@ def require_tensor(
         raise ValueError(f"{op}: {name} is not contiguous: call .contiguous() first")
 
 
-def require_seed(op: str, seed: Tensor, device: torch.device) -> None:
-    """The (3,) int64 tensor that dropout bits are drawn from."""
+def require_seed(op: str, seed: Tensor, device: torch.device, stream: int = 0) -> None:
+    """The (3,) int64 tensor that dropout bits are drawn from, and which of a layer's four draws."""
     require_tensor(op, "seed", seed, (3,), torch.int64, device)
+    if not 0 <= stream < 4:
+        raise ValueError(f"{op}: stream = {stream}, expected 0, 1, 2 or 3")
 
 
 def require_launchable(

@@ -451,7 +451,7 @@ def embed_layer_norm(
     require_tensor(op, "position", position, (None, H), word.dtype, device)
     require_tensor(op, "weight", weight, (H,), word.dtype, device)
     require_tensor(op, "beta", beta, (H,), word.dtype, device)
-    require_seed(op, seed, device)
+    require_seed(op, seed, device, stream)
     out: Tensor = _forward(
         input_ids, token_type_ids, position_ids, word, token_type, position, weight, beta,
         pad_token_id, eps, dropout_p, seed, stream,

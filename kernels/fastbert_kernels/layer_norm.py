@@ -330,7 +330,7 @@ def dropout_add_layer_norm(
     require_rows(op, _forward_kernel, x, MAX_WIDTH)
     require_tensor(op, "residual", residual, tuple(x.shape), x.dtype, x.device)
     require_parameters(op, x, bias=bias, weight=weight, beta=beta)
-    require_seed(op, seed, x.device)
+    require_seed(op, seed, x.device, stream)
     keep_threshold(dropout_p)
     out: Tensor = _forward(x, bias, residual, weight, beta, eps, dropout_p, seed, stream)[0]
     return out

@@ -233,3 +233,22 @@ def test_a_kernel_is_called_like_its_reference(op: str) -> None:
     ours = {name: parameter for name, parameter in ours.items() if name in theirs}
     assert list(ours) == list(theirs)
     assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+
+
+@pytest.mark.parametrize("stream", [-1, 4])
+def test_a_layer_has_four_draws(stream: int) -> None:
+    """A fifth would draw the next layer's bits."""
+    calls: list[Callable[[], Tensor]] = [
+        lambda: attention.attention(
+            torch.zeros(R, 3, 1, 32), torch.tensor([0, R], dtype=torch.int32), R, 0.1, SEED, stream
+        ),
+        lambda: layer_norm.dropout_add_layer_norm(
+            rows(), row(), rows(), row(), row(), 1e-5, 0.1, SEED, stream
+        ),
+        lambda: embedding.embed_layer_norm(
+            ids(), ids(), ids(), rows(V), rows(2), rows(V), row(), row(), 0, 1e-5, 0.1, SEED, stream
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"stream = {stream}, expected 0, 1, 2 or 3"):
+            call()

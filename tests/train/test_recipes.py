@@ -67,6 +67,18 @@ def test_a_curriculum_resumes_bit_for_bit(
     assert losses(whole) == losses(parts)
 
 
+@pytest.mark.parametrize(("stop", "max_steps"), [(12, 30), (10, 16), (6, 16)])
+def test_another_max_steps_moves_the_phases(
+    pretrain: Pretrain, resume: Pretrain, seen: list[list[Batch]], stop: int, max_steps: int
+) -> None:
+    """`max_steps` may change at a resume, and a phase is a share of it."""
+    pretrain("run", f"--curriculum 16:0.5 --max-steps 20 --stop-at-step {stop}")
+    seen.clear()
+    resume("run", f"--resume auto --curriculum 16:0.5 --max-steps {max_steps} --eval-steps 0")
+    lengths = [16 if step < max_steps // 2 else 32 for step in range(stop, max_steps)]
+    assert [step[0].max_seqlen for step in seen] == lengths
+
+
 # Batch ramp
 
 
@@ -82,13 +94,18 @@ def test_the_batch_grows(pretrain: Pretrain, seen: list[list[Batch]], losses: Lo
 # Out of memory
 
 
-def limit_memory(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+def limit_memory(
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    error: type[RuntimeError] = torch.OutOfMemoryError,
+    said: str = "CUDA out of memory",
+) -> None:
     accumulate = TrainStep.accumulate
 
     def limited(self: TrainStep, batch: Batch) -> None:
         accumulate(self, batch)  # it fails late, with gradients half added up
         if batch.input_ids.numel() > tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error(said)
 
     monkeypatch.setattr(TrainStep, "accumulate", limited)
 
@@ -118,6 +135,18 @@ def test_out_of_memory_halves_the_micro_batch(
     parts = resume("parts", f"--resume auto {options}")
     assert losses(parts) == losses(run)
     assert state(parts, 6)["split"] == 4
+
+
+def test_cublas_may_be_what_finds_no_memory(
+    pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    limit_memory(monkeypatch, 128, RuntimeError, said)
+    pretrain("run", "--max-steps 2")
+    assert "going on with 128, and twice as many in a step" in capsys.readouterr().err
+    limit_memory(monkeypatch, 0, RuntimeError, "CUDA error: an illegal memory access")
+    pretrain("other", "--max-steps 2", exit_code=1)
+    assert "an illegal memory access" in capsys.readouterr().err
 
 
 def test_at_the_smallest_size_it_says_what_would_fit(
