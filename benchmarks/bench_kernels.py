@@ -7,7 +7,12 @@ says what they compute, plain PyTorch, and the reference under torch.compile; th
 compared first. Bytes are those of the table in `benchmarks.kernels`, with storage in bf16; a CPU
 computes in fp32 and so moves up to twice as much.
 
-T tokens, S sequence length, H hidden size, A heads, V vocabulary, M masked tokens, P parameters.
+Real tokens a second are those of the batch that an op serves; sequences a second are attention's,
+which alone sees where one ends. Peers that cannot take packed sequences get them padded where
+lengths differ, and their pads are no work. Peak memory is what one call holds beside its inputs.
+
+T tokens, S longest sequence, H hidden size, A heads, F width inside the MLP, V vocabulary, M masked
+tokens, P parameters, L layers, N sequences, s mean length of the sequence that a token stands in.
 """
 
 import contextlib
@@ -15,6 +20,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +34,25 @@ from tqdm import tqdm
 
 from benchmarks import gpu_kernels, kernel_timings, timing
 from benchmarks import result as results
-from benchmarks.kernel_timings import DROPOUT_P, EPS, PAD, Built, Contender, Inputs, Workload
-from benchmarks.kernels import cost_of, model_sizes
-from benchmarks.result import Row
-from fastbert.config import KERNEL_OPS, KernelBenchConfig
+from benchmarks.contenders import file_lengths
+from benchmarks.energy import EnergyMeter
+from benchmarks.kernel_timings import (
+    DROPOUT_P,
+    EPS,
+    PAD,
+    Asked,
+    Built,
+    Contender,
+    Inputs,
+    Workload,
+    costs,
+    figures,
+    peer_of,
+)
+from benchmarks.kernels import model_sizes
+from benchmarks.result import HEADS, Row, cells, gaps
+from benchmarks.step import peak_of
+from fastbert.config import KERNEL_OPS, PRESETS, KernelBenchConfig
 from fastbert.errors import RunError
 from fastbert.ops import REFERENCE, cpu_ops
 from fastbert.train.device import can_compile, choose_device, keep_freed_memory
@@ -39,6 +60,10 @@ from fastbert_kernels import reference, reference_optimizer
 
 TOLERANCE = 1e-4  # of an output in fp32, relative to its largest element
 ROUNDS, SECONDS = 20, 1.0
+SECONDS_OF_ENERGY, SECONDS_OF_AN_OP = 0.5, 300.0
+ON_CPU = ("eager", "bare gemm", "bare gemms", "torch's own", "torch fused", "torch foreach")
+"""Peers of the GPU's that a CPU runs as well; "compile" has a backend of its own here."""
+ON_GPU = ("fa2", "fa3", "fa4", "cudnn", "liger")
 
 Missing = dict[str, str]
 
@@ -46,19 +71,29 @@ Missing = dict[str, str]
 # On a CPU
 
 
-def cpu_sizes(quick: bool) -> dict[str, int]:
-    """BERT-mini's width on 2,048 tokens; `quick`: a toy's."""
+def cpu_sizes(quick: bool, model: str = "auto") -> dict[str, int]:
+    """A model's widths on 2,048 tokens and one layer's parameters; auto: those of BERT-mini.
+
+    `quick`: few tokens, and auto is a toy.
+    """
     H, S, T, V = (64, 16, 48, 1000) if quick else (256, 128, 2048, 8192)
-    P = sum(kernel_timings.parameter_sizes(H, 1, V))
-    return model_sizes(H, S, T) | {"V": V, "P": P}
+    sizes = model_sizes(H, S, T) | {"V": V}
+    if model != "auto":
+        sizes = kernel_timings.sizes_of(model, S, T) | {"L": 1}
+    return sizes | {"L": 1, "P": sum(_numels(sizes))}
+
+
+def _numels(sizes: dict[str, int]) -> list[int]:
+    return kernel_timings.parameter_sizes(sizes["H"], 1, sizes["V"], sizes["F"])
 
 
 def _call_of(
-    op: str, sizes: dict[str, int]
+    op: str, sizes: dict[str, int], lengths: str
 ) -> tuple[tuple[str, ...], Callable[[Callable[..., Any], Inputs, Sequence[Tensor]], Any]]:
     """Names of an op's leaves, and how it is called with them."""
     T, S = sizes["T"], sizes["S"]
-    cu_seqlens = torch.arange(0, T + 1, S, dtype=torch.int32)
+    ends = np.cumsum(kernel_timings.filled(lengths, T, S))
+    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
     positions = torch.arange(T) % S
     random = (DROPOUT_P, torch.tensor([1, 2, 3]), 1)
     known: dict[str, Any] = {
@@ -83,23 +118,30 @@ def _missing(why: str) -> Contender:
     return Contender("ours", kernel_timings.missing(why))
 
 
-def cpu_workload(op: str, quick: bool) -> Workload:
-    """One op with everybody who can do it on a CPU; ours first."""
-    sizes, device = cpu_sizes(quick), torch.device("cpu")
+def cpu_workload(op: str, quick: bool, asked: Asked = kernel_timings.STAGE) -> Workload:
+    """One op with everybody who can do it on a CPU, or why not; ours first."""
+    sizes, device = cpu_sizes(quick, asked.model), torch.device("cpu")
     torch._dynamo.reset()
-    # Its peers read the same inputs; those that need a GPU are left out.
-    theirs = kernel_timings.WORKLOADS[op](device, torch.float32, sizes)
-    plain = [c for c in theirs.contenders if c.name in ("eager", "torch fused", "torch foreach")]
+    # Its peers read the same inputs.
+    theirs = kernel_timings.workload(op, device, torch.float32, sizes, asked.lengths)
+    plain = [c for c in theirs.contenders if c.name in ON_CPU]
+    needs = kernel_timings.missing("needs a GPU")
+    there = {peer_of(c.name): c for c in theirs.contenders if peer_of(c.name) in ON_GPU}
+    # Liger has no GELU of this kind anywhere, which its contender says.
+    plain += [c if op == "bias_gelu" else Contender(name, needs) for name, c in there.items()]
     if op in ("adamw", "lamb"):
         step = cpu_ops(False).adamw_step if op == "adamw" else _lamb(sizes)
         ours = Contender("ours", functools.partial(_optimizer, step, sizes))
+        if op == "lamb":
+            adamw = functools.partial(_optimizer, cpu_ops(False).adamw_step, sizes)
+            plain.append(Contender("adamw", adamw))
         same = Contender("reference", kernel_timings.missing("on a CPU, ours is the reference"))
         return dataclasses.replace(theirs, contenders=[ours, same, *plain])
     if op == "mask_tokens":
         ours = _missing("on a CPU, words are masked while they are packed: see bench data")
         masked = Contender("reference", functools.partial(_masked, sizes["V"]))
         return dataclasses.replace(theirs, contenders=[ours, masked, *plain])
-    names, call = _call_of(op, sizes)
+    names, call = _call_of(op, sizes, asked.lengths)
 
     def by(function: Callable[..., Any]) -> Callable[[Inputs], Built]:
         def build(inputs: Inputs) -> Built:
@@ -125,8 +167,7 @@ def cpu_workload(op: str, quick: bool) -> Workload:
 
 
 def _optimizer(step: Callable[..., None], sizes: dict[str, int], inputs: Inputs) -> Built:
-    numels = kernel_timings.parameter_sizes(sizes["H"], 1, sizes["V"])
-    spans = kernel_timings.aligned_spans(numels)
+    spans = kernel_timings.aligned_spans(_numels(sizes))
     arguments: dict[str, Any] = inputs | {
         "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.01, "max_grad_norm": 1.0,
         "decay_end": spans[3 + 6 + 3][0],  # embeddings, a layer's matrices, the heads'
@@ -136,8 +177,7 @@ def _optimizer(step: Callable[..., None], sizes: dict[str, int], inputs: Inputs)
 
 
 def _lamb(sizes: dict[str, int]) -> Callable[..., None]:
-    numels = kernel_timings.parameter_sizes(sizes["H"], 1, sizes["V"])
-    spans = kernel_timings.aligned_spans(numels)
+    spans = kernel_timings.aligned_spans(_numels(sizes))
     return functools.partial(cpu_ops(False).lamb_step, spans=spans)
 
 
@@ -173,26 +213,37 @@ def check_same(workload: Workload) -> None:
             )
 
 
-def measure(workload: Workload, rounds: int) -> Iterator[tuple[list[Row], list[Missing]]]:
-    """Rows of each direction, ours first, and who is missing."""
+def measure(
+    workload: Workload, rounds: int, asked: Asked = kernel_timings.STAGE
+) -> Iterator[tuple[list[Row], list[Missing]]]:
+    """Rows of each direction, ours first, and who of those asked for is missing."""
     device = torch.device("cpu")
     sets = [workload.inputs() for _ in range(timing.clones_needed(1, device))]
     for direction in workload.directions:
         replays: dict[str, timing.Replay] = {}
         missing: list[Missing] = []
+        peaks: dict[str, int] = {}
         for contender in workload.contenders:
+            if not asked.admits(contender.name):
+                continue
             name = f"{workload.op} {direction}, {contender.name}"
             try:
                 calls = kernel_timings.calls_of(contender, direction, sets)
                 replays[contender.name] = timing.Replay(calls, device)
+                peaks[contender.name] = peak_of(calls[0], device)
             except kernel_timings.MissingError as error:
                 missing.append({"name": name, "why": str(error)})
+            except Exception as error:
+                if contender.name in ("ours", "reference"):
+                    raise
+                missing.append({"name": name, "why": gpu_kernels.one_line(error)})
         times = timing.interleaved(replays, device, rounds, seconds=SECONDS)
         told = {"op": workload.op, "direction": direction, "sizes": workload.sizes}
-        rows = [
-            told | {"contender": name, "rounds_ms": ms} | timing.quantiles(ms)
-            for name, ms in times.items()
-        ]
+        rows = []
+        for name, ms in times.items():
+            row: Row = told | {"contender": name, "rounds_ms": ms} | timing.quantiles(ms)
+            row |= {"peak_memory_bytes": peaks[name], "watts": None}
+            rows.append(row | {"joules_per_million_tokens": None} | figures(row, device))
         yield common(rows), missing
 
 
@@ -205,8 +256,8 @@ def common(rows: Sequence[Row]) -> list[Row]:
     made = []
     by_name = {row["contender"]: row for row in rows}
     for row in rows:
-        cost, sizes, seconds = cost_of(row["op"], row["direction"]), row["sizes"], row["ms"] / 1e3
-        moved, flops = cost.bytes_of(sizes), cost.flops_of(sizes)
+        sizes, seconds = row["sizes"], row["ms"] / 1e3
+        moved, flops, _ = costs(row["op"], row["direction"], sizes)
         base = by_name.get("ours", rows[0])
         if row["contender"].endswith(" p=0"):
             base = by_name.get("ours p=0", base)
@@ -214,7 +265,9 @@ def common(rows: Sequence[Row]) -> list[Row]:
         if "rounds_ms" in row:
             ratio = float(np.median(np.array(row["rounds_ms"]) / np.array(base["rounds_ms"])))
         kept = ("op", "direction", "contender", "sizes", "ms", "ms_p20", "ms_p80", "rounds_ms",
-                "floor_ms", "floor_share", "target", "target_met")  # fmt: skip
+                "real_tokens_per_second", "sequences_per_second", "mfu", "peak_memory_bytes",
+                "watts", "joules_per_million_tokens", "floor_ms", "floor_share", "target",
+                "target_met")  # fmt: skip
         shape = f"H={sizes['H']} S={sizes['S']}"
         made.append(
             {"name": f"{row['op']} {row['direction']} {shape}, {row['contender']}"}
@@ -226,7 +279,7 @@ def common(rows: Sequence[Row]) -> list[Row]:
     return made
 
 
-def on_cpu(ops: Sequence[str], quick: bool) -> dict[str, Any]:
+def on_cpu(ops: Sequence[str], quick: bool, asked: Asked = kernel_timings.STAGE) -> dict[str, Any]:
     """Times `ops` here; returns `rows` and `missing`."""
     keep_freed_memory()  # for everybody
     rows: list[Row] = []
@@ -235,9 +288,9 @@ def on_cpu(ops: Sequence[str], quick: bool) -> dict[str, Any]:
     for op in bar:
         bar.set_postfix_str(op)
         torch.manual_seed(0)
-        workload = cpu_workload(op, quick)
+        workload = cpu_workload(op, quick, asked)
         check_same(workload)
-        for found, absent in measure(workload, 3 if quick else ROUNDS):
+        for found, absent in measure(workload, 3 if quick else ROUNDS, asked):
             rows += found
             missing += absent
     return {"rows": rows, "missing": missing}
@@ -246,11 +299,19 @@ def on_cpu(ops: Sequence[str], quick: bool) -> dict[str, Any]:
 # On a GPU
 
 
-def on_gpu(ops: Sequence[str], quick: bool, device_type: str = "cuda") -> dict[str, Any]:
+def on_gpu(
+    ops: Sequence[str],
+    quick: bool,
+    asked: Asked = kernel_timings.STAGE,
+    device_type: str = "cuda",
+) -> dict[str, Any]:
     """Runs the stage and returns `rows`, `missing`, and its ceilings and checks."""
     with tempfile.TemporaryDirectory(prefix="fastbert-bench-") as folder:
         with contextlib.redirect_stdout(sys.stderr):
-            gpu_kernels.run(Path(folder), quick, ops=ops, device_type=device_type)
+            gpu_kernels.run(
+                Path(folder), quick, ops=ops, device_type=device_type, timeout=SECONDS_OF_AN_OP,
+                asked=dataclasses.asdict(asked),
+            )  # fmt: skip
         stage = json.loads((Path(folder) / "kernels.json").read_text(encoding="utf-8"))
     return from_stage(stage)
 
@@ -285,18 +346,49 @@ def run(config: KernelBenchConfig) -> dict[str, Any]:
     """Measures as `config` says and returns the result."""
     device = choose_device(config.device)
     ops = KERNEL_OPS if config.op == "all" else config.op.split(",")
-    found = on_gpu(ops, config.quick) if device.type == "cuda" else on_cpu(ops, config.quick)
+    model, lengths = config.model, config.lengths
+    # The processes of a GPU's ops work in another folder.
+    if model not in ("auto", *PRESETS):
+        model = os.path.abspath(model)
+    if lengths not in ("natural", "full"):
+        lengths = os.path.abspath(lengths)
+        file_lengths(lengths)  # refused before the work
+    asked = Asked(model, lengths, config.against, SECONDS_OF_ENERGY)
+    found = (on_gpu if device.type == "cuda" else on_cpu)(ops, config.quick, asked)
+    found["missing"] += _not_there(found, config.against)
+    found["missing"] += gaps(
+        found["rows"],
+        {
+            "real_tokens_per_second": "an optimizer's step does not depend on the batch",
+            "sequences_per_second": "of attention only: no other op sees where a sequence ends",
+            "mfu": "the peak of this device is not known, or no op here multiplies matrices",
+            "watts": EnergyMeter(device).why_not or "no op with a time",
+        },
+    )
     return results.make("kernels", dataclasses.asdict(config), device, **found)
+
+
+def _not_there(found: dict[str, Any], against: str) -> list[Missing]:
+    """Peers that were asked for by name and are none of any op measured."""
+    told = {row["contender"] for row in found["rows"]}
+    told |= {one["name"].rpartition(", ")[2] for one in found["missing"]}
+    peers = {peer_of(name) for name in told}
+    names = against.split(",") if against not in ("auto", "none") else []
+    return [
+        {"name": name, "why": "is no peer of the ops that were measured"}
+        for name in names
+        if name not in peers
+    ]
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text, one line each, and a line for each that is missing."""
-    lines = [f"{'op':<58}{'ms':>9}{'p20':>9}{'p80':>9}{'GB/s':>8}{'TFLOP/s':>9}"]
+    lines = [f"{'op':<58}{HEADS}{'GB/s':>8}{'TFLOP/s':>9}"]
     for row in result["rows"]:
         rate = f"{row['tflops']:.2f}" if row["flops"] else "-"
         compared = f"   {row['compared_with']} is {row['ratio']:.2f}x as fast"
         lines.append(
-            f"{row['name']:<58}{row['ms']:>9.3f}{row['ms_p20']:>9.3f}{row['ms_p80']:>9.3f}"
+            f"{row['name']:<58}{cells(row)}"
             f"{row['gbps']:>8.1f}{rate:>9}{compared if row['ratio'] != 1 else ''}"
         )
     lines += [f"{one['name']:<58}missing: {one['why']}" for one in result["missing"]]
@@ -311,7 +403,10 @@ def main(config: KernelBenchConfig) -> None:
     """
     result = run(config)
     told = result["conditions"]
-    print(f"{told['device']}, {told['threads']} threads, torch {told['torch']}")
+    print(
+        f"{told['device']}, {told['threads']} threads, torch {told['torch']}; "
+        f"model {config.model}, {Path(config.lengths).name} lengths"
+    )
     print(table(result))
     if config.json:
         results.write(result, Path(config.json))

@@ -7,8 +7,9 @@ sequence of each batch. `hf-trainer` is transformers' Trainer; it needs the pack
 held-out MLM losses must agree.
 
 The clock stands still while batches are made and while models are evaluated; what compiling costs
-counts. Runs follow one another. On a CPU everybody gets our setting of the allocator. Not yet run
-on a GPU.
+counts. Runs follow one another, as Trainer's loop cannot be left and entered, so the ratio is that
+of two times and not of pairs of rounds. The time of a step, with its quantiles, is that between two
+readings of the clock. On a CPU everybody gets our setting of the allocator. Not yet run on a GPU.
 
 N sequences, S longest sequence, T tokens of a batch.
 """
@@ -25,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,9 +34,12 @@ from tqdm import tqdm
 
 from benchmarks import result as results
 from benchmarks.contenders import PaddedBatch
-from benchmarks.result import Row
+from benchmarks.energy import EnergyMeter
+from benchmarks.flops import flops_per_token, mfu
+from benchmarks.result import HEADS, Row, cells, gaps
 from fastbert.config import (
     ConvergenceBenchConfig,
+    ModelConfig,
     PretrainConfig,
     model_config,
     resolved,
@@ -62,22 +67,47 @@ Made = TypeVar("Made")
 
 
 class Clock:
-    """Seconds of training: stands still while `paused`."""
+    """Seconds of training, and what it spends: stands still while `paused`.
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda, self.seconds = device.type == "cuda", 0.0
-        self._since = time.perf_counter()
+    Attributes:
+        seconds: so far.
+        joules: of the GPU so far; None where no counter is read.
+        peak_bytes: the most that this contender held on the GPU; None on a CPU.
+    """
+
+    def __init__(self, device: torch.device, held_before: int = 0) -> None:
+        """Starts; `held_before` bytes on the GPU belong to others."""
+        self._device, self._cuda, self._held_before = device, device.type == "cuda", held_before
+        self._meter = EnergyMeter(device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts anew."""
+        self.seconds = 0.0
+        self.joules = None if self._meter.why_not else 0.0
+        self.peak_bytes = 0 if self._cuda else None
+        self._start()
+
+    def _start(self) -> None:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._joules_since, self._since = self._meter.joules(), time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Waits for the device first, so that what was begun is counted."""
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         self.seconds += time.perf_counter() - self._since
+        if self.joules is not None:
+            self.joules += self._meter.joules() - self._joules_since
+        if self.peak_bytes is not None:
+            peak = int(torch.cuda.max_memory_allocated(self._device)) - self._held_before
+            self.peak_bytes = max(self.peak_bytes, peak)
         try:
             yield
         finally:
-            self._since = time.perf_counter()
+            self._start()
 
 
 class Task:
@@ -124,7 +154,7 @@ class Task:
         return {
             "tokens_per_batch": recipe.tokens_per_batch,
             "max_seq_length": recipe.max_seq_length,
-            "short_seq_prob": recipe.short_seq_prob,
+            "short_seq_prob": 0.0 if self.config.lengths == "full" else recipe.short_seq_prob,
             "mlm_probability": recipe.mlm_probability,
             "seed": recipe.seed,
         }
@@ -154,6 +184,8 @@ class Curve:
     config: ConvergenceBenchConfig
     held_out_loss: Callable[[], float]
     real_tokens: int = 0
+    lengths: list[np.ndarray] = dataclasses.field(default_factory=list)
+    """(N,) of each batch so far."""
     steps: list[int] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -168,7 +200,8 @@ class Curve:
         """Evaluates the initial weights; training begins when this returns."""
         with self.clock.paused():
             self._evaluate(0)
-        self.clock.seconds = self.eval_seconds[0] = 0.0
+        self.clock.reset()
+        self.eval_seconds[0] = 0.0
 
     def after(self, step: int, loss: Callable[[], float]) -> None:
         """Takes note of step `step`, counted from 1; `loss` may wait for the device."""
@@ -191,6 +224,11 @@ class Curve:
         self.eval_losses.append(self.held_out_loss())
         self._bar.set_postfix_str(f"held-out {self.eval_losses[-1]:.3f}")
 
+    def took(self, lengths: Tensor) -> None:
+        """Takes note of a batch of such sequences, (N,); [PAD] is in none of them."""
+        self.real_tokens += int(lengths.sum())
+        self.lengths.append(lengths.numpy())
+
     def seconds_to(self, loss: float) -> float | None:
         """When the held-out loss was reached, in a straight line between evaluations."""
         points = list(zip(self.eval_seconds, self.eval_losses, strict=True))
@@ -203,9 +241,15 @@ class Curve:
 # The contenders
 
 
+def held(device: torch.device) -> int:
+    """Bytes of tensors on a GPU."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
+
+
 def ours(task: Task) -> tuple[Curve, dict[str, Tensor]]:
     """Trains by fastbert's step; returns also the initial weights, by Hugging Face's names."""
     execution, device = task.execution, task.execution.device
+    held_before = held(device)
     torch.manual_seed(task.config.seed)
     model = Bert(task.sizes, execution.ops).to(device)
     initial = to_hf(dict(model.named_parameters()), task.sizes)
@@ -220,11 +264,11 @@ def ours(task: Task) -> tuple[Curve, dict[str, Tensor]]:
     def held_out_loss() -> float:
         return evaluate(model, held_out, task.unigram).mlm_loss
 
-    curve = Curve("fastbert", Clock(device), task.config, held_out_loss)
+    curve = Curve("fastbert", Clock(device, held_before), task.config, held_out_loss)
     curve.begin()
     for index, batch in enumerate(task.batches(curve.clock, lambda batch: batch), start=1):
         launch([batch.to(device)])
-        curve.real_tokens += batch.num_tokens
+        curve.took(batch.cu_seqlens[: batch.num_sequences + 1].diff())
         curve.after(index, lambda: step.read().loss)
     return curve, weights
 
@@ -264,7 +308,7 @@ class HuggingFace:
     def batches(self) -> Iterator[PaddedBatch]:
         pad = self.task.sizes.pad_token_id
         for batch in self.task.batches(self.curve.clock, lambda batch: padded(batch, pad)):
-            self.curve.real_tokens += int(batch["attention_mask"].sum())
+            self.curve.took(batch["attention_mask"].sum(1))
             yield batch
 
     def autocast(self) -> torch.autocast:
@@ -277,6 +321,7 @@ def hugging_face(name: str, task: Task, weights: dict[str, Tensor]) -> HuggingFa
     from transformers import BertConfig, BertForPreTraining
 
     recipe, device = task.recipe, task.execution.device
+    held_before = held(device)
     config = BertConfig(**to_hf_dict(task.sizes, "BertForPreTraining"))
     config._attn_implementation = "sdpa"
     model: Any = BertForPreTraining(config)
@@ -316,7 +361,7 @@ def hugging_face(name: str, task: Task, weights: dict[str, Tensor]) -> HuggingFa
         model.train(was_training)
         return total / max(count, 1)
 
-    curve = Curve(name, Clock(device), task.config, held_out_loss)
+    curve = Curve(name, Clock(device, held_before), task.config, held_out_loss)
     found = HuggingFace(task, model, optimizer, schedule, curve)
     return found
 
@@ -423,7 +468,29 @@ def check_tokens(first: Curve, other: Curve) -> None:
 # The result
 
 
-def summary(curves: Sequence[Curve], target: float) -> list[Row]:
+def figures(curve: Curve, sizes: ModelConfig, device: torch.device) -> Row:
+    """What every benchmark tells, of the whole training; times of a step are medians."""
+    seconds, lengths = curve.seconds[-1], np.concatenate(curve.lengths)
+    times = np.diff(curve.seconds, prepend=0) / np.diff(curve.steps, prepend=0) * 1e3
+    low, middle, high = (float(x) for x in np.percentile(times, (20, 50, 80)))
+    joules, rate = curve.clock.joules, curve.real_tokens / seconds
+    return {
+        "ms": middle,
+        "ms_p20": low,
+        "ms_p80": high,
+        "rounds_ms": times.tolist(),
+        "real_tokens_per_second": rate,
+        "sequences_per_second": len(lengths) / seconds,
+        "mfu": mfu(flops_per_token(sizes, lengths) * rate, device),
+        "peak_memory_bytes": curve.clock.peak_bytes,
+        "watts": None if joules is None else joules / seconds,
+        "joules_per_million_tokens": None if joules is None else joules / curve.real_tokens * 1e6,
+    }
+
+
+def summary(
+    curves: Sequence[Curve], target: float, sizes: ModelConfig, device: torch.device
+) -> list[Row]:
     """One row a contender; the ratio is of the times to the target."""
     first = curves[0].seconds_to(target)
     rows = []
@@ -438,7 +505,7 @@ def summary(curves: Sequence[Curve], target: float) -> list[Row]:
                 },
                 "eval_losses": curve.eval_losses,
                 "train_seconds": curve.seconds[-1],
-                "real_tokens_per_second": curve.real_tokens / curve.seconds[-1],
+                **figures(curve, sizes, device),
                 "seconds_to_target": seconds,
                 **({"ratio": seconds / first} if seconds and first else {}),
             }
@@ -450,18 +517,18 @@ def table(result: dict[str, Any]) -> str:
     """The rows as text, one line each, and a line for each that is missing."""
     rows, until = result["rows"], f"s to {result['target_loss']:.3f}"
     lines = [
-        f"{'contender':<12}{'training s':>11}{'real tok/s':>12}{'loss':>8}{'held-out':>10}"
+        f"{'a step':<18}{HEADS}{'training s':>11}{'loss':>8}{'held-out':>10}"
         f"{until:>13}   {rows[0]['name']} is"
     ]
     for row in rows:
         reached = row["seconds_to_target"]
         ratio = f"{row['ratio']:.2f}x as fast" if "ratio" in row else "-"
         lines.append(
-            f"{row['name']:<12}{row['train_seconds']:>11.1f}{row['real_tokens_per_second']:>12,.0f}"
+            f"{row['name']:<18}{cells(row)}{row['train_seconds']:>11.1f}"
             f"{row['losses'][-1]:>8.3f}{row['eval_losses'][-1]:>10.3f}"
             f"{f'{reached:.1f}' if reached is not None else 'never':>13}   {ratio}"
         )
-    lines += [f"{one['name']:<12}missing: {one['why']}" for one in result["missing"]]
+    lines += [f"{one['name']:<18}missing: {one['why']}" for one in result["missing"]]
     return "\n".join(lines)
 
 
@@ -529,11 +596,21 @@ def run(config: ConvergenceBenchConfig) -> dict[str, Any]:
         if curve.seconds_to(target) is None:
             why = f"held-out loss {target:.3f} was never reached"
             missing.append({"name": f"{curve.name}, seconds_to_target", "why": why})
+    device = task.execution.device
+    rows = summary(curves, target, task.sizes, device)
+    missing += gaps(
+        rows,
+        {
+            "mfu": "the peak of this device is not known",
+            "peak_memory_bytes": "not traced on a CPU, which would slow training: see bench step",
+            "watts": EnergyMeter(device).why_not,
+        },
+    )
     return results.make(
         "convergence",
         dataclasses.asdict(config),
-        task.execution.device,
-        summary(curves, target),
+        device,
+        rows,
         missing,
         dtype=str(task.execution.dtype).removeprefix("torch."),
         target_loss=target,
@@ -553,7 +630,8 @@ def main(config: ConvergenceBenchConfig) -> None:
     told = result["conditions"]
     print(
         f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {result['dtype']}; "
-        f"{config.model}, {config.max_steps} steps of {config.tokens_per_batch} tokens"
+        f"{config.model}, {config.max_steps} steps of {config.tokens_per_batch} tokens, "
+        f"{config.lengths} lengths"
     )
     print(table(result))
     if config.json:

@@ -42,6 +42,10 @@ class EnergyMeter:
             self.why_not = ""
             self._read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
 
+    def joules(self) -> float:
+        """The counter as it stands; 0 where there is none."""
+        return self._read() if self._read is not None else 0.0
+
     def measure(self, call: Callable[[int], object], seconds: float, once: float) -> Spent | None:
         """Energy of call(0), call(1), ... for about `seconds`; `once` is how long one takes."""
         if self._read is None:

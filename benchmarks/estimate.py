@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import result
-from benchmarks.contenders import natural_lengths
+from benchmarks.contenders import file_lengths, lengths_asked
 from benchmarks.flops import MLM_PROBABILITY, PEAK_FLOPS, flops_per_token
 from benchmarks.kernels import A100, H100, RESULTS, ROOT, Ceilings, cost_of
 from fastbert.config import EstimateConfig, ModelConfig, model_config
@@ -130,29 +130,16 @@ class Lengths:
         return cls(float(lengths.mean()), float((lengths**2).sum() / lengths.sum()))
 
 
-def lengths_asked(config: EstimateConfig) -> np.ndarray:  # (B,)
+def drawn_lengths(config: EstimateConfig) -> np.ndarray:  # (B,)
     """The lengths that `config` names, cut at its `max_seq_length`.
 
     Raises:
         UserError: a file that cannot be read, or a line that is no length.
     """
     S = config.max_seq_length
-    if config.lengths == "full":
-        return np.array([S])
-    if config.lengths == "natural":
-        return natural_lengths(DRAWN, S, np.random.default_rng(42))
-    path = Path(config.lengths)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise UserError(f"lengths = {config.lengths!r}: cannot be read: {reason}") from None
-    if not lines:
-        raise UserError(f"lengths = {config.lengths!r}: the file is empty")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip().isdecimal() or int(line) < 3:
-            raise UserError(f"{path}:{number}: {line!r} is not a length of at least 3 tokens")
-    return np.minimum([int(line) for line in lines], S)
+    if config.lengths in ("full", "natural"):
+        return lengths_asked(config.lengths, DRAWN, S, np.random.default_rng(42))
+    return np.minimum(file_lengths(config.lengths), S)
 
 
 # One step on one device
@@ -443,7 +430,7 @@ def estimate(config: EstimateConfig, results: Path = RESULTS) -> Estimate:
         UserError: settings that do not fit the model or the memory.
     """
     sizes, device = model_config(config.model), DEVICES[config.gpu]
-    drawn = lengths_asked(config)
+    drawn = drawn_lengths(config)
     lengths = Lengths.of(drawn)
     memory = Memory.of(sizes, device)
     T = micro_batch(config, memory)

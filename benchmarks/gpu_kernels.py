@@ -42,7 +42,9 @@ def write_json(path: Path, content: object) -> None:
 # The process of one op
 
 
-def work(op: str, path: Path, device_type: str, quick: bool, part: str | None) -> None:
+def work(
+    op: str, path: Path, device_type: str, quick: bool, part: str | None, asked: Found
+) -> None:
     """Checks and times one op, or compiles what a share (part) of that needs."""
     import torch
     import triton  # noqa: F401  so that no import is left for the time on the GPU
@@ -61,7 +63,7 @@ def work(op: str, path: Path, device_type: str, quick: bool, part: str | None) -
         if part is not None:
             index, parts = map(int, part.split("/"))
             kernel_checks.warm_up(op, device, quick, index, parts)
-            kernel_timings.warm_up(op, device, quick, index, parts)
+            kernel_timings.warm_up(op, device, quick, index, parts, kernel_timings.Asked(**asked))
         elif op == CEILINGS:
             found: Found = {"conditions": results.conditions(device)}
             write_json(path, found)
@@ -70,11 +72,11 @@ def work(op: str, path: Path, device_type: str, quick: bool, part: str | None) -
                 found["conditions"]["nvidia_smi_after_load"] = results.nvidia_smi()
             write_json(path, found)
         else:
-            for found in measured(op, device, quick):
+            for found in measured(op, device, quick, asked):
                 write_json(path, found)
 
 
-def measured(op: str, device: Any, quick: bool) -> Iterator[Found]:
+def measured(op: str, device: Any, quick: bool, asked: Found) -> Iterator[Found]:
     """What is known of `op`, again and again as more is found."""
     from benchmarks import kernel_checks, kernel_timings
 
@@ -88,9 +90,10 @@ def measured(op: str, device: Any, quick: bool) -> Iterator[Found]:
         except Exception as error:
             found["checks"].append({"check": name, "ok": False, "why": one_line(error)})
         yield found
-    for workload in kernel_timings.workloads(op, device, quick):
+    wanted = kernel_timings.Asked(**asked)
+    for workload in kernel_timings.workloads(op, device, quick, wanted):
         try:
-            for timed in kernel_timings.measure(workload, device, quick):
+            for timed in kernel_timings.measure(workload, device, quick, wanted):
                 found["timings"] += timed
                 yield found
         except Exception as error:
@@ -115,10 +118,16 @@ def fail(fault: str) -> None:
 
 
 def start(
-    op: str, path: Path, device_type: str, quick: bool, part: str | None = None
+    op: str,
+    path: Path,
+    device_type: str,
+    quick: bool,
+    part: str | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "benchmarks.gpu_kernels", op, str(path), device_type]
     command += ["--quick"] * quick + (["--part", part] if part else [])
+    command += ["--asked", json.dumps(asked or {})]
     environment = dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS="1")
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -165,7 +174,13 @@ def last_lines(text: str) -> str:
     return " | ".join(reversed(lines[-STDERR_LINES:]))[:1000]
 
 
-def compile_all(ops: Sequence[str], folder: Path, device_type: str, quick: bool) -> list[str]:
+def compile_all(
+    ops: Sequence[str],
+    folder: Path,
+    device_type: str,
+    quick: bool,
+    asked: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Fills the caches, as many processes at once as there are cores; says what did not work."""
     shares = [(op, f"{i}/{PARTS.get(op, 1)}") for op in ops for i in range(PARTS.get(op, 1))]
     deadline = time.monotonic() + WARM_SECONDS
@@ -173,7 +188,7 @@ def compile_all(ops: Sequence[str], folder: Path, device_type: str, quick: bool)
     cores = os.cpu_count() or 1
     for first in range(0, len(shares), cores):
         running = [
-            (op, part, start(op, folder / "unused", device_type, quick, part))
+            (op, part, start(op, folder / "unused", device_type, quick, part, asked))
             for op, part in shares[first : first + cores]
         ]
         try:
@@ -199,6 +214,7 @@ def run(
     device_type: str = "cuda",
     timeout: float = 90.0,
     commit: str | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> int:
     """Checks and times `ops`, prints a table last; 1 where anything failed, else 0.
 
@@ -209,6 +225,7 @@ def run(
         device_type: "cuda", or "cpu" to rehearse in Triton's interpreter at small sizes.
         timeout: seconds that an op may take.
         commit: what the tree is, where it has no .git.
+        asked: fields of `kernel_timings.Asked` that differ from the stage's own.
     """
     started = time.monotonic()
     folder = out / "kernels"
@@ -217,7 +234,7 @@ def run(
     stage: Found = {"stage": "kernels", "quick": quick, "conditions": {}, "ops": {}, "rows": []}
     if device_type == "cuda":
         real = [op for op in ops if op in OPS]
-        stage["compile_notes"] = compile_all(real, folder, device_type, quick)
+        stage["compile_notes"] = compile_all(real, folder, device_type, quick, asked)
         stage["compile_seconds"] = time.monotonic() - started
         print(f"compiled in {stage['compile_seconds']:.0f} s", flush=True)
     jobs = [CEILINGS, *ops]
@@ -226,7 +243,7 @@ def run(
         for index, op in enumerate(jobs):
             for later in jobs[index + len(waiting) : index + 2]:  # this one and the next
                 path(folder, later).unlink(missing_ok=True)
-                waiting.append(start(later, path(folder, later), device_type, quick))
+                waiting.append(start(later, path(folder, later), device_type, quick, asked=asked))
             process, began = waiting.pop(0), time.monotonic()
             error = finish(process, timeout)
             file = path(folder, op)
@@ -364,8 +381,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("device", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--part")
+    parser.add_argument("--asked", type=json.loads, default={})
     args = parser.parse_args(argv)
-    work(args.op, args.path, args.device, args.quick, args.part)
+    work(args.op, args.path, args.device, args.quick, args.part, args.asked)
     return 0
 
 

@@ -34,17 +34,22 @@ from tqdm import tqdm
 
 from benchmarks import contenders as ways
 from benchmarks import result as results
-from benchmarks.contenders import MissingError, PaddedBatch, TorchEncoder, make_batches
+from benchmarks.contenders import (
+    MissingError,
+    PaddedBatch,
+    TorchEncoder,
+    lengths_asked,
+    make_batches,
+)
 from benchmarks.energy import EnergyMeter
 from benchmarks.flops import MLM_PROBABILITY, flops_per_token, mfu
-from benchmarks.result import Row
-from benchmarks.step import drawn_lengths, peak_of
+from benchmarks.result import HEADS, Row, cells, gaps
+from benchmarks.step import peak_of
 from fastbert.config import (
     INFERENCE_RIVAL_NAMES,
     InferenceBenchConfig,
     ModelConfig,
     PretrainConfig,
-    StepBenchConfig,
     model_config,
 )
 from fastbert.data.batch import Batch
@@ -362,20 +367,13 @@ def summary(
 def table(result: dict[str, Any]) -> str:
     """The rows as text, one line each, and a line for each that is missing."""
     lines = [
-        f"{'task':<30}{'ms/batch':>9}{'p20':>8}{'p80':>8}{'real tok/s':>12}{'seq/s':>9}"
-        f"{'1 seq p50':>11}{'p99':>8}{'peak MiB':>10}{'MFU':>7}{'J/Mtok':>8}   "
-        f"{result['rows'][0]['contender']} is"
+        f"{'a batch':<30}{HEADS}{'1 seq p50':>11}{'p99':>8}   {result['rows'][0]['contender']} is"
     ]
     for row in result["rows"]:
-        energy = row["joules_per_million_tokens"]
-        share = f"{row['mfu']:.1%}" if row["mfu"] is not None else "-"
         other = "" if row["same_work"] else " (another architecture)"
         lines.append(
-            f"{row['name']:<30}{row['ms']:>9.2f}{row['ms_p20']:>8.2f}{row['ms_p80']:>8.2f}"
-            f"{row['real_tokens_per_second']:>12,.0f}{row['sequences_per_second']:>9,.0f}"
+            f"{row['name']:<30}{cells(row)}"
             f"{row['latency_ms_p50']:>11.2f}{row['latency_ms_p99']:>8.2f}"
-            f"{row['peak_memory_bytes'] / 2**20:>10,.1f}{share:>7}"
-            f"{f'{energy:.2f}' if energy is not None else '-':>8}"
             f"   {row['ratio']:.2f}x as fast{other}"
         )
     lines += [f"{one['name']:<30}missing: {one['why']}" for one in result["missing"]]
@@ -400,8 +398,7 @@ def run(config: InferenceBenchConfig) -> dict[str, Any]:
     device, sizes = choose_device(config.device), model_config(config.model)
     dtype, _ = choose_dtype(config.precision, device)
     rng = np.random.default_rng(config.seed)
-    drawn = {name: getattr(config, name) for name in ("batch_size", "max_seq_length", "lengths")}
-    lengths = drawn_lengths(StepBenchConfig(**drawn), rng)
+    lengths = lengths_asked(config.lengths, config.batch_size, config.max_seq_length, rng)
     padded, packed = _batches(lengths, sizes.vocab_size, rng, device)
     median = int(np.median(lengths))
     padded_ones, packed_ones = _batches(np.array([median]), sizes.vocab_size, rng, device)
@@ -447,8 +444,10 @@ def run(config: InferenceBenchConfig) -> dict[str, Any]:
             missing.append({"name": name, "why": why})
     measure(contenders, config.rounds, device)
     rows = summary(contenders, sizes, lengths, device)
-    if rows[0]["watts"] is None:
-        missing.append({"name": "energy", "why": EnergyMeter(device).why_not})
+    missing += gaps(
+        rows,
+        {"mfu": "the peak of this device is not known", "watts": EnergyMeter(device).why_not},
+    )
     return results.make(
         "inference",
         dataclasses.asdict(config),

@@ -7,7 +7,7 @@ says why. Peers that read separate q, k, v get them as separate leaves, so that 
 gradients is charged to them.
 
 T tokens, S sequence length, H hidden size, A heads, D head size, F = 4 H, M masked tokens,
-V vocabulary, P parameters. Names of contenders tell dropout where there is a choice.
+V vocabulary, P parameters, L layers. Names of contenders tell dropout where there is a choice.
 """
 
 import contextlib
@@ -19,14 +19,20 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.attention as torch_attention
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.contenders import lengths_asked
+from benchmarks.energy import EnergyMeter
+from benchmarks.flops import mfu
 from benchmarks.kernel_checks import with_rest
-from benchmarks.kernels import Ceilings, cost_of, model_sizes, target_of
+from benchmarks.kernels import TOKENS, Ceilings, cost_of, model_sizes, target_of
+from benchmarks.step import peak_of
 from benchmarks.timing import Call, Replay, clones_needed, interleaved, quantiles, random_like
+from fastbert.config import model_config
 
 Row = dict[str, Any]
 Inputs = dict[str, Tensor]
@@ -59,11 +65,60 @@ class MissingError(Exception):
     """Why a peer cannot take part."""
 
 
-def shapes(op: str, device: torch.device, quick: bool) -> list[dict[str, int]]:
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What `bench kernels` can be told, beyond the sizes and peers of the stage."""
+
+    model: str = "auto"
+    lengths: str = "full"
+    against: str = "auto"
+    seconds_of_energy: float = 0.0
+    """How long each is repeated to measure its energy; 0: not at all."""
+
+    def admits(self, contender: str) -> bool:
+        """Whether a contender is ours or one of the peers asked for."""
+        if contender.split()[0] == "ours" or self.against == "auto":
+            return True
+        return peer_of(contender) in self.against.split(",")
+
+
+def peer_of(contender: str) -> str:
+    """A contender's name on the command line: of "fa2 p=0.1" fa2, of "torch's own" torch-own."""
+    plain = contender.partition(" p=")[0].partition(" (")[0]
+    return plain.replace("'s", "").replace(" ", "-")
+
+
+STAGE = Asked()
+
+
+def sizes_of(model: str, S: int, T: int) -> dict[str, int]:
+    """Sizes of a model's ops on T tokens in sequences of at most S."""
+    config = model_config(model)
+    H, V, L, width = (
+        config.hidden_size, config.vocab_size, config.num_hidden_layers, config.intermediate_size,
+    )  # fmt: skip
+    own = {"A": config.num_attention_heads, "F": width, "V": V, "L": L}
+    own["P"] = sum(parameter_sizes(H, L, V, width))
+    return model_sizes(H, min(S, config.max_position_embeddings), T) | own
+
+
+def filled(lengths: str, T: int, S: int) -> np.ndarray:
+    """(N,) lengths as asked for that add up to T, the last one cut to fit."""
+    rng = np.random.default_rng(42)
+    drawn = lengths_asked(lengths, T // 3 + 1, S, rng)  # none is shorter than 3
+    ends = np.minimum(np.cumsum(drawn), T)
+    return np.diff(ends[: int(np.searchsorted(ends, T)) + 1], prepend=0)
+
+
+def shapes(op: str, device: torch.device, quick: bool, model: str = "auto") -> list[dict[str, int]]:
     """Sizes to time `op` at. Rows know nothing of S, except in attention and the embeddings."""
     if device.type == "cpu":
+        if model != "auto":
+            return [sizes_of(model, 16, T=48)]
         return [model_sizes(64, 16, T=48) | {"V": 1000, "P": sum(parameter_sizes(64, 1, 1000))}]
     lengths = (128, 512) if op in ("attention", "embed_layer_norm") and not quick else (512,)
+    if model != "auto":
+        return [sizes_of(model, S, TOKENS) for S in lengths]
     widths = (768,) if quick or op == "mask_tokens" else (768, 1024)
     return [model_sizes(H, S) for H in widths for S in lengths]
 
@@ -127,12 +182,24 @@ def flash_implementation(name: str) -> Iterator[None]:
         restore()
 
 
-def attention(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Workload:
+def attention(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: dict[str, int],
+    lengths: np.ndarray | None = None,  # (N,), None: all S
+) -> Workload:
     from fastbert_kernels.attention import attention as ours
 
     T, S, A = sizes["T"], sizes["S"], sizes["A"]
-    D, B = sizes["H"] // A, T // S
-    cu_seqlens = torch.arange(0, T + 1, S, device=device, dtype=torch.int32)
+    if lengths is None:
+        lengths = np.full(T // S, S)
+    D, N = sizes["H"] // A, len(lengths)
+    real = torch.from_numpy(np.arange(S) < lengths[:, None]).to(device)  # (N, S)
+    mask = None if bool(real.all()) else real[:, None, None]
+    ends = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    cu_seqlens = torch.from_numpy(ends).to(device)
+    s = round(float((lengths.astype(float) ** 2).sum() / T))
+    sizes = sizes | {"N": N, "s": s}
     seed = torch.tensor([1, 2, 3], device=device)
 
     def by_ours(p: float) -> Callable[[Inputs], Built]:
@@ -150,10 +217,14 @@ def attention(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -
         return build
 
     def padded(op: Callable[..., Tensor]) -> Callable[[Inputs], Built]:
-        """`op` of q, k, v (B, A, S, D), views of the packed ones."""
+        """`op` of q, k, v (N, A, S, D), views of the packed ones; padded where lengths differ."""
 
         def build(inputs: Inputs) -> Built:
-            parts = inputs["qkv"].view(B, S, 3, A, D).permute(2, 0, 3, 1, 4).unbind(0)
+            qkv = inputs["qkv"]
+            if mask is not None:
+                qkv = qkv.new_zeros(N, S, 3, A, D)
+                qkv[real] = inputs["qkv"]
+            parts = qkv.view(N, S, 3, A, D).permute(2, 0, 3, 1, 4).unbind(0)
             leaves = [leaf(part) for part in parts]
             return leaves, lambda: op(*leaves)
 
@@ -161,12 +232,14 @@ def attention(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (q * D**-0.5) @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
         return F.dropout(torch.softmax(scores, dim=-1), DROPOUT_P) @ v
 
     def cudnn(p: float) -> Callable[[Inputs], Built]:
         def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with torch_attention.sdpa_kernel(torch_attention.SDPBackend.CUDNN_ATTENTION):
-                return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+                return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
 
         return padded(op)
 
@@ -411,11 +484,12 @@ def extra_memory(workload: Workload) -> dict[str, int]:
 # Optimizers
 
 
-def parameter_sizes(H: int, layers: int, V: int) -> list[int]:
+def parameter_sizes(H: int, layers: int, V: int, width: int | None = None) -> list[int]:
     """Elements of each of BERT's parameters, those with weight decay (matrices) first."""
-    layer = [H * H] * 4 + [4 * H * H] * 2
+    width = width or 4 * H
+    layer = [H * H] * 4 + [width * H] * 2
     matrices = [V * H, 512 * H, 2 * H, *layer * layers, H * H, H * H, 2 * H]
-    vectors = [H, H, *([H] * 9 + [4 * H]) * layers, H, H, H, H, V, 2]
+    vectors = [H, H, *([H] * 9 + [width]) * layers, H, H, H, H, V, 2]
     return matrices + vectors
 
 
@@ -431,8 +505,8 @@ def optimizer(
     from fastbert_kernels.optimizer import adamw_step, lamb_step, lamb_table
 
     H = sizes["H"]
-    layers = {768: 12, 1024: 24}.get(H, 1)
-    numels = parameter_sizes(H, layers, sizes["V"])
+    layers = sizes.get("L", {768: 12, 1024: 24}.get(H, 1))
+    numels = parameter_sizes(H, layers, sizes["V"], sizes["F"])
     spans = aligned_spans(numels)
     count = 3 + 6 * layers + 3
     P, decay_end = spans[-1][1] + -spans[-1][1] % 64, spans[count][0]
@@ -535,14 +609,27 @@ WORKLOADS: dict[str, Callable[[torch.device, torch.dtype, dict[str, int]], Workl
 }
 
 
-def workloads(op: str, device: torch.device, quick: bool) -> Iterator[Workload]:
+def workload(
+    op: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int], lengths: str = "full"
+) -> Workload:
+    """An op on sequences of such lengths; only attention sees where one ends."""
+    if op == "attention":
+        return attention(device, dtype, sizes, filled(lengths, sizes["T"], sizes["S"]))
+    return WORKLOADS[op](device, dtype, sizes)
+
+
+def workloads(
+    op: str, device: torch.device, quick: bool, asked: Asked = STAGE
+) -> Iterator[Workload]:
     # Timing a backward alone runs it many times, for which its buffers may not be given away.
     config: Any = importlib.import_module("torch._functorch.config")
     config.donated_buffer = False
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for sizes in shapes(op, device, quick):
+    for sizes in shapes(op, device, quick, asked.model):
         torch._dynamo.reset()
-        yield WORKLOADS[op](device, dtype, sizes)
+        found = workload(op, device, dtype, sizes, asked.lengths)
+        contenders = [one for one in found.contenders if asked.admits(one.name)]
+        yield dataclasses.replace(found, contenders=contenders)
 
 
 def both_ways(forward: Callable[[], Tensor], leaves: Sequence[Tensor], dout: Tensor) -> object:
@@ -568,8 +655,35 @@ def calls_of(contender: Contender, direction: str, sets: Sequence[Inputs]) -> li
     return calls
 
 
-def measure(workload: Workload, device: torch.device, quick: bool) -> Iterator[list[Row]]:
+def costs(op: str, direction: str, sizes: Mapping[str, int]) -> tuple[int, int, int]:
+    """Bytes, FLOPs, and the FLOPs that are the model's: in a backward twice those of the forward.
+
+    Attention's work is that of sequences of `s`, the mean length of what a token attends to.
+    """
+    sizes = dict(sizes) | {"S": sizes.get("s", sizes["S"])}
+    cost = cost_of(op, direction)
+    flops = cost.flops_of(sizes)
+    model = 2 * cost_of(op, "forward").flops_of(sizes) if direction == "backward" else flops
+    return cost.bytes_of(sizes), flops, model
+
+
+def figures(row: Row, device: torch.device) -> Row:
+    """What a row's time says of the batch of T tokens; None where there is nothing to say."""
+    sizes, seconds = row["sizes"], row["ms"] / 1e3
+    model = costs(row["op"], row["direction"], sizes)[2]
+    whole = row["op"] not in ("adamw", "lamb")  # which take as long for every batch
+    return {
+        "real_tokens_per_second": sizes["T"] / seconds if whole else None,
+        "sequences_per_second": sizes["N"] / seconds if "N" in sizes else None,
+        "mfu": mfu(model / seconds, device) if model else None,
+    }
+
+
+def measure(
+    workload: Workload, device: torch.device, quick: bool, asked: Asked = STAGE
+) -> Iterator[list[Row]]:
     """Rows of each direction: one a contender, with its times or the reason for having none."""
+    meter = EnergyMeter(device)
     first = workload.inputs()
     bytes = sum(tensor.nbytes for tensor in first.values())
     sets = [first] + [workload.inputs() for _ in range(clones_needed(bytes, device) - 1)]
@@ -581,7 +695,10 @@ def measure(workload: Workload, device: torch.device, quick: bool) -> Iterator[l
             rows.append(told | {"contender": contender.name})
             try:
                 with contender.context():
-                    replays[contender.name] = Replay(calls_of(contender, direction, sets), device)
+                    calls = calls_of(contender, direction, sets)
+                    replays[contender.name] = Replay(calls, device)
+                    if device.type == "cuda":
+                        rows[-1]["peak_memory_bytes"] = peak_of(calls[0], device)
             except Exception as error:  # a missing package, no memory, a shape it cannot do, …
                 rows[-1]["why"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         rounds = ROUNDS if device.type == "cuda" and not quick else 3
@@ -590,6 +707,8 @@ def measure(workload: Workload, device: torch.device, quick: bool) -> Iterator[l
             if row["contender"] in times:
                 row |= quantiles(times[row["contender"]])
                 row |= {"rounds_ms": times[row["contender"]], "sets": len(sets)}
+                row |= figures(row, device)
+                row |= energy(replays[row["contender"]], row, meter, asked.seconds_of_energy)
         del replays
         gc.collect()
         if device.type == "cuda":
@@ -599,11 +718,24 @@ def measure(workload: Workload, device: torch.device, quick: bool) -> Iterator[l
         yield rows
 
 
-def warm_up(op: str, device: torch.device, quick: bool, part: int, parts: int) -> None:
+def energy(replay: Replay, row: Row, meter: EnergyMeter, seconds: float) -> Row:
+    """Watts of a call, and joules for a million of the batch's tokens."""
+    if meter.why_not or not seconds:
+        return {"watts": None, "joules_per_million_tokens": None}
+    spent = meter.measure(lambda _: replay.graph.replay(), seconds, row["ms"] / 1e3 * replay.count)
+    assert spent is not None
+    counts = row["real_tokens_per_second"] is not None
+    joules = spent.joules / replay.count / row["sizes"]["T"] * 1e6
+    return {"watts": spent.watts, "joules_per_million_tokens": joules if counts else None}
+
+
+def warm_up(
+    op: str, device: torch.device, quick: bool, part: int, parts: int, asked: Asked = STAGE
+) -> None:
     """Compiles what the part-th of `parts` shares of the timings needs; failures come up later."""
     if op in ("adamw", "lamb", "mask_tokens"):
         return
-    for workload in workloads(op, device, quick):
+    for workload in workloads(op, device, quick, asked):
         inputs = workload.inputs()
         for contender in workload.contenders[part::parts]:
             with contextlib.suppress(Exception), contender.context():
@@ -622,8 +754,8 @@ def finish(rows: Sequence[Row], measured: Mapping[str, float], hopper: bool) -> 
         if "ms" not in row:
             finished.append(row)
             continue
-        cost, sizes = cost_of(row["op"], row["direction"]), row["sizes"]
-        moved, flops, seconds = cost.bytes_of(sizes), cost.flops_of(sizes), row["ms"] / 1e3
+        sizes, seconds = row["sizes"], row["ms"] / 1e3
+        moved, flops, _ = costs(row["op"], row["direction"], sizes)
         floor = ceilings.floor(moved, flops)
         row = row | {
             "bytes": moved,
@@ -644,7 +776,8 @@ def finish(rows: Sequence[Row], measured: Mapping[str, float], hopper: bool) -> 
                 and all(other[key] == row[key] for key in same)
             }
             target = target_of(row["op"], row["direction"], sizes["S"], hopper)
-            if target is not None:
+            full = sizes.get("s", sizes["S"]) == sizes["S"]  # what the targets are for
+            if target is not None and full:
                 row |= {"target": str(target), "target_met": target.met(row)}
         finished.append(row)
     return finished

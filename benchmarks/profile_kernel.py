@@ -155,7 +155,7 @@ def _on_cpu(workload: Workload) -> Callable[[Inputs], Built]:
             return [], functools.partial(reference_optimizer.adamw_step, **arguments)
         del arguments["table"]
         layers = {768: 12, 1024: 24}.get(sizes["H"], 1)
-        numels = kernel_timings.parameter_sizes(sizes["H"], layers, sizes["V"])
+        numels = kernel_timings.parameter_sizes(sizes["H"], layers, sizes["V"], sizes["F"])
         arguments["spans"] = kernel_timings.aligned_spans(numels)
         return [], functools.partial(reference_optimizer.lamb_step, **arguments)
 

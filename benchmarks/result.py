@@ -97,6 +97,36 @@ def conditions(device: torch.device) -> dict[str, Any]:
     }
 
 
+HEADS = (
+    f"{'ms':>10}{'p20':>10}{'p80':>10}{'real tok/s':>12}{'seq/s':>11}{'MFU':>7}{'peak MiB':>10}"
+    f"{'W':>6}{'J/Mtok':>9}"
+)
+"""Above `cells`."""
+_CELLS = (
+    ("ms", 10, ".3f", 1), ("ms_p20", 10, ".3f", 1), ("ms_p80", 10, ".3f", 1),
+    ("real_tokens_per_second", 12, ",.0f", 1), ("sequences_per_second", 11, ",.0f", 1),
+    ("mfu", 7, ".1%", 1), ("peak_memory_bytes", 10, ",.1f", 2**20), ("watts", 6, ".0f", 1),
+    ("joules_per_million_tokens", 9, ".2f", 1),
+)  # fmt: skip
+
+
+def cells(row: Row) -> str:
+    """The figures that every benchmark prints; "-" where one is not known or has no meaning."""
+    return "".join(
+        f"{'-' if row.get(key) is None else format(row[key] / unit, form):>{width}}"
+        for key, width, form, unit in _CELLS
+    )
+
+
+def gaps(rows: Sequence[Row], why: Mapping[str, str]) -> list[dict[str, str]]:
+    """{"name", "why"} of each figure of `why` that no row has; watts stand for all of energy."""
+    return [
+        {"name": "energy" if key == "watts" else key, "why": reason}
+        for key, reason in why.items()
+        if all(row.get(key) is None for row in rows)
+    ]
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

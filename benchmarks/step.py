@@ -9,6 +9,7 @@ their users have it, and as `...+malloc` once more with ours, which helps them m
 
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +25,15 @@ from benchmarks.contenders import (
     Contender,
     MissingError,
     check_fair,
+    lengths_asked,
     make_batches,
     make_recipe,
-    natural_lengths,
     ours,
     rival,
 )
 from benchmarks.energy import EnergyMeter
 from benchmarks.flops import flops_per_token, mfu
+from benchmarks.result import HEADS, cells, gaps
 from fastbert.config import STEP_RIVALS, ModelConfig, PretrainConfig, StepBenchConfig, model_config
 from fastbert.errors import UserError
 from fastbert.hf import to_hf
@@ -54,6 +56,7 @@ def peak_of(step: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return int(torch.cuda.max_memory_allocated(device) - before)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each trace writes two lines to stderr
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -171,18 +174,9 @@ def table(result: dict[str, Any]) -> str:
     """The rows as text, one line a contender, and a line for each that is missing."""
     rows = result["rows"]
     lines = [
-        f"{'contender':<24}{'ms/step':>9}{'p20':>8}{'p80':>8}{'real tok/s':>12}{'seq/s':>8}"
-        f"{'MFU':>7}{'peak MiB':>10}{'J/Mtok':>8}   {rows[0]['name']} is"
+        f"{'a step':<24}{HEADS}   {rows[0]['name']} is",
+        *(f"{row['name']:<24}{cells(row)}   {row['ratio']:.2f}x as fast" for row in rows),
     ]
-    for row in rows:
-        share = f"{row['mfu']:.1%}" if row["mfu"] is not None else "-"
-        energy = row["joules_per_million_tokens"]
-        lines.append(
-            f"{row['name']:<24}{row['ms']:>9.1f}{row['ms_p20']:>8.1f}{row['ms_p80']:>8.1f}"
-            f"{row['real_tokens_per_second']:>12,.0f}{row['sequences_per_second']:>8,.0f}{share:>7}"
-            f"{row['peak_memory_bytes'] / 2**20:>10,.0f}"
-            f"{f'{energy:.1f}' if energy is not None else '-':>8}   {row['ratio']:.2f}x as fast"
-        )
     lines += [f"{one['name']:<24}missing: {one['why']}" for one in result["missing"]]
     return "\n".join(lines)
 
@@ -193,24 +187,7 @@ def drawn_lengths(config: StepBenchConfig, rng: np.random.Generator) -> np.ndarr
     Raises:
         UserError: a file of lengths that cannot be read, or holds something else.
     """
-    B, S = config.batch_size, config.max_seq_length
-    if config.lengths == "full":
-        return np.full(B, S)
-    if config.lengths == "natural":
-        return natural_lengths(B, S, rng)
-    path = Path(config.lengths)
-    try:
-        lines = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise UserError(f"lengths = {config.lengths!r}: cannot be read: {reason}") from None
-    if not lines:
-        raise UserError(f"lengths = {config.lengths!r}: the file is empty")
-    for number, line in enumerate(lines, start=1):
-        if not line.isdecimal() or int(line) < 3:
-            raise UserError(f"{path}:{number}: {line!r} is not a length of at least 3 tokens")
-    lengths = np.minimum([int(line) for line in lines], S)
-    return np.asarray(rng.choice(lengths, B, replace=B > len(lengths)), dtype=np.int64)
+    return lengths_asked(config.lengths, config.batch_size, config.max_seq_length, rng)
 
 
 def run(config: StepBenchConfig) -> dict[str, Any]:
@@ -279,8 +256,10 @@ def run(config: StepBenchConfig) -> dict[str, Any]:
     contenders, failed = measure(contenders, config.rounds, device)
     missing += failed
     rows = summary(contenders, sizes, lengths, device)
-    if rows[0]["watts"] is None:
-        missing.append({"name": "energy", "why": EnergyMeter(device).why_not})
+    missing += gaps(
+        rows,
+        {"mfu": "the peak of this device is not known", "watts": EnergyMeter(device).why_not},
+    )
     return results.make(
         "step",
         dataclasses.asdict(config),

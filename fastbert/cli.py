@@ -385,8 +385,11 @@ _BENCHES: dict[str, tuple[str, type, str]] = {
 def _bench(name: str, args: argparse.Namespace) -> int:
     _, config_class, module = _BENCHES[name]
     config: Any = load_config(config_class, None, _overrides(config_class, args))
-    if hasattr(config, "model"):
-        _check_model(config.model, config.max_seq_length)
+    if getattr(config, "model", "auto") != "auto":
+        longest = getattr(config, "max_seq_lengths", str(getattr(config, "max_seq_length", 1)))
+        _check_model(config.model, max(map(int, longest.split(","))))
+    if hasattr(config, "lengths"):
+        _check_path("lengths", config.lengths, words=("natural", "full"))
     for setting, word in (("data", "builtin"), ("tokenizer", "train")):
         if hasattr(config, setting):
             _check_path(setting, getattr(config, setting), words=(word,))

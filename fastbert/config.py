@@ -691,6 +691,9 @@ def _check_names(setting: str, text: str, known: tuple[str, ...], words: tuple[s
             )
 
 
+DATA_RIVAL_NAMES = ("hf-collator",)
+
+
 @dataclass(frozen=True)
 class DataBenchConfig:
     """Everything `fastbert bench data` can be told.
@@ -699,6 +702,20 @@ class DataBenchConfig:
         UserError: a value is out of bounds.
     """
 
+    device: str = _setting(
+        "auto", "where batches go (auto = the GPU if there is one)", "bench", **_DEVICES
+    )
+    model: str = _setting(
+        "base",
+        "whose vocabulary: preset (" + ", ".join(PRESETS) + ") or path of a config.json",
+        "bench",
+    )
+    lengths: str = _setting(
+        "natural",
+        "natural (as in real text), full, or a file with those of sentences, one a line",
+        "bench",
+    )
+    against: str = _setting("auto", "rivals, separated by commas (none = no rival)", "bench")
     max_seq_lengths: str = _setting("512,128", "each longest sequence to measure, tokens", "bench")
     num_workers: str = _setting("0,1,2,4", "each number of worker processes to measure", "bench")
     tokens_per_batch: int = _setting(65536, "tokens of a batch", "bench", at_least=8)
@@ -715,6 +732,9 @@ class DataBenchConfig:
         _check_fields(self)
         lengths = integers("max_seq_lengths", self.max_seq_lengths, 8)
         integers("num_workers", self.num_workers, 0)
+        _check_names("against", self.against, DATA_RIVAL_NAMES, ("auto", "none"))
+        if not self.lengths:
+            raise UserError("lengths = '' must not be empty")
         if max(lengths) > self.tokens_per_batch:
             raise UserError(
                 f"max_seq_lengths = {self.max_seq_lengths!r}: {max(lengths)} must be at most "
@@ -725,6 +745,12 @@ class DataBenchConfig:
 KERNEL_OPS = (
     *("attention", "dropout_add_layer_norm", "linear_cross_entropy", "adamw", "linear_gelu"),
     *("gelu_layer_norm", "bias_gelu", "embed_layer_norm", "lamb", "mask_tokens"),
+)
+
+
+KERNEL_PEER_NAMES = (
+    *("reference", "eager", "compile", "fa2", "fa3", "fa4", "cudnn", "liger", "torch-own"),
+    *("bare-gemm", "bare-gemms", "torch-fused", "torch-foreach", "adamw"),
 )
 
 
@@ -739,6 +765,17 @@ class KernelBenchConfig:
     device: str = _setting(
         "auto", "device (auto = the GPU if there is one)", "bench", choices=("auto", "cpu", "cuda")
     )
+    model: str = _setting(
+        "auto",
+        "of the widths: preset or path of a config.json (auto = base, large; on a CPU mini)",
+        "bench",
+    )
+    lengths: str = _setting(
+        "full",
+        "that attention sees: natural (as in real text), full, or a file with one a line",
+        "bench",
+    )
+    against: str = _setting("auto", "peers, separated by commas (none = no peer)", "bench")
     op: str = _setting("all", "ops to measure, separated by commas", "bench")
     quick: bool = _setting(False, "fewer and smaller sizes, fewer rounds", "bench")
     json: str = _setting("", "file to write the measurements to", "bench")
@@ -746,6 +783,9 @@ class KernelBenchConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         _check_names("op", self.op, KERNEL_OPS, ("all",))
+        _check_names("against", self.against, KERNEL_PEER_NAMES, ("auto", "none"))
+        if not self.lengths:
+            raise UserError("lengths = '' must not be empty")
 
 
 INFERENCE_RIVAL_NAMES = (
@@ -813,6 +853,9 @@ class ConvergenceBenchConfig:
         4096, "tokens in the vocabulary of a trained tokenizer", "bench", at_least=100
     )
     max_seq_length: int = _setting(128, "longest sequence, tokens", "bench", at_least=8)
+    lengths: str = _setting(
+        "natural", "of the sequences: natural (some cut short on purpose), or full", "bench"
+    )
     tokens_per_batch: int = _setting(4096, "tokens of a step", "bench", at_least=8)
     max_steps: int = _setting(400, "optimizer steps of each contender", "bench", at_least=1)
     warmup_steps: int = _setting(
@@ -849,6 +892,10 @@ class ConvergenceBenchConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         _check_names("against", self.against, CONVERGENCE_RIVAL_NAMES, ("auto", "none"))
+        if self.lengths not in ("natural", "full"):
+            raise UserError(
+                f"lengths = {self.lengths!r} must be natural or full: the text decides the lengths"
+            )
         if self.tokens_per_batch < self.max_seq_length:
             raise UserError(
                 f"tokens_per_batch = {self.tokens_per_batch} must be at least "

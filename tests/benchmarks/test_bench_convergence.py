@@ -76,12 +76,17 @@ def test_the_command_writes_curves_a_table_and_a_picture(small, tmp_path, capsys
         assert row["eval_losses"][-1] < row["eval_losses"][0] - 0.5
         assert row["seconds"][-1] == row["eval_seconds"][-1] == row["train_seconds"]
         assert 0 < row["seconds_to_target"] <= row["train_seconds"]
+        assert 0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+        assert len(row["rounds_ms"]) == len(row["steps"])
+        assert 7 < row["real_tokens_per_second"] / row["sequences_per_second"] <= 32
         assert row["name"] in printed
     assert ours["eval_losses"][0] == pytest.approx(theirs["eval_losses"][0], abs=1e-5)
     # Dropout's bits differ, the recipe does not.
     assert ours["eval_losses"] == pytest.approx(theirs["eval_losses"], abs=0.1)
     assert result["target_loss"] == max(row["eval_losses"][-1] for row in (ours, theirs))
     assert theirs["ratio"] == pytest.approx(theirs["seconds_to_target"] / ours["seconds_to_target"])
+    missing = {one["name"]: one["why"] for one in result["missing"]}
+    assert missing.keys() == {"mfu", "peak_memory_bytes", "energy"}
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -113,6 +118,24 @@ def test_a_trainer_that_is_missing_and_a_loss_never_reached_are_told(small, monk
     assert missing["hf-trainer"] == "no accelerate here"
     assert "0.010 was never reached" in missing["hf-loop, seconds_to_target"]
     assert "never" in convergence.table(result)
+
+
+def test_full_sequences_are_not_cut_short(small, tmp_path, capsys):
+    text = Path(small.data).read_text().replace("\n\n", "\n").splitlines()
+    long = "\n\n".join("\n".join(text[start : start + 60]) for start in range(0, len(text), 60))
+    (tmp_path / "long.txt").write_text(long)  # documents of 600 tokens
+
+    def full(lengths):
+        config = dataclasses.replace(small, lengths=lengths, data=str(tmp_path / "long.txt"))
+        task = convergence.Task(config, tmp_path / lengths)
+        batches = task.batches(convergence.Clock(torch.device("cpu")), lambda batch: batch)
+        found = [batch.cu_seqlens[: batch.num_sequences + 1].diff() for batch in batches]
+        return float((torch.cat(found) == 32).float().mean())
+
+    # Short are then only the last sequence of a document, and what it leaves to others.
+    assert full("natural") < 0.945 < 0.97 < full("full")
+    assert main(["bench", "convergence", "--lengths", "lengths.txt"]) == 2
+    assert "must be natural or full: the text decides the lengths" in capsys.readouterr().err
 
 
 def test_other_initial_weights_are_refused(small, monkeypatch):

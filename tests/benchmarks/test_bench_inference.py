@@ -43,7 +43,7 @@ def test_every_rival_is_a_row_of_each_task_or_says_why_not(small, tmp_path, caps
     result = json.loads(out.read_text())
     results.check(result)
     missing = {one["name"]: one["why"] for one in result["missing"]}
-    assert missing.keys() == {"hf-flash", "hf-sdpa-compile", "energy"}
+    assert missing.keys() == {"hf-flash", "hf-sdpa-compile", "energy", "mfu"}
     assert "not installed" in missing["hf-flash"] and "compiler" in missing["hf-sdpa-compile"]
     names = ["fastbert", "hf-eager", "hf-sdpa", "torch-encoder", "modernbert"]
     rows = {(row["task"], row["contender"]): row for row in result["rows"]}

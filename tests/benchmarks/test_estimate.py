@@ -246,7 +246,7 @@ def test_epochs_are_times_the_corpus():
 def test_lengths_of_a_file_are_cut(tmp_path):
     path = tmp_path / "lengths.txt"
     path.write_text("100\n300\n900\n")
-    drawn = est.lengths_asked(EstimateConfig(lengths=str(path)))
+    drawn = est.drawn_lengths(EstimateConfig(lengths=str(path)))
     assert drawn.tolist() == [100, 300, 512]
 
 
@@ -323,7 +323,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, text, said):
     path = tmp_path / "lengths.txt"
     path.write_text(text)
     with pytest.raises(UserError, match=said):
-        est.lengths_asked(EstimateConfig(lengths=str(path)))
+        est.drawn_lengths(EstimateConfig(lengths=str(path)))
 
 
 def test_a_model_too_large_says_what_it_needs(tmp_path, capsys):

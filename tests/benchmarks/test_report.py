@@ -221,7 +221,7 @@ def test_other_kinds_of_results(others):
     assert f"fastbert from {fastbert['eval_losses'][0]:.3g} at 0 to" in loss
     rate = found["data"]["rows"][0]["real_tokens_per_second"]
     assert f"{rate:,.0f}" in page.text
-    assert any(f"{report_figures.short(rate)}." in alt for alt in page.images)
+    assert any(f" {report_figures.short(rate)}; " in alt for alt in page.images)
     over = next(alt for alt in page.images if "milliseconds over T" in alt)
     sizes = [row["sizes"]["T"] for row in found["kernel"]["rows"]]
     assert f"at {report_figures.short(min(sizes))} to" in over
