@@ -121,42 +121,63 @@ class Bench:
 
 
 def check(bench: Bench) -> dict[str, bool | str]:
-    """Our step in all its forms: same losses, same weights, no question to the host."""
+    """Our step in its forms: same losses, same weights, no question to the host."""
     found: dict[str, bool | str] = {}
+    cuda = bench.device.type == "cuda"
+    kinds: dict[str, dict[str, Any]] = {"one micro-batch": {}}
+    if cuda:
+        kinds |= {
+            "two micro-batches": {"gradient_accumulation_steps": 2},
+            "LAMB": {"optim": "lamb"},
+        }
+    for kind, changes in kinds.items():
+        eager, kept, _ = _trained(bench, False, **changes)
+        again, other, _ = _trained(bench, False, **changes)
+        same = eager == again and torch.equal(kept.flat.master, other.flat.master)
+        found[f"{kind}: same bits twice"] = same
+        found[f"{kind}: losses are finite and fall"] = bool(
+            np.isfinite(eager).all() and eager[-1] < eager[0]
+        )
+        del again, other
+        if not cuda:
+            continue
+        recorded, graphed, launch = _trained(bench, True, **changes)
+        found[f"{kind}: the graph's losses are the eager ones"] = recorded == eager
+        found[f"{kind}: the graph's weights are the eager ones"] = torch.equal(
+            kept.flat.master, graphed.flat.master
+        )
+        batches = bench.packed[: changes.get("gradient_accumulation_steps", 1)]
+        for name, work in (("eager step", kept), ("graph", launch)):
+            found[f"{kind}: the {name} asks the host nothing"] = _asks_nothing(work, batches)
+    return found
 
-    def run(graph: bool, steps: int = 6) -> tuple[list[float], TrainStep]:
-        train_step = TrainStep(bench.model(), ways.make_recipe(SEED), bench.dtype)
-        launch = launcher(train_step, graph, accumulates=False)
-        losses = []
-        for index in range(steps):
-            launch([bench.packed[index % ways.NUM_BATCHES]])
-            losses.append(train_step.read().loss)
-        return losses, train_step
 
-    eager, kept = run(graph=False)
-    again, other = run(graph=False)
-    found["eager: same bits twice"] = eager == again and torch.equal(
-        kept.flat.master, other.flat.master
-    )
-    found["losses are finite and fall"] = bool(np.isfinite(eager).all() and eager[-1] < eager[0])
-    if bench.device.type != "cuda":
-        return found
-    del again, other
-    recorded, graphed = run(graph=True)
-    found["graph: the eager losses, bit for bit"] = recorded == eager
-    found["graph: the eager weights, bit for bit"] = torch.equal(
-        kept.flat.master, graphed.flat.master
-    )
+def _trained(
+    bench: Bench, graph: bool, steps: int = 6, **changes: Any
+) -> tuple[list[float], TrainStep, Callable[[Sequence[Batch]], None]]:
+    """Losses of some steps, the trained state, and what launches a step."""
+    train_step = TrainStep(bench.model(), ways.make_recipe(SEED, **changes), bench.dtype)
+    count = changes.get("gradient_accumulation_steps", 1)
+    launch = launcher(train_step, graph, accumulates=count > 1)
+    losses = []
+    for index in range(steps):
+        launch([bench.packed[(index + i) % ways.NUM_BATCHES] for i in range(count)])
+        losses.append(train_step.read().loss)
+    return losses, train_step, launch
+
+
+def _asks_nothing(
+    launch: Callable[[Sequence[Batch]], None], batches: Sequence[Batch]
+) -> bool | str:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kept([bench.packed[0]])
-        found["eager step asks the host nothing"] = True
+        launch(batches)
     except RuntimeError as error:
-        found["eager step asks the host nothing"] = f"failed: {error}"
+        return f"failed: {error}"
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return found
+    return True
 
 
 def floor_seconds(bench: Bench) -> float:
@@ -243,9 +264,12 @@ def _one_line(error: Exception) -> str:
 class Record:
     """What is known of a workload, on disk after every part: a cut-off run loses nothing."""
 
-    def __init__(self, bench: Bench, path: Path | None, commit: str | None) -> None:
-        lengths, batch = bench.lengths, bench.packed[0]
+    def __init__(self, bench: Bench, path: Path | None, commit: str | None, more: bool) -> None:
         self._device, self._path = bench.device, path
+        if more and path is not None and path.exists():
+            self.result = json.loads(path.read_text(encoding="utf-8"))
+            return
+        lengths, batch = bench.lengths, bench.packed[0]
         self.result = results.make(
             "step",
             dataclasses.asdict(bench.workload),
@@ -292,28 +316,35 @@ def measure(
     quick: bool,
     path: Path | None = None,
     commit: str | None = None,
+    parts: Sequence[str] = ("first", "more"),
 ) -> dict[str, Any]:
-    """Everything about one workload, written to `path` as it is found."""
+    """Everything about one workload, written to `path` as it is found.
+
+    "first" is what matters most: checks, our step beside the rivals that need no compiler, and the
+    floor. "more" adds to its file: the compiled rivals, and our step with each saving switched off.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     bench = Bench(workload, device, dtype)
-    record, rounds = Record(bench, path, commit), 3 if quick else 5
-    record.keep(checks=record.part("check", lambda: check(bench)) or {})
+    record = Record(bench, path, commit, more="first" not in parts)
+    rounds = 3 if quick else 5
     rivals = workload.against[: 2 if quick else None]
     compiled = [name for name in rivals if "compile" in name]
-    plain = [name for name in rivals if name not in compiled]
-    rows = record.part("contest", lambda: contest(bench, plain, rounds, record)) or []
-    record.keep(rows=rows)
-    floor = record.part("floor", lambda: floor_seconds(bench))
-    record.keep(floor_ms=floor * 1e3 if floor else None)
-    for name in compiled:  # each takes a minute and more to compile
-        work = partial(contest, bench, [name], rounds, record, eager=False)
-        rows = rows + (record.part(name, work) or [])[1:]
+    if "first" in parts:
+        record.keep(checks=record.part("check", lambda: check(bench)) or {})
+        plain = [name for name in rivals if name not in compiled]
+        rows = record.part("contest", lambda: contest(bench, plain, rounds, record)) or []
         record.keep(rows=rows)
-    if workload is WORKLOADS[0] or device.type == "cpu":
-        chosen = _CPU_ABLATIONS if device.type == "cpu" else tuple(ABLATIONS)
-        record.keep(
-            ablations=record.part("ablations", lambda: ablations(bench, rounds, chosen)) or []
-        )
+        floor = record.part("floor", lambda: floor_seconds(bench))
+        record.keep(floor_ms=floor * 1e3 if floor else None)
+    if "more" in parts:
+        for name in compiled:  # each takes a minute and more to compile
+            work = partial(contest, bench, [name], rounds, record, eager=False)
+            found = record.part(name, work) or []
+            record.keep(rows=record.result["rows"] + found[1:])
+        if workload is WORKLOADS[0] or device.type == "cpu":
+            chosen = _CPU_ABLATIONS if device.type == "cpu" else tuple(ABLATIONS)
+            rows = record.part("ablations", lambda: ablations(bench, rounds, chosen))
+            record.keep(ablations=rows or [])
     return record.result
 
 
@@ -408,24 +439,30 @@ def run(
         commit: what the tree is, where it has no .git.
     """
     deadline = time.monotonic() + seconds
-    workloads = WORKLOADS if device_type == "cuda" else (_TINY,)
+    workloads = (WORKLOADS if device_type == "cuda" else (_TINY,))[: 2 if quick else None]
     code = 0
-    for workload in workloads[: 2 if quick else None]:
-        command = [
-            sys.executable, "-m", "benchmarks.gpu_step", workload.name, "--out", str(out),
-            "--device", device_type, *(["--quick"] if quick else []),
-            *(["--commit", commit] if commit else []),
-        ]  # fmt: skip
-        left = deadline - time.monotonic()
-        try:
-            done = subprocess.run(command, timeout=max(left, 0.1), check=False).returncode
-        except subprocess.TimeoutExpired:
-            done = 1
-            path = out / f"step-{workload.name}.json"
-            print(f"{workload.name}: the time is up; what was found lies in {path}", flush=True)
-            if path.exists():
-                print(table(json.loads(path.read_text(encoding="utf-8"))), flush=True)
-        code = max(code, min(abs(done), 1))
+    for part in ("first", "more"):  # of all workloads, before any is compared with a compiler
+        for workload in workloads:
+            command = [
+                sys.executable, "-m", "benchmarks.gpu_step", workload.name, "--out", str(out),
+                "--device", device_type, "--part", part, *(["--quick"] if quick else []),
+                *(["--commit", commit] if commit else []),
+            ]  # fmt: skip
+            left = deadline - time.monotonic()
+            if left < 5:
+                print(f"{workload.name}, part {part!r}: no time left, not run", flush=True)
+                code = 1
+                continue
+            try:
+                done = subprocess.run(command, timeout=left, check=False).returncode
+            except subprocess.TimeoutExpired:
+                print(f"{workload.name}, part {part!r}: the time is up", flush=True)
+                done = 1
+            code = max(code, min(abs(done), 1))
+    for workload in workloads:
+        path = out / f"step-{workload.name}.json"
+        if path.exists():
+            print(table(json.loads(path.read_text(encoding="utf-8"))), flush=True)
     return code
 
 
@@ -438,11 +475,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="fewer rivals and rounds")
     parser.add_argument("--commit", help="of a tree without .git")
+    parser.add_argument("--part", choices=("first", "more"), action="append")
     args = parser.parse_args(argv)
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     path = args.out / f"step-{args.workload}.json"
-    result = measure(known[args.workload], device, args.quick, path, args.commit)
-    print(table(result), flush=True)
+    parts = args.part or ("first", "more")
+    result = measure(known[args.workload], device, args.quick, path, args.commit, parts)
     bad = not all(ok is True for ok in result["checks"].values())
     return 1 if bad or not result["checks"] or not result["rows"] else 0
 

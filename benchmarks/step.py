@@ -46,7 +46,7 @@ from fastbert.train.device import (
 )
 
 SECONDS_PER_ROUND = 0.5
-SECONDS_OF_ENERGY = 2.0
+SECONDS_OF_ENERGY = 1.0
 
 
 def peak_of(step: Callable[[], object], device: torch.device) -> int:

@@ -130,25 +130,36 @@ def choose_device(name: str) -> torch.device:
         RunError: a GPU was asked for and is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise RunError(f"device = {name!r}: this torch sees no GPU; use device = 'cpu' or 'auto'")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
         raise RunError(f"device = {name!r}: there are only {torch.cuda.device_count()} GPUs")
-    return device
+    torch.cuda.set_device(index)  # Triton launches, and graphs are recorded, on the current one
+    return torch.device("cuda", index)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that the device's memory is full, be it torch's, CUDA's or cuBLAS's."""
-    signs = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    signs = (
+        "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation",
+        "cudaErrorStreamCaptureInvalidated",  # what a capture ends with after it
+    )  # fmt: skip
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def what_fits(
-    model: ModelConfig, dtype: torch.dtype, flat: FlatParameters, device: torch.device
+    model: ModelConfig,
+    dtype: torch.dtype,
+    flat: FlatParameters,
+    device: torch.device,
+    too_many: int,
 ) -> str:
-    """Advice for a micro-batch that does not fit, with the number of tokens that would.
+    """Advice where `too_many` tokens do not fit, with the number that would.
 
     Between forward and backward, a layer keeps 8 tensors of hidden_size and 2 of intermediate_size
     a token (inputs of the matrix products and norms, Q, K and V, the GELU's both sides).
@@ -157,14 +168,15 @@ def what_fits(
     state = sum(b.numel() * b.element_size() for b in buffers.values()) + 8 * flat.master.numel()
     per_token = (8 * model.hidden_size + 2 * model.intermediate_size) * dtype.itemsize
     per_token *= model.num_hidden_layers
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cuda":  # what others hold on this GPU is not ours to use
+        free, total = torch.cuda.mem_get_info(device)
+        total = free + torch.cuda.memory_reserved(device)
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    tokens = max(0, int(0.9 * (total - state) / per_token))
+    tokens = min(too_many - 1, max(0, int(0.9 * (total - state) / per_token)))
     gib = 2**30
     return (
-        f"{device} has {total / gib:.1f} GiB, of which weights, gradients and moments take "
+        f"{device} has {total / gib:.1f} GiB for us, of which weights, gradients and moments take "
         f"{state / gib:.1f}, which leaves room for about {tokens} tokens: lower --max-seq-length "
         "and --tokens-per-batch to fit, or use --gradient-checkpointing or a smaller --model"
     )

@@ -7,6 +7,7 @@ Not yet run on a GPU.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -17,8 +18,16 @@ from fastbert.train.step import TrainStep
 WARM_UP = 2
 
 Work = Callable[[], None]
-Recorder = Callable[[Work], Work]
-"""Takes work and returns what repeats it."""
+
+
+class Recorder(Protocol):
+    """Records work."""
+
+    def __call__(self, work: Work) -> Work:
+        """Returns what repeats the work."""
+
+    def forget(self) -> None:
+        """Frees the memory of what was recorded, which nobody repeats any more."""
 
 
 class CudaRecorder:
@@ -33,18 +42,25 @@ class CudaRecorder:
 
     def __call__(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": another thread may pin memory for the next batches meanwhile.
+        # "thread_local": what other threads do with CUDA meanwhile does not break the recording.
         with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
+
+    def forget(self) -> None:
+        torch.cuda.synchronize(self.stream.device)
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
 
     def run(self, work: Work) -> None:
         """Does work on the stream, after and before what the current stream does."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            work()
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                work()
+        finally:
+            current.wait_stream(self.stream)
 
 
 class _Recorded:
@@ -73,7 +89,8 @@ class _Recorded:
 class GraphedStep:
     """`TrainStep` as one recorded graph, or two where gradients are accumulated.
 
-    The first steps of each shape run eagerly and count as steps.
+    The first steps of a shape run eagerly and count as steps. A new shape, as the next phase of a
+    curriculum brings it, replaces the one before: two recordings would hold memory for both.
 
     Args:
         step: what to record.
@@ -83,24 +100,27 @@ class GraphedStep:
 
     def __init__(self, step: TrainStep, accumulates: bool, record: Recorder) -> None:
         self.step, self._accumulates, self._record = step, accumulates, record
-        self._eager_steps: dict[tuple[int, ...], int] = {}
-        self._recorded: dict[tuple[int, ...], _Recorded] = {}
+        self._shape: tuple[int, ...] = ()
+        self._eager_steps = 0  # of this shape
+        self._recorded: _Recorded | None = None
 
     def __call__(self, batches: Sequence[Batch]) -> None:
         """Trains on the micro-batches of one step, all of one shape."""
         shape = _shape(batches[0])
-        done = self._eager_steps.setdefault(shape, 0)
-        if done < WARM_UP:
-            self._eager_steps[shape] += 1
+        if shape != self._shape:
+            self._shape, self._eager_steps, self._recorded = shape, 0, None
+            self._record.forget()
+        if self._eager_steps < WARM_UP:
+            self._eager_steps += 1
             self.step(batches)
             return
-        if shape not in self._recorded:
+        if self._recorded is None:
+            # Counted before the recording, so that a step broken off in it can be begun anew.
+            self.step.begin(batches)
             if self._accumulates:
                 self.step.flat.zero_gradients()
-            self._recorded[shape] = _Recorded(
-                self.step, batches[0], self._accumulates, self._record
-            )
-        self._replay(self._recorded[shape], batches)
+            self._recorded = _Recorded(self.step, batches[0], self._accumulates, self._record)
+        self._replay(self._recorded, batches)
 
     def _replay(self, recorded: _Recorded, batches: Sequence[Batch]) -> None:
         if self._accumulates:

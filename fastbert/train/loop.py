@@ -31,7 +31,7 @@ from fastbert.errors import RunError, UserError
 from fastbert.model.bert import Bert
 from fastbert.train import checkpoint
 from fastbert.train.device import Execution, choose_execution, is_out_of_memory, what_fits
-from fastbert.train.evaluate import evaluate, fill_masks, unigram_log_probabilities
+from fastbert.train.evaluate import Evaluation, evaluate, fill_masks, unigram_log_probabilities
 from fastbert.train.graph import launcher
 from fastbert.train.prepare import prepare_data, run_folder, say, taken_back_on_failure
 from fastbert.train.report import Reporter
@@ -171,6 +171,8 @@ class _Trainer:
         self.tokens = state.get("tokens", 0)
         self.split = state.get("split", 1)
         """Parts that a batch is cut into for want of memory, each a micro-batch."""
+        self.eval_split = 1
+        """The same of the held-out batches, beyond `split`."""
         self.told_skipped = state.get("skipped", 0)
         self.model = self._build_model()
         compiled = execution.compile and self.device.type == "cuda"
@@ -257,11 +259,13 @@ class _Trainer:
     def _evaluation_batches(self) -> list[Batch]:
         if self.validation_shards is None:
             return []
+        packing = self._packing(self.config.max_seq_length)
+        packing["tokens_per_batch"] //= self.eval_split
         return evaluation_batches(
             self.validation_shards,
             self.tokenizer.ids,
-            max_batches=self.config.max_eval_batches,
-            **self._packing(self.config.max_seq_length),
+            max_batches=self.config.max_eval_batches * self.eval_split,
+            **packing,
         )
 
     def _next_phase(self) -> None:
@@ -393,14 +397,12 @@ class _Trainer:
         if T % 2 or T // 2 < config.max_seq_length:
             raise RunError(
                 f"out of memory with {T} tokens in a micro-batch, which cannot be halved: "
-                f"{what_fits(self.sizes, self.execution.dtype, flat, self.device)}"
+                f"{what_fits(self.sizes, self.execution.dtype, flat, self.device, T)}"
             )
         self.split *= 2
         self.train_step.abandon()
         self.launch = self._launcher()
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        self._free_memory()
         self.reporter.say(
             f"step {self.step}: out of memory with {T} tokens in a micro-batch: going on with "
             f"{T // 2}, and twice as many in a step"
@@ -443,13 +445,35 @@ class _Trainer:
     def _evaluate(self) -> None:
         if not self.eval_batches:
             return
-        result = evaluate(self.model, self.eval_batches, self.unigram)
+        result = self._evaluation()
         self.reporter.log(self.step, result.metrics())
         nsp = f", NSP accuracy {result.nsp_accuracy:.1%}" if self.config.nsp else ""
         self.reporter.say(
             f"step {self.step}: held-out MLM loss {result.mlm_loss:.3f} (unigram baseline "
             f"{result.unigram_loss:.3f}), accuracy {result.mlm_accuracy:.1%}{nsp}"
         )
+
+    def _evaluation(self) -> Evaluation:
+        """Scores the held-out batches; halves them where logits do not fit beside the step."""
+        while True:
+            try:
+                return evaluate(self.model, self.eval_batches, self.unigram)
+            except RuntimeError as error:
+                T = self.eval_batches[0].input_ids.numel()
+                if not is_out_of_memory(error) or T // 2 < self.config.max_seq_length:
+                    raise
+            self._free_memory()
+            self.eval_split *= 2
+            self.eval_batches = self._evaluation_batches()
+            self.reporter.say(
+                f"step {self.step}: out of memory in the evaluation of {T} tokens at a time: going "
+                f"on with {T // 2}"
+            )
+
+    def _free_memory(self) -> None:
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     # The end
 

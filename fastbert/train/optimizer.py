@@ -147,6 +147,11 @@ class _Apex(FlatOptimizer):
         super().__init__(flat, config)
         rule = getattr(_apex_optimizers(config.optim), name)
         lamb = name == "FusedLAMB"
+        if lamb and config.weight_decay == 0:
+            raise UserError(
+                "optim = 'lamb_apex_fused' has no trust ratio where weight_decay = 0: use "
+                "optim = 'lamb'"
+            )
         # LAMB's trust ratios are of whole parameters; AdamW wants as few tensors as possible.
         split: Callable[[Tensor], Any] = (
             (lambda buffer: flat.views(buffer).values()) if lamb else flat.groups

@@ -176,7 +176,7 @@ class TrainStep:
             "window": [metrics.loss_sum, metrics.loss_steps],
             "streak": int(self._run),
             "micro_batches": int(self._micro_batches),
-            "loss_scale": [metrics.loss_scale, int(self._good_steps)],
+            "loss_scale": [metrics.loss_scale, int(self._good_steps)] if self._scaling else None,
         }
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ class TrainStep:
         self._streak.fill_(state["streak"])
         self._micro_batches.fill_(state["micro_batches"])
         self.model.seed_dropout(self.config.seed, state["micro_batches"])
-        if self._scaling:
+        if self._scaling and state["loss_scale"] is not None:
             self._scale.fill_(state["loss_scale"][0])
             self._good_steps.fill_(state["loss_scale"][1])
 

@@ -41,6 +41,17 @@ def test_a_workload_is_measured_and_judged(tmp_path: Path) -> None:
     assert "MISSED" in gpu_step.table(result)
 
 
+def test_the_second_part_adds_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_step, "_CPU_ABLATIONS", ("last layer everywhere",))
+    path, cpu = tmp_path / "step.json", torch.device("cpu")
+    first = gpu_step.measure(TINY, cpu, True, path, "abc", ("first",))
+    assert first["ablations"] == [] and first["floor_ms"]
+    more = gpu_step.measure(TINY, cpu, True, path, "abc", ("more",))
+    assert more["rows"] == first["rows"] and more["floor_ms"] == first["floor_ms"]
+    assert [row["name"] for row in more["ablations"]] == ["last layer everywhere"]
+    assert json.loads(path.read_text()) == more
+
+
 def test_a_part_that_fails_loses_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(bench: Bench, name: str) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore")

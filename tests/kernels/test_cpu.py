@@ -129,13 +129,13 @@ def test_compiled_pieces_draw_the_same_bits():
     assert (ours - reference.dropout_add_layer_norm(*args)).abs().max() < 1e-5
 
 
-def test_more_shapes_than_torch_compile_keeps_by_default(monkeypatch):
+def test_more_shapes_than_torch_compile_keeps_by_default():
     """A curriculum of four lengths, an evaluation and a prediction in one process need 12."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    CpuOps(compiled=False)
-    assert torch._dynamo.config.recompile_limit == 8
-    CpuOps(compiled=True)
-    assert torch._dynamo.config.recompile_limit >= 32
+    with torch._dynamo.config.patch(recompile_limit=8):
+        CpuOps(compiled=False)
+        assert torch._dynamo.config.recompile_limit == 8
+        CpuOps(compiled=True)
+        assert torch._dynamo.config.recompile_limit >= 32
 
 
 def test_sequences_made_in_inference_mode(ops):

@@ -27,6 +27,20 @@ def build(**changes: object) -> TrainStep:
     return TrainStep(Bert(sizes), config, torch.float32)
 
 
+class Repeat:
+    """A recorder whose recordings do the work itself again."""
+
+    def __init__(self) -> None:
+        self.recordings = self.forgotten = 0
+
+    def __call__(self, work: Work) -> Work:
+        self.recordings += 1
+        return work
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
 def batches(steps: int, micro_batches: int, slots: int = 12) -> list[list]:  # type: ignore[type-arg]
     generator = torch.Generator().manual_seed(0)
     return [
@@ -42,22 +56,18 @@ def batches(steps: int, micro_batches: int, slots: int = 12) -> list[list]:  # t
 def test_recorded_steps_are_the_eager_ones(micro_batches: int) -> None:
     """Two shapes in turn, as a curriculum has them; bit for bit with one micro-batch."""
     eager, recorded = build(), build()
-    recordings = 0
-
-    def record(work: Work) -> Work:
-        nonlocal recordings
-        recordings += 1
-        return work
-
+    record = Repeat()
     graphed = GraphedStep(recorded, micro_batches > 1, record)
-    for step in batches(5, micro_batches) + batches(5, micro_batches, slots=13):
+    one, other = batches(5, micro_batches), batches(5, micro_batches, slots=13)
+    for step in [*one, *other, other[0], one[0], *other[:3]]:
         eager(step)
         graphed(step)
         ours, theirs = recorded.read(), eager.read()
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
         assert ours.updates == theirs.updates
-    assert recordings == 2 * (1 + (micro_batches > 1))
-    assert WARM_UP < 5
+    assert record.recordings == 3 * (1 + (micro_batches > 1))  # the single step is too short
+    assert record.forgotten == 4
+    assert WARM_UP == 2
     same = torch.equal if micro_batches == 1 else torch.allclose
     assert same(recorded.flat.master, eager.flat.master)
     assert torch.equal(recorded.model.dropout_state, eager.model.dropout_state)
@@ -65,12 +75,32 @@ def test_recorded_steps_are_the_eager_ones(micro_batches: int) -> None:
 
 def test_a_ramp_uses_fewer_micro_batches_than_recorded() -> None:
     eager, recorded = build(), build()
-    graphed = GraphedStep(recorded, True, lambda work: work)
+    graphed = GraphedStep(recorded, True, Repeat())
     for step, count in zip(batches(7, 3), (1, 1, 1, 2, 2, 3, 3), strict=True):
         eager(step[:count])
         graphed(step[:count])
         assert recorded.read().loss == pytest.approx(eager.read().loss, rel=1e-6)
     assert torch.allclose(recorded.flat.master, eager.flat.master, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_recording_that_runs_out_of_memory_can_be_abandoned(micro_batches: int) -> None:
+    """The next step draws the dropout bits that the broken one would have."""
+
+    class Full(Repeat):
+        def __call__(self, work: Work) -> Work:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    step = build()
+    graphed = GraphedStep(step, micro_batches > 1, Full())
+    *whole, last = batches(3, micro_batches)
+    for one in whole:
+        graphed(one)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphed(last)
+    step.abandon()
+    assert step.state_dict()["micro_batches"] == 2 * micro_batches
+    assert step.model.dropout_state[:, 1].unique().tolist() == [2 * micro_batches]
 
 
 def test_eager_needs_no_gpu() -> None:

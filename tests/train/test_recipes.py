@@ -14,6 +14,7 @@ import torch
 
 from fastbert.config import PretrainConfig
 from fastbert.data.batch import Batch
+from fastbert.model.bert import Bert
 from fastbert.train.report import read_metrics
 from fastbert.train.step import TrainStep
 
@@ -157,10 +158,30 @@ def test_at_the_smallest_size_it_says_what_would_fit(
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.match(
         r"fastbert: error: out of memory with 32 tokens in a micro-batch, which cannot be halved: "
-        r"cpu has [0-9.]+ GiB, of which weights, gradients and moments take 0\.0, which leaves "
-        r"room for about [0-9]+ tokens: lower --max-seq-length",
+        r"cpu has [0-9.]+ GiB for us, of which weights, gradients and moments take 0\.0, which "
+        r"leaves room for about 31 tokens: lower --max-seq-length",
         last,
     )
+
+
+def test_an_evaluation_that_does_not_fit_is_halved(
+    pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predict = Bert.predict
+
+    def limited(self: Bert, input_ids: torch.Tensor, *others: Any) -> Any:
+        if input_ids.numel() > 128:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(self, input_ids, *others)
+
+    monkeypatch.setattr(Bert, "predict", limited)
+    run = pretrain("run", "--max-steps 10")
+    shown = capsys.readouterr().err
+    assert (
+        shown.count("out of memory in the evaluation of 256 tokens at a time: going on with") == 1
+    )
+    found = [row for row in read_metrics(run / "metrics.jsonl") if "eval/mlm_loss" in row]
+    assert [row["step"] for row in found] == [10]
 
 
 # What is written
