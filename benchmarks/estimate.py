@@ -108,7 +108,7 @@ DEVICES = {
     # passes of a whole step reach: several passes for one of the table, dispatch, page faults; it
     # is the one number fitted to the committed steps.
     "cpu": Device(
-        "^AMD EPYC$", Ceilings(9.0e9, 2 * 445e9),
+        "^AMD EPYC$", Ceilings(8.0e9, 2 * 445e9),
         "2 cores of an AMD EPYC: the rate measured, the bandwidth fitted to the committed steps",
         23 * GIB, product_share=1.0, attention_share=0.5, bandwidth_share=1.0, gap_seconds=0.0,
         peak_flops=None, power_watts=None, power_share=1.0, nvlink=0.0, writes_scores=True,
