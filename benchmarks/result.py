@@ -49,7 +49,8 @@ def make(
     return {
         "format": FORMAT,
         "benchmark": benchmark,
-        "settings": dict(settings),
+        # Not where the files went: that is this machine's business.
+        "settings": {k: v for k, v in settings.items() if k not in ("json", "png", "trace")},
         "conditions": conditions(device),
         "rows": list(rows),
         "missing": [dict(one) for one in missing],
