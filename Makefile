@@ -2,12 +2,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help .venv demo test lint types check compile-report bench clean
+.PHONY: help .venv demo test lint types check bench clean
+.PHONY: compile-report compile-report-3.6 compile-report-newest compile-report-table
 
 help:
 	@echo "make demo   pre-train a tiny BERT on this machine"
 	@echo "make check  lint, types and tests (none needs a GPU)"
 	@echo "make compile-report  compile every kernel for A100 and H100; list registers and spills"
+	@echo "make compile-report-3.6, compile-report-newest  the same with the Triton of torch 2.11, 2.15"
+	@echo "make compile-report-table  all three, and the table of kernels/README.md from them"
 	@echo "make bench  time a training step on this CPU"
 	@echo "make clean  remove caches and builds; .venv and runs stay"
 
@@ -35,8 +38,25 @@ types: $(INSTALLED)
 
 check: lint types test
 
+REPORT = $(BIN)/python -m benchmarks.compile_report --arch sm_80 --arch sm_90 --json build/$@.json
+
 compile-report: $(INSTALLED)
-	$(BIN)/python -m benchmarks.compile_report --arch sm_80 --arch sm_90
+	$(REPORT)
+
+compile-report-3.6: build/triton-3.6.0/.installed
+	PYTHONPATH=$(<D) $(REPORT)
+
+compile-report-newest: build/triton-3.9.0/.installed
+	PYTHONPATH=$(<D) $(REPORT)
+
+compile-report-table: compile-report-3.6 compile-report compile-report-newest
+	$(BIN)/python -m benchmarks.compile_compare $(addprefix build/,$(^:=.json)) --readme
+
+# The wheel alone, put before ours on the path: nothing that compiles a kernel needs its torch.
+build/triton-%/.installed: $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(@D) triton==$*
+	@touch $@
 
 bench: $(INSTALLED)
 	$(BIN)/fastbert bench step --device cpu

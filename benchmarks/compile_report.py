@@ -4,6 +4,7 @@ Needs no GPU. Compiles each case of each op module with Triton's own ptxas and r
 code: registers, spills, shared memory, tensor-core and bulk-copy instructions. Exits 1 where a
 kernel keeps a stack, spills, wants more shared memory than a multiprocessor lends, or does a dot
 without wgmma that was meant to use it: the ways in which a Triton upgrade ruins a kernel silently.
+`benchmarks.compile_compare` lays the reports of several Tritons side by side.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import fastbert_kernels
 from fastbert_kernels.compile_cases import CompileCase
@@ -164,6 +165,15 @@ def _tool(name: str, *args: str) -> str:
     ).stdout
 
 
+def _ptxas(arch: int) -> str:
+    """The version of the ptxas that this Triton takes for an architecture."""
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    said = get_ptxas_version(arch)
+    found = re.search(r"\bV(\d[\d.]*)", said)
+    return found[1] if found else said.strip()
+
+
 def _try_compile(job: tuple[CompileCase, int]) -> Compiled | Exception:
     try:
         return compile_case(*job)
@@ -180,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--module", action="append", help="a module with compile_cases(); default all of ours"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the report")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: nothing would be compiled. Unset it")
@@ -188,8 +198,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [case for module in args.module for case in cases_of(module)] if args.module else None
     cases = list(shipped_cases()) if cases is None else cases
 
+    import triton
+
+    ptxas = {f"sm_{arch}": _ptxas(arch) for arch in archs}
+    tools = ", ".join(f"ptxas {version} for {arch}" for arch, version in ptxas.items())
+    print(f"Triton {triton.__version__}; {tools}")
     print(HEADER)
-    table: list[dict[str, Any]] = []
+    table: list[Compiled] = []
     failures = []
     jobs = [(case, arch) for case in cases for arch in archs if arch in case.archs]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler and ptxas let go of the GIL
@@ -199,10 +214,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failures.append(f"{label}: does not compile: {compiled!r}")
                 continue
             print(compiled.row(), flush=True)
-            table.append(dataclasses.asdict(compiled))
+            table.append(compiled)
             failures += [f"{label}: {failure}" for failure in compiled.failures]
     if args.json:
-        args.json.write_text(json.dumps(table, indent=1) + "\n")
+        report = {
+            "triton": triton.__version__,
+            "ptxas": ptxas,
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            "asked": len(jobs),
+            "failures": failures,
+            "compiled": [dataclasses.asdict(compiled) for compiled in table],
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for failure in failures:
         print(failure, file=sys.stderr)
     print(f"{len(table)} compiled, {len(failures)} failures")

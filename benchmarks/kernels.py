@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.marked import with_lines
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "kernels" / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -228,11 +230,7 @@ def with_table(readme: str, results: Path = RESULTS) -> str:
     Raises:
         ValueError: a mark is missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{README}: needs the lines {BEGIN} and {END}")
-    return "\n".join((f"{before}{BEGIN}", *table_lines(results), f"{END}{after}"))
+    return with_lines(readme, README, BEGIN, END, table_lines(results))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.kernels import ROOT
+from benchmarks.marked import with_lines
 from benchmarks.report_files import RESULTS, TITLES, Result, in_folder
 from benchmarks.result import Row
 from fastbert.errors import UserError
@@ -112,11 +113,7 @@ def with_section(readme: str, results: Path = RESULTS) -> str:
     Raises:
         ValueError: a mark is missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{README}: needs the lines {BEGIN} and {END}")
-    return "\n".join((f"{before}{BEGIN}", "", *section(results), f"{END}{after}"))
+    return with_lines(readme, README, BEGIN, END, ("", *section(results)))
 
 
 def write_readme() -> Path:

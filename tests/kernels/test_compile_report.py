@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 from benchmarks import compile_report
 from fastbert_kernels.compile_cases import CompileCase
@@ -67,10 +69,16 @@ def report(
 
 def test_what_is_well_passes(tmp_path: Path) -> None:
     cases = 'case(add_one, {"N": 1024}), case(dot, {"M": 64}, needs_wgmma=True, archs=(90,))'
-    found = report(tmp_path, cases, "--json", "table.json")
+    found = report(tmp_path, cases, "--json", "build/report.json")
     assert found.returncode == 0, found.stderr
     assert "3 compiled, 0 failures" in found.stdout and not found.stderr
-    table = json.loads((tmp_path / "table.json").read_text())
+    told = json.loads((tmp_path / "build/report.json").read_text())
+    assert told["triton"] == triton.__version__ and told["ptxas"].keys() == {"sm_80", "sm_90"}
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in told["ptxas"].values())
+    head = f"Triton {triton.__version__}; ptxas {told['ptxas']['sm_80']} for sm_80, "
+    assert found.stdout.startswith(f"{head}ptxas {told['ptxas']['sm_90']} for sm_90\n")
+    assert told["asked"] == 3 and told["failures"] == []
+    table = told["compiled"]
     assert [(row["kernel"], row["arch"]) for row in table] == [
         ("add_one", 80), ("add_one", 90), ("dot", 90)
     ]  # fmt: skip
@@ -89,7 +97,7 @@ def test_every_failure_is_named(tmp_path: Path) -> None:
         case(add_one, {"N": 1000}),
         case(add_one, {"M": 1024})
     """
-    found = report(tmp_path, cases, "--arch", "sm_90")
+    found = report(tmp_path, cases, "--arch", "sm_90", "--json", "report.json")
     assert found.returncode == 1
     assert "hoard [test] sm_90: spills" in found.stderr
     assert "hoard [test] sm_90: keeps" in found.stderr and "bytes of stack" in found.stderr
@@ -97,6 +105,9 @@ def test_every_failure_is_named(tmp_path: Path) -> None:
     assert "add_one [test] sm_90: does not compile" in found.stderr
     assert "add_one: ['M', 'N'] given or expected, but not both" in found.stderr
     assert "2 compiled, 5 failures" in found.stdout
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert told["asked"] == 4 and len(told["compiled"]) == 2
+    assert "\n".join(told["failures"]) == found.stderr.strip()
 
 
 def test_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
