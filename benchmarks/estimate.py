@@ -170,6 +170,8 @@ class Op:
     count: float
     bytes: float
     flops: float = 0.0
+    name: str = "linear"
+    """As in `benchmarks.kernels`, or what the model calls it."""
 
     def seconds(self, device: Device) -> float:
         """Of all calls."""
@@ -203,13 +205,15 @@ def step_ops(
             cost = cost_of(op, direction)
             # The formulas are written for whole numbers.
             whole = {name: round(size) for name, size in here.items()}
-            found.append(Op(part, direction, count, cost.bytes_of(whole), cost.flops_of(whole)))
+            moved, flops = cost.bytes_of(whole), cost.flops_of(whole)
+            found.append(Op(part, direction, count, moved, flops, op))
 
-    def product(count: float, rows: float, k: int, n: int) -> None:
+    def product(count: float, rows: float, k: int, n: int, name: str = "linear") -> None:
         flops, kept = 2 * rows * k * n, 2 * rows * (k + n)
-        found.append(Op("products", "forward", count, kept + 2 * k * n, flops))
-        found.append(Op("products", "backward", count, kept + 2 * k * n, flops))  # dx
-        found.append(Op("products", "backward", count, kept + 4 * k * n, flops))  # dW in fp32
+        found.append(Op("products", "forward", count, kept + 2 * k * n, flops, name))
+        found.append(Op("products", "backward", count, kept + 2 * k * n, flops, name))  # dx
+        # dW in fp32
+        found.append(Op("products", "backward", count, kept + 4 * k * n, flops, name))
 
     both = ("forward", "backward")
     table("embed_layer_norm", "passes", 1, T, *both)
@@ -220,15 +224,15 @@ def step_ops(
             product(count, rows, k, n)
         table("dropout_add_layer_norm", "passes", 2 * count, rows, *both)
         table("bias_gelu", "passes", count, rows, *both)
-    product(1, M, H, H)
+    product(1, M, H, H, "transform")
     table("gelu_layer_norm", "passes", 1, M, *both)
     table("linear_cross_entropy", "products", 1, T, "both")
     # Read, overwritten by their gradient, and read for the bias's.
-    found.append(Op("passes", "forward", 1, 6 * M * V))
+    found.append(Op("passes", "forward", 1, 6 * M * V, name="softmax"))
     if writes_scores:
         # bf16: 23 bytes a score for product, mask, softmax, dropout, product, and 20 back.
-        found.append(Op("attention", "forward", L, 23 * A * T * s))
-        found.append(Op("attention", "backward", L, 20 * A * T * s))
+        found.append(Op("attention", "forward", L, 23 * A * T * s, name="attention"))
+        found.append(Op("attention", "backward", L, 20 * A * T * s, name="attention"))
     table("adamw", "optimizer", 1, T, "step")
     return found
 

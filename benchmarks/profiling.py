@@ -214,7 +214,7 @@ def rows_of(
                     if moved
                     else _UNKNOWN
                 ),
-                "kernels": _kernel_rows(kernels, recorded.steps, cuda, ours),
+                "kernels": kernel_rows(kernels, recorded.steps, cuda, ours),
             }
         )
     return sorted(rows, key=_worth, reverse=True)
@@ -231,9 +231,10 @@ def _worth(row: Mapping[str, Any]) -> float:
     return row["ms"] * 1e3 if gap is None else gap
 
 
-def _kernel_rows(
+def kernel_rows(
     kernels: Sequence[Kernel], steps: int, cuda: bool, ours: frozenset[str]
 ) -> list[dict[str, Any]]:
+    """One row for each name, the longest time first."""
     times: dict[str, list[float]] = defaultdict(list)
     for kernel in kernels:
         times[kernel.name].append(kernel.us)
@@ -338,25 +339,34 @@ def model_products(sizes: ModelConfig, batch: Batch) -> list[tuple[int, int, int
 # The command
 
 
-class _Runner:
-    """Our step at the shape asked for, made anew for each way of launching it."""
+class Runner:
+    """Our step at the shape asked for, made anew for each way of launching it.
 
-    def __init__(self, config: ProfileStepConfig) -> None:
+    Args:
+        config: what is asked for.
+        lengths: (B,) of the sequences, in place of those that `config` names.
+        changes: settings of the recipe that are not the usual ones.
+    """
+
+    def __init__(
+        self, config: ProfileStepConfig, lengths: np.ndarray | None = None, **changes: Any
+    ) -> None:
         self.config, self.sizes = config, model_config(config.model)
         recipe = make_recipe(
             config.seed, device=config.device, precision=config.precision, step=config.step,
             model=config.model, max_seq_length=config.max_seq_length,
-            tokens_per_batch=config.batch_size * config.max_seq_length,
+            tokens_per_batch=config.batch_size * config.max_seq_length, **changes,
         )  # fmt: skip
         self.recipe = recipe
         self.execution: Execution = choose_execution(recipe, self.sizes)
         self.device = self.execution.device
         rng = np.random.default_rng(config.seed)
-        asked = StepBenchConfig(
-            batch_size=config.batch_size, max_seq_length=config.max_seq_length,
-            lengths=config.lengths,
-        )  # fmt: skip
-        lengths = drawn_lengths(asked, rng)
+        if lengths is None:
+            asked = StepBenchConfig(
+                batch_size=config.batch_size, max_seq_length=config.max_seq_length,
+                lengths=config.lengths,
+            )  # fmt: skip
+            lengths = drawn_lengths(asked, rng)
         _, packed = make_batches(lengths, config.max_seq_length, self.sizes.vocab_size, rng)
         self.batches = [batch.to(self.device) for batch in packed]
         self.mean_length = round(float((lengths.astype(float) ** 2).sum() / lengths.sum()))
@@ -417,7 +427,7 @@ def trace_path(config: ProfileStepConfig) -> Path:
 
 def run(config: ProfileStepConfig) -> dict[str, Any]:
     """Records a step as `config` says and returns the result."""
-    runner = _Runner(config)
+    runner = Runner(config)
     device, execution = runner.device, runner.execution
     cuda = device.type == "cuda"
     found = ceilings(device, execution.dtype, model_products(runner.sizes, runner.batches[0]))
