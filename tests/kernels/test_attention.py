@@ -50,7 +50,7 @@ def compare(
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("D", [32, 64, 128])
+@pytest.mark.parametrize("D", [32, 64])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_one_tile_a_head(D: int, p: float) -> None:
     assert backward_path(128, D, torch.float16, 90) == "tile"
