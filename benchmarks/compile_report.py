@@ -95,8 +95,9 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     divisible = [
         (i,)
-        for i, name in enumerate(names)
-        if signature[name].startswith("*") or name in case.divisible_by_16
+        for i, (name, param) in enumerate(zip(names, case.fn.params, strict=True))
+        if not param.do_not_specialize
+        and (signature[name].startswith("*") or name in case.divisible_by_16)
     ]
     kernel = triton.compile(
         ASTSource(

@@ -209,7 +209,7 @@ def _attend(
     return total, normalizer, block_highest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_ptr", "T", "N", "A", "blocks", "stream"])
 def attention_forward_kernel(
     qkv_ptr,  # (T, 3, A, D)
     cu_seqlens_ptr,  # (N + 1,) int32
@@ -226,9 +226,11 @@ def attention_forward_kernel(
     BLOCK_N: tl.constexpr,
     THRESHOLD: tl.constexpr,  # 256: no dropout
     PRECISION: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # no sequence is longer than BLOCK_N
+    ONE_TILE: tl.constexpr,  # no sequence is longer than BLOCK_M or BLOCK_N
 ):
     """A program makes BLOCK_M rows of one head's output; (N + 1) A blocks of them."""
+    if ONE_TILE:
+        blocks = 1  # known to the compiler, it takes two divisions, 4% of the instructions
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
     sequence, head = plane // A, plane % A
@@ -335,7 +337,7 @@ def _tile_gradients(
     return kept.to(q.dtype), (p * (dp - delta[:, None])).to(q.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "A"])
 def attention_delta_kernel(
     out_ptr,  # (T, A, D)
     dout_ptr,  # (T, A, D)
@@ -354,7 +356,7 @@ def attention_delta_kernel(
     _store_statistic(delta_ptr + head.to(tl.int64) * T, first, T, delta, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_ptr", "T", "N", "A", "blocks", "stream"])
 def attention_backward_kernel(
     qkv_ptr,  # (T, 3, A, D)
     out_ptr,  # (T, A, D)
@@ -379,6 +381,8 @@ def attention_backward_kernel(
     WHOLE_HEAD: tl.constexpr,  # a program walks all columns and makes dQ too
 ):
     """dK and dV of one block of columns, or all of dQ, dK, dV of one head."""
+    if ONE_TILE:  # not where WHOLE_HEAD: by the constant, sm_80 spills with D = 32 and Triton 3.6
+        blocks = 1
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
     sequence, head = plane // A, plane % A
@@ -470,7 +474,7 @@ def attention_backward_kernel(
             _store_rows(dq_out_ptr, first_row, length, stride, dq, D, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_ptr", "T", "A", "blocks", "stream"])
 def attention_backward_query_kernel(
     qkv_ptr,  # (T, 3, A, D)
     dout_ptr,  # (T, A, D)
@@ -553,7 +557,8 @@ def _attention(
     blocks = triton.cdiv(max_seqlen, tiles.block_m)
     attention_forward_kernel[((N + 1) * A * blocks,)](
         qkv, cu_seqlens, seed, out, lse, T, N, A, blocks, stream,
-        D, tiles.block_m, tiles.block_n, threshold, precision, max_seqlen <= tiles.block_n,
+        D, tiles.block_m, tiles.block_n, threshold, precision,
+        max_seqlen <= min(tiles.block_m, tiles.block_n),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse

@@ -2,6 +2,12 @@
 
 Every op module defines `compile_cases() -> list[CompileCase]`; the report (benchmarks) compiles
 each for each architecture and reads registers, spills and tensor-core instructions off the result.
+
+A case is all that the JIT compiles for its constexprs and dtypes. It would make variants of each
+integer that is 1 or a multiple of 16 and of each pointer's alignment: eight of a LayerNorm, one
+after another inside the first steps. So `do_not_specialize` names what a batch or a layer sets; on
+sm_90, in bf16, that costs 2.3% more instructions at most. What a model's sizes set stays
+specialised where 16-byte accesses rest on it (9 accesses against 66 in `bias_gelu`).
 """
 
 from collections.abc import Mapping
@@ -23,7 +29,7 @@ class CompileCase:
         num_stages: depth of software pipelining.
         needs_wgmma: the dots must be wgmma on Hopper (HGMMA in the machine code).
         divisible_by_16: integer arguments that are multiples of 16 at run time. Pointers are taken
-            to be, as torch allocates them.
+            to be, as torch allocates them. What `do_not_specialize` names is taken to be anything.
         archs: the compute capabilities this case is shipped for, 90 for sm_90.
     """
 

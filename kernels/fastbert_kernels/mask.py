@@ -23,7 +23,7 @@ from fastbert_kernels.triton_import import tl, triton
 _BLOCK = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_ptr", "T", "V", "mask_id"])
 def _mask_kernel(
     input_ids_ptr,  # (T,) int64
     is_special_ptr,  # (V,) bool

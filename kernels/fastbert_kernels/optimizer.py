@@ -168,7 +168,7 @@ def _bounds(bounds_ptr, block):
     return tl.multiple_of(start, 16), tl.multiple_of(stop, 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["decay_end"])
 def _lamb_moments_kernel(
     master_ptr,  # (P,) fp32
     grad_ptr,  # (P,)
@@ -207,7 +207,7 @@ def _lamb_moments_kernel(
     tl.store(partials_ptr + tl.num_programs(0) + block, tl.sum(u_squares, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "decay_end"])
 def _lamb_ratios_kernel(
     partials_ptr,  # (2, blocks) fp32
     first_block_ptr,  # (parameters + 1,) int32
@@ -234,7 +234,7 @@ def _lamb_ratios_kernel(
     tl.store(rates_ptr + parameter, tl.load(scalars_ptr + _LR) * ratio)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["decay_end"])
 def _lamb_apply_kernel(
     master_ptr,  # (P,) fp32
     exp_avg_ptr,  # (P,) fp32
@@ -513,6 +513,6 @@ def compile_cases() -> list[CompileCase]:
         label = f"grad {grad}, weights {weights}"
         cases.append(
             CompileCase(name, label, kernel, signature, constexprs, num_warps,
-                        divisible_by_16=("P",))
+                        divisible_by_16=("P", "decay_end", "programs"))
         )  # fmt: skip
     return cases
