@@ -399,14 +399,14 @@ def main(config: KernelBenchConfig) -> None:
     """Runs the benchmark, prints its table, writes JSON where asked.
 
     Raises:
-        RunError: contenders that do not compute the same thing.
+        RunError: contenders that do not compute the same thing, or a file that cannot be written.
     """
     result = run(config)
+    if config.json:
+        results.write(result, Path(config.json))
     told = result["conditions"]
     print(
         f"{told['device']}, {told['threads']} threads, torch {told['torch']}; "
         f"model {config.model}, {Path(config.lengths).name} lengths"
     )
     print(table(result))
-    if config.json:
-        results.write(result, Path(config.json))

@@ -100,7 +100,8 @@ class Clock:
             torch.cuda.synchronize(self._device)
         self.seconds += time.perf_counter() - self._since
         if self.joules is not None:
-            self.joules += self._meter.joules() - self._joules_since
+            spent = self._meter.joules() - self._joules_since
+            self.joules = None if self._meter.why_not else self.joules + spent
         if self.peak_bytes is not None:
             peak = int(torch.cuda.max_memory_allocated(self._device)) - self._held_before
             self.peak_bytes = max(self.peak_bytes, peak)
@@ -465,6 +466,19 @@ def check_tokens(first: Curve, other: Curve) -> None:
         )
 
 
+def trained_rival(name: str, task: Task, weights: dict[str, Tensor], first: Curve) -> Curve:
+    """Trains Hugging Face's model from our initial weights, `weights`.
+
+    Raises:
+        RunError: it cannot be compared with `first`.
+    """
+    hf = hugging_face(name, task, weights)
+    check_start(first, hf.curve, task.execution.dtype)
+    (train_by_trainer if name == "hf-trainer" else train_by_loop)(hf)
+    check_tokens(first, hf.curve)
+    return hf.curve
+
+
 # The result
 
 
@@ -585,12 +599,13 @@ def run(config: ConvergenceBenchConfig) -> dict[str, Any]:
             if name == "hf-trainer" and why_not:
                 missing.append({"name": name, "why": why_not})
                 continue
-            hf = hugging_face(name, task, weights)
-            check_start(first, hf.curve, task.execution.dtype)
-            (train_by_trainer if name == "hf-trainer" else train_by_loop)(hf)
-            check_tokens(first, hf.curve)
-            curves.append(hf.curve)
-            del hf
+            try:
+                curves.append(trained_rival(name, task, weights, first))
+            except RunError:
+                raise
+            except Exception as error:  # an accelerate that does not fit, no memory, …
+                said = (str(error).strip().splitlines() or [""])[0][:200]
+                missing.append({"name": name, "why": f"{type(error).__name__}: {said}"})
     target = config.target_loss or max(curve.eval_losses[-1] for curve in curves)
     for curve in curves:
         if curve.seconds_to(target) is None:
@@ -623,10 +638,12 @@ def main(config: ConvergenceBenchConfig) -> None:
     """Runs the benchmark, prints its table, writes JSON and PNG where asked.
 
     Raises:
-        UserError: settings that do not fit, or a file that cannot be written.
-        RunError: contenders that do not train the same thing.
+        UserError: settings that do not fit.
+        RunError: contenders that do not train the same thing, or a file that cannot be written.
     """
     result = run(config)
+    if config.json:
+        results.write(result, Path(config.json))
     told = result["conditions"]
     print(
         f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {result['dtype']}; "
@@ -634,7 +651,5 @@ def main(config: ConvergenceBenchConfig) -> None:
         f"{config.lengths} lengths"
     )
     print(table(result))
-    if config.json:
-        results.write(result, Path(config.json))
     if config.png:
         draw(result, Path(config.png))

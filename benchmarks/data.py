@@ -476,8 +476,14 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def main(config: DataBenchConfig) -> None:
-    """Runs the benchmark, prints its table, writes JSON where asked."""
+    """Runs the benchmark, prints its table, writes JSON where asked.
+
+    Raises:
+        RunError: a file that cannot be written.
+    """
     result = run(config)
+    if config.json:
+        results_file.write(result, Path(config.json))
     told = result["conditions"]
     print(
         f"{told['device']}, {result['cores']} cores, torch {told['torch']}; "
@@ -486,5 +492,3 @@ def main(config: DataBenchConfig) -> None:
     )
     print(table(result))
     print(verdict(result["rows"]))
-    if config.json:
-        results_file.write(result, Path(config.json))

@@ -23,7 +23,8 @@ class EnergyMeter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._read = device, None
+        self._device = device
+        self._read: Callable[[], float] | None = None
         self.why_not = "a CPU has no energy counter that we read"
         if device.type != "cuda":
             return
@@ -33,18 +34,27 @@ class EnergyMeter:
             pynvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except ImportError:
-            self.why_not = "nvidia-ml-py is not installed"
-        except pynvml.NVMLError as error:
-            self.why_not = f"NVML: {error}"
+            self._read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+            self._read()
+        except ModuleNotFoundError:
+            self._without("nvidia-ml-py is not installed")
+        except Exception as error:  # of NVML's own, or an old package that lacks a function
+            self._without(f"NVML: {error}")
         else:
             self.why_not = ""
-            self._read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+
+    def _without(self, why: str) -> None:
+        self._read, self.why_not = None, why
 
     def joules(self) -> float:
-        """The counter as it stands; 0 where there is none."""
-        return self._read() if self._read is not None else 0.0
+        """The counter as it stands; 0 where there is none, or none any more (see `why_not`)."""
+        if self._read is None:
+            return 0.0
+        try:
+            return self._read()
+        except Exception as error:  # the times that were measured beside it are worth more
+            self._without(f"NVML: {error}")
+            return 0.0
 
     def measure(self, call: Callable[[int], object], seconds: float, once: float) -> Spent | None:
         """Energy of call(0), call(1), ... for about `seconds`; `once` is how long one takes."""
@@ -52,9 +62,11 @@ class EnergyMeter:
             return None
         count = max(3, round(seconds / once))
         torch.cuda.synchronize(self._device)
-        joules, started = self._read(), time.perf_counter()
+        joules, started = self.joules(), time.perf_counter()
         for index in range(count):
             call(index)
         torch.cuda.synchronize(self._device)
-        spent = self._read() - joules
+        spent = self.joules() - joules
+        if self.why_not:
+            return None
         return Spent(spent / count, spent / (time.perf_counter() - started))

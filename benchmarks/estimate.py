@@ -632,11 +632,10 @@ def main(config: EstimateConfig) -> None:
     """Prints the estimate, writes JSON where asked.
 
     Raises:
-        UserError: settings that do not fit, or a JSON path that cannot be written.
+        UserError: settings that do not fit.
+        RunError: a file that cannot be written.
     """
-    if config.json and not Path(config.json).resolve().parent.is_dir():
-        raise UserError(f"json = {config.json!r}: no such folder")
     found = estimate(config)
-    print(table(found))
     if config.json:
         result.write(as_result(found), Path(config.json))
+    print(table(found))

@@ -468,9 +468,11 @@ def main(config: InferenceBenchConfig) -> None:
 
     Raises:
         UserError: settings that do not fit.
-        RunError: contenders that do not compute the same thing.
+        RunError: contenders that do not compute the same thing, or a file that cannot be written.
     """
     result = run(config)
+    if config.json:
+        results.write(result, Path(config.json))
     told = result["conditions"]
     print(
         f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {result['dtype']}; "
@@ -479,5 +481,3 @@ def main(config: InferenceBenchConfig) -> None:
         f"{result['latency_tokens']}"
     )
     print(table(result))
-    if config.json:
-        results.write(result, Path(config.json))

@@ -723,7 +723,8 @@ def energy(replay: Replay, row: Row, meter: EnergyMeter, seconds: float) -> Row:
     if meter.why_not or not seconds:
         return {"watts": None, "joules_per_million_tokens": None}
     spent = meter.measure(lambda _: replay.graph.replay(), seconds, row["ms"] / 1e3 * replay.count)
-    assert spent is not None
+    if spent is None:  # the counter failed just now
+        return {"watts": None, "joules_per_million_tokens": None}
     counts = row["real_tokens_per_second"] is not None
     joules = spent.joules / replay.count / row["sizes"]["T"] * 1e6
     return {"watts": spent.watts, "joules_per_million_tokens": joules if counts else None}

@@ -579,12 +579,11 @@ def main(config: ProfileStepConfig) -> None:
     """Records the step, prints its table, writes the trace and the JSON.
 
     Raises:
-        UserError: settings that do not fit, or a file that cannot be written.
+        UserError: settings that do not fit.
+        RunError: a file that cannot be written.
     """
-    for name, path in (("json", Path(config.json)), ("trace", trace_path(config))):
-        if not path.resolve().parent.is_dir():
-            raise UserError(f"{name} = {str(path)!r}: no such folder")
     found = run(config)
+    result.write(found, Path(config.json))
     told = found["conditions"]
     print(
         f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {found['dtype']}; "
@@ -596,5 +595,4 @@ def main(config: ProfileStepConfig) -> None:
     print(_summary(found))
     for one in found["missing"]:
         print(f"missing: {one['name']}: {one['why']}")
-    result.write(found, Path(config.json))
     print(f"table: {config.json}; trace: {found['trace']} (opens in ui.perfetto.dev)")

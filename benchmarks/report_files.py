@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 
 from benchmarks.bench_kernels import from_stage
 from benchmarks.kernels import ROOT
-from benchmarks.result import SCHEMA_PATH, Row, check
+from benchmarks.result import Row
+from benchmarks.schema import SCHEMA, MisfitError, check
 from fastbert.errors import UserError
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -130,9 +130,8 @@ def parsed(text: str, file: str) -> Result:
         if stage not in _STAGES:
             raise UserError(f"{file}: not a result: stage {stage!r} is not one of kernels, step")
         return _STAGES[stage](content, file)
-    except jsonschema.ValidationError as error:
-        where = "/".join(map(str, error.absolute_path)) or "the file"
-        raise UserError(f"{file}: does not fit the schema: {where}: {error.message}") from None
+    except MisfitError as error:
+        raise UserError(f"{file}: does not fit the schema: {error}") from None
 
 
 def timed(row: Row) -> Row:
@@ -150,17 +149,17 @@ def timed(row: Row) -> Row:
 
 def _check_stage(content: Any, rows: str, row_needs: Sequence[str], needs: Row) -> None:
     """Their figures are the schema's; their conditions lack what was added later."""
-    schema = json.loads(SCHEMA_PATH.read_text(encoding="utf-8"))
-    row = dict(schema["properties"]["rows"]["items"], required=row_needs)
+    row = dict(SCHEMA["properties"]["rows"]["items"], required=row_needs)
     needs = {"conditions": ("device", "device_type", "torch", "commit", "date"), **needs}
     properties = {key: {"type": "object", "required": list(of)} for key, of in needs.items()}
-    jsonschema.Draft202012Validator(
+    check(
+        content,
         {
-            "$defs": schema["$defs"],
+            "$defs": SCHEMA["$defs"],
             "required": [rows, *needs],
             "properties": {rows: {"type": "array", "items": row}, **properties},
-        }
-    ).validate(content)
+        },
+    )
 
 
 def _gap(name: str, why: object) -> dict[str, str]:

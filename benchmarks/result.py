@@ -1,6 +1,7 @@
 """The file of every benchmark: what was asked, under which conditions, what was measured.
 
-`schema.json` beside this file is its published form; nothing is written that does not fit it.
+`schema.json` beside this file is its published form. What does not fit it, or finds no room, is
+kept elsewhere and said: a measured figure is never lost.
 """
 
 import importlib.metadata
@@ -8,17 +9,19 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastbert.errors import UserError
+from benchmarks.schema import MisfitError, check
+from fastbert.errors import RunError
 
 FORMAT = 1
-SCHEMA_PATH = Path(__file__).with_name("schema.json")
 _ROOT = Path(__file__).resolve().parent.parent
 _SMI_FIELDS = (
     "driver_version", "power.limit", "power.draw", "clocks.sm", "clocks.max.sm", "clocks.mem",
@@ -58,27 +61,62 @@ def make(
     }
 
 
-def check(result: Any) -> None:
-    """Raises jsonschema.ValidationError where a result does not fit `schema.json`."""
-    import jsonschema
-
-    schema = json.loads(SCHEMA_PATH.read_text(encoding="utf-8"))
-    jsonschema.Draft202012Validator(schema).validate(result)
-
-
 def write(result: Mapping[str, Any], path: Path) -> None:
     """Writes a result that fits the schema, whole or not at all.
 
+    One that does not is kept as `path` + ".unfit", which `bench report` takes for no result; where
+    nothing can be written there, among the temporary files; else it is printed.
+
     Raises:
-        UserError: it cannot be written there.
+        RunError: it does not fit, or cannot be written there; says where the figures are.
     """
-    check(result)
+    try:
+        text = json.dumps(result, indent=1)
+        check(json.loads(text))
+    except (MisfitError, TypeError) as error:  # TypeError: JSON has no such thing
+        text = json.dumps(_plain(result), indent=1)
+        kept = _kept(text, path.with_name(f"{path.name}.unfit"))
+        raise RunError(f"the result does not fit benchmarks/schema.json: {error}; {kept}") from None
+    try:
+        _replace(path, text)
+    except OSError as error:
+        kept = _kept(text, path)
+        raise RunError(f"json = {str(path)!r}: {error.strerror}; {kept}") from None
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(f"{text}\n", encoding="utf-8")
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"json = {str(path)!r}: {error.strerror}") from None
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _kept(text: str, path: Path) -> str:
+    """Writes `text` where it can, and says where that was."""
+    with suppress(OSError):
+        _replace(path, text)
+        return f"its figures are in {path}"
+    with suppress(OSError):
+        folder = tempfile.mkdtemp(prefix="fastbert-bench-")
+        _replace(Path(folder, path.name), text)
+        return f"its figures are in {Path(folder, path.name)}"
+    print(text)
+    return "its figures are what was printed last"
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it: arrays and numbers of other packages as Python's, the rest in words."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, str | int | float | None):
+        return value
+    return _plain(value.tolist()) if hasattr(value, "tolist") else repr(value)
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
@@ -122,7 +160,7 @@ def cells(row: Row) -> str:
 def gaps(rows: Sequence[Row], why: Mapping[str, str]) -> list[dict[str, str]]:
     """{"name", "why"} of each figure of `why` that no row has; watts stand for all of energy."""
     return [
-        {"name": "energy" if key == "watts" else key, "why": reason}
+        {"name": "energy" if key == "watts" else key, "why": reason or "it could not be read"}
         for key, reason in why.items()
         if all(row.get(key) is None for row in rows)
     ]

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from importlib import import_module, metadata
@@ -364,6 +365,30 @@ def _check_path(name: str, value: str, words: tuple[str, ...]) -> None:
         raise UserError(f"{name} = {value!r}: no such file or folder{meant}")
 
 
+def _check_outputs(config: object, *names: str) -> None:
+    """Refuses a file that cannot be written, before it costs the minutes of a measurement."""
+    for name in names:
+        path: str = getattr(config, name, "")
+        if not path:
+            continue
+        shown = f"{name} = {path!r}"
+        folder, file = os.path.split(path)
+        if not os.path.isdir(folder or "."):
+            raise UserError(f"{shown}: no such folder")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{shown} is no file: give the path of one")
+        probe = os.path.join(folder, f".{file}.tmp")  # as it will be written before it is renamed
+        try:
+            for place in (probe, path) if os.path.exists(path) else (probe,):
+                with open(place, "ab"):
+                    pass
+        except OSError as error:
+            raise UserError(f"{shown}: cannot be written: {error.strerror}") from None
+        finally:
+            with suppress(OSError):
+                os.remove(probe)
+
+
 _BENCHES: dict[str, tuple[str, type, str]] = {
     "step": ("a training step, side by side with Hugging Face's", StepBenchConfig, "step"),
     "kernels": ("each op, side by side with its peers", KernelBenchConfig, "bench_kernels"),
@@ -393,10 +418,7 @@ def _bench(name: str, args: argparse.Namespace) -> int:
     for setting, word in (("data", "builtin"), ("tokenizer", "train")):
         if hasattr(config, setting):
             _check_path(setting, getattr(config, setting), words=(word,))
-    for setting in ("json", "png"):
-        path = getattr(config, setting, "")
-        if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(f"{setting} = {path!r}: no such folder")
+    _check_outputs(config, "json", "png")
     import_module(f"benchmarks.{module}").main(config)
     return 0
 
@@ -405,6 +427,7 @@ def _profile_step(args: argparse.Namespace) -> int:
     config = load_config(ProfileStepConfig, None, _overrides(ProfileStepConfig, args))
     _check_model(config.model, config.max_seq_length)
     _check_path("lengths", config.lengths, words=("natural", "full"))
+    _check_outputs(config, "json", "trace")
     from benchmarks import profiling
 
     profiling.main(config)
@@ -418,6 +441,7 @@ def _profile_kernel(args: argparse.Namespace) -> int:
         meant = did_you_mean(args.name, OPS)
         raise UserError(f"unknown kernel {args.name!r}{meant} ({', '.join(OPS)})")
     config = load_config(ProfileKernelConfig, None, _overrides(ProfileKernelConfig, args))
+    _check_outputs(config, "json", "png")
     from benchmarks import profile_kernel
 
     profile_kernel.main(args.name, config)
@@ -443,6 +467,7 @@ def _estimate(args: argparse.Namespace) -> int:
     config = load_config(EstimateConfig, None, _overrides(EstimateConfig, args))
     _check_model(config.model, config.max_seq_length)
     _check_path("lengths", config.lengths, words=("natural", "full"))
+    _check_outputs(config, "json")
     from benchmarks import estimate
 
     estimate.main(config)

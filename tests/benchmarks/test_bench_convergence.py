@@ -120,6 +120,17 @@ def test_a_trainer_that_is_missing_and_a_loss_never_reached_are_told(small, monk
     assert "never" in convergence.table(result)
 
 
+def test_a_rival_that_fails_costs_nothing_of_what_was_measured(small, monkeypatch):
+    def fails(hf):
+        raise ImportError("Trainer needs a newer accelerate\nthan this one")
+
+    monkeypatch.setattr(convergence, "train_by_loop", fails)
+    result = convergence.run(dataclasses.replace(small, max_steps=2))
+    assert [row["name"] for row in result["rows"]] == ["fastbert"]
+    missing = {one["name"]: one["why"] for one in result["missing"]}
+    assert missing["hf-loop"] == "ImportError: Trainer needs a newer accelerate"
+
+
 def test_full_sequences_are_not_cut_short(small, tmp_path, capsys):
     text = Path(small.data).read_text().replace("\n\n", "\n").splitlines()
     long = "\n\n".join("\n".join(text[start : start + 60]) for start in range(0, len(text), 60))
