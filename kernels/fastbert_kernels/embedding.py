@@ -88,7 +88,7 @@ def _embed(
     return types, tl.where(mask, z, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_ptr", "T", "V", "P", "stream"])
 def _forward_kernel(
     input_ids_ptr,  # (T,) int64
     token_type_ids_ptr,  # (T,) int64
@@ -135,7 +135,7 @@ def _forward_kernel(
     tl.store(rstd_ptr + row, rstd, row < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_ptr", "T", "V", "P", "stream"])
 def _rows_backward_kernel(
     dy_ptr,  # (T, H)
     input_ids_ptr,  # (T,) int64
@@ -203,7 +203,7 @@ def _rows_backward_kernel(
     tl.store(partials_ptr + 3 * H, tl.sum(dtype1, axis=0), column < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "ROWS", "skip_key"])
 def _sum_pieces_kernel(
     dz_ptr,  # (T, H)
     keys_ptr,  # (2 T,) int64, sorted
@@ -253,7 +253,7 @@ def _sum_pieces_kernel(
         tl.store(partials_ptr + place * H + column, sums, column < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "skip_key"])
 def _join_pieces_kernel(
     keys_ptr,  # (2 T,) int64, sorted
     dtables_ptr,  # (ROWS, H)
@@ -400,6 +400,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 13
     *saved, seed = ctx.saved_tensors
     dtables, dparameters = _backward(
         dy.contiguous(), *saved, ctx.pad_token_id, ctx.dropout_p, seed, ctx.stream

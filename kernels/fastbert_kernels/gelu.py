@@ -79,7 +79,7 @@ def gelu_slope(x, TANH: tl.constexpr):
     return x * share, share + x * _RSQRT_2PI * tl.exp2(x * x * -_HALF_LOG2_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _bias_gelu_kernel(
     x_ptr,  # (R, H)
     bias_ptr,  # (H,)
@@ -100,7 +100,7 @@ def _bias_gelu_kernel(
     tl.store(y_ptr + offset, gelu(x + bias[None, :], TANH).to(y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _gelu_backward_kernel(
     dy_ptr,  # (R, H)
     x_ptr,  # (R, H)
@@ -136,7 +136,7 @@ def _gelu_backward_kernel(
     tl.store(partials_ptr, tl.sum(dbias, axis=0), column < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _gelu_layer_norm_kernel(
     x_ptr,  # (R, H)
     bias_ptr,  # (H,)
@@ -167,7 +167,7 @@ def _gelu_layer_norm_kernel(
     tl.store(rstd_ptr + row, rstd, row < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _gelu_layer_norm_backward_kernel(
     dy_ptr,  # (R, H)
     x_ptr,  # (R, H)
@@ -367,10 +367,13 @@ def _(dy, x, bias, weight, mean, rstd, approximate):
 
 def _save_gelu_layer_norm(ctx, inputs, output):
     x, bias, weight, _, _, ctx.approximate = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, bias, weight, *output[1:])
 
 
 def _gelu_layer_norm_gradients(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 6
     dx, dparameters = _gelu_layer_norm_backward(
         dy.contiguous(), *ctx.saved_tensors, ctx.approximate
     )

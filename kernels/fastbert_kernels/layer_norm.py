@@ -99,7 +99,7 @@ def add_rows(
     return total + tl.sum(tl.reshape(addend, (TURNS, SUM_R, BLOCK_H)), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_ptr", "R", "stream"])
 def _forward_kernel(
     x_ptr,  # (R, H)
     bias_ptr,  # (H,)
@@ -144,7 +144,7 @@ def _forward_kernel(
     tl.store(rstd_ptr + row, rstd, row < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_ptr", "R", "stream"])
 def _backward_kernel(
     dy_ptr,  # (R, H)
     z_ptr,  # (R, H)
@@ -292,10 +292,13 @@ def _(dy, z, weight, mean, rstd, dropout_p, seed, stream):
 def _save(ctx, inputs, output):
     _, _, _, weight, _, _, ctx.dropout_p, seed, ctx.stream = inputs
     _, z, mean, rstd = output
+    ctx.set_materialize_grads(False)  # zeros for z: 100 MB, 33 us at 65,536 x 768 in bf16
     ctx.save_for_backward(z, weight, mean, rstd, seed)
 
 
 def _gradients(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 9
     *saved, seed = ctx.saved_tensors
     dx, dresidual, dparameters = _backward(dy.contiguous(), *saved, ctx.dropout_p, seed, ctx.stream)
     if keep_threshold(ctx.dropout_p) == 256:
