@@ -284,12 +284,12 @@ def main(config: StepBenchConfig) -> None:
     """Runs the benchmark, prints its table, writes JSON where asked.
 
     Raises:
-        UserError: settings that do not fit, or a JSON path that cannot be written.
-        RunError: contenders that do not compute the same thing.
+        UserError: settings that do not fit.
+        RunError: contenders that do not compute the same thing, or a file that cannot be written.
     """
-    if config.json and not Path(config.json).resolve().parent.is_dir():
-        raise UserError(f"json = {config.json!r}: no such folder")
     result = run(config)
+    if config.json:
+        results.write(result, Path(config.json))
     told = result["conditions"]
     share = result["real_tokens"] / result["padded_tokens"]
     print(
@@ -298,5 +298,3 @@ def main(config: StepBenchConfig) -> None:
         f"{result['real_tokens']} real tokens ({share:.0%} of the padded)"
     )
     print(table(result))
-    if config.json:
-        results.write(result, Path(config.json))
