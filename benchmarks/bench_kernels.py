@@ -50,6 +50,7 @@ from benchmarks.kernel_timings import (
     peer_of,
 )
 from benchmarks.kernels import model_sizes
+from benchmarks.processes import one_line
 from benchmarks.result import HEADS, Row, cells, gaps
 from benchmarks.step import peak_of
 from fastbert.config import KERNEL_OPS, PRESETS, KernelBenchConfig
@@ -236,7 +237,7 @@ def measure(
             except Exception as error:
                 if contender.name in ("ours", "reference"):
                     raise
-                missing.append({"name": name, "why": gpu_kernels.one_line(error)})
+                missing.append({"name": name, "why": one_line(error)})
         times = timing.interleaved(replays, device, rounds, seconds=SECONDS)
         told = {"op": workload.op, "direction": direction, "sizes": workload.sizes}
         rows = []

@@ -10,6 +10,7 @@ B sequences, S longest sequence, T real tokens of a batch, M masked tokens, V vo
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.flops import MLM_PROBABILITY
 from fastbert.config import ModelConfig, PretrainConfig
@@ -41,7 +43,9 @@ PaddedBatch = dict[str, Tensor]
 RIVALS = {
     "hf-eager": "Hugging Face, eager attention",
     "hf-sdpa": "Hugging Face, PyTorch's scaled_dot_product_attention",
+    "hf-sdpa-cudnn": "the same, cuDNN's attention before PyTorch's own (1.7 to 2.3x, padded)",
     "hf-flash": "Hugging Face, FlashAttention 2 (package flash-attn)",
+    "hf-flash-flat": "the same on sequences laid end to end, masked words alone",
     "hf-eager-compile": "the same under torch.compile",
     "hf-sdpa-compile": "the same under torch.compile",
     "hf-flash-compile": "the same under torch.compile",
@@ -57,12 +61,10 @@ class MissingError(Exception):
 
 
 @dataclasses.dataclass
-class Contender:
-    """One way to train: how to step, what shows that it computes the same, what was measured."""
+class Evidence:
+    """What shows that a contender does the work of another."""
 
     name: str
-    step: Callable[[int], object]
-    """Trains on batch `index`; may return before the device is done."""
     token_losses: Tensor
     """(M,) of batch 0 with the initial weights, dropout off."""
     losses_dtype: torch.dtype
@@ -71,6 +73,16 @@ class Contender:
     """Whether two forwards in training mode differ."""
     real_tokens: int
     """Of a batch: what its throughput is counted in."""
+    sequences: int
+    """Of a batch."""
+
+
+@dataclasses.dataclass
+class Contender(Evidence):
+    """One way to train: how to step, what shows that it computes the same, what was measured."""
+
+    step: Callable[[int], object]
+    """Trains on batch `index`; may return before the device is done."""
     state_bytes: int
     """Weights, masters and moments, which live between steps."""
     keeps_memory: bool = False
@@ -135,6 +147,7 @@ def make_batches(
     S: int,
     vocab_size: int,
     rng: np.random.Generator,
+    low: int = 1000,  # the first id that is a word
 ) -> tuple[list[PaddedBatch], list[Batch]]:
     """The same random sequences twice: padded for the rivals, packed for us.
 
@@ -145,7 +158,7 @@ def make_batches(
     for _ in range(NUM_BATCHES):
         lengths = rng.permutation(lengths)
         real = np.arange(S) < lengths[:, None]
-        ids = rng.integers(1000, vocab_size, (B, S)) * real
+        ids = rng.integers(low, vocab_size, (B, S)) * real
         types = ((np.arange(S) >= lengths[:, None] // 2) & real).astype(np.int64)
         masked = np.zeros((B, S), dtype=bool)
         for row, length in enumerate(lengths):  # never [CLS] or the last [SEP], as in training
@@ -192,6 +205,7 @@ def ours(
     *,
     graph: bool = False,
     main_grads: bool = True,
+    losses_dtype: torch.dtype = torch.float32,
 ) -> Contender:
     """fastbert's own training step, the one `fastbert pretrain` runs.
 
@@ -199,16 +213,19 @@ def ours(
         name, model, batches, recipe, dtype: what to train, on what.
         graph: whether the step is launched as one CUDA graph.
         main_grads: whether products add weight gradients straight to the flat buffer.
+        losses_dtype: what the evidence is computed in: fp32 but for ops that have none.
     """
     batch = batches[0]
+    plain = model if losses_dtype == torch.float32 else copy.deepcopy(model).to(losses_dtype)
     with torch.no_grad():
-        logits = model.eval().predict(*model_inputs(batch)).mlm
+        logits = plain.eval().predict(*model_inputs(batch)).mlm
         losses = F.cross_entropy(logits, batch.masked_labels, reduction="none").cpu()
         sums = []
         for step in (0, 1):
-            model.train().seed_dropout(recipe.seed, step)
-            mlm, _ = model(*model_inputs(batch), batch.masked_labels, batch.next_sentence_labels)
+            plain.train().seed_dropout(recipe.seed, step)
+            mlm, _ = plain(*model_inputs(batch), batch.masked_labels, batch.next_sentence_labels)
             sums.append(float(mlm))
+        del plain, logits
     train_step = TrainStep(model, recipe, dtype, main_grads=main_grads)
     launch = launcher(train_step, graph, accumulates=False)
     flat = train_step.flat
@@ -216,13 +233,14 @@ def ours(
     if flat.weights is not flat.master:
         state.append(flat.weights)
     return Contender(
-        name,
-        lambda index: launch([batches[index % NUM_BATCHES]]),
-        losses,
-        torch.float32,
-        sums[0] != sums[1],
-        batch.num_tokens,
-        _bytes(state),
+        name=name,
+        token_losses=losses,
+        losses_dtype=losses_dtype,
+        drops=sums[0] != sums[1],
+        real_tokens=batch.num_tokens,
+        sequences=batch.num_sequences,
+        step=lambda index: launch([batches[index % NUM_BATCHES]]),
+        state_bytes=_bytes(state),
         keeps_memory=True,
     )
 
@@ -253,11 +271,14 @@ def rival(
         raise MissingError("Liger-Kernel has no BERT; its ops are peers of `bench kernels`")
     if "compile" in name and not can_compile(device):
         raise MissingError("torch.compile needs a C++ compiler here")
+    real_tokens, sequences = int(batches[0]["attention_mask"].sum()), len(batches[0]["labels"])
     model: Any
     if name == "torch-encoder":
         model = TorchEncoder(sizes, weights).to(device)
     else:
         model = _hugging_face(name, sizes, weights, dtype).to(device)
+    if name.endswith("-flat"):
+        model, batches = _Flat(model), [flattened(batch) for batch in batches]
     check_dtype = dtype if name.startswith("hf-flash") else torch.float32
 
     def autocast(to: torch.dtype) -> contextlib.AbstractContextManager[Any]:
@@ -283,13 +304,18 @@ def rival(
         eps=recipe.adam_epsilon,
         fused=True,
     )  # fmt: skip
+    attention_order: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    if name.endswith("-cudnn"):
+        if device.type != "cuda":
+            raise MissingError("cuDNN's attention needs a GPU")
+        attention_order = _cudnn_first
     forward = model
     if "compile" in name:
         mode = "max-autotune" if name.endswith("-max") else "default"
         forward = torch.compile(model, dynamic=False, mode=mode)
 
     def step(index: int) -> None:
-        with autocast(dtype):
+        with autocast(dtype), attention_order():
             loss = forward(**batches[index % NUM_BATCHES]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
@@ -297,21 +323,65 @@ def rival(
         optimizer.zero_grad(set_to_none=True)
 
     return Contender(
-        name,
-        step,
-        losses.cpu(),
-        check_dtype,
-        drops,
-        int(batch["attention_mask"].sum()),
+        name=name,
+        token_losses=losses.cpu(),
+        losses_dtype=check_dtype,
+        drops=drops,
+        real_tokens=real_tokens,
+        sequences=sequences,
+        step=step,
         # Weights and two moments; gradients are freed after each step and so count in its peak.
-        3 * _bytes(list(model.parameters())),
+        state_bytes=3 * _bytes(list(model.parameters())),
     )
+
+
+def _cudnn_first() -> contextlib.AbstractContextManager[Any]:
+    order = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # fmt: skip
+    return sdpa_kernel(list(order), set_priority=True)
+
+
+def part_of(batch: PaddedBatch, count: int) -> Tensor:  # (count,)
+    """Rows of a batch whose lengths stand for all: every so-manieth by length, in their order.
+
+    Batches with the same lengths in another order give parts with the same lengths.
+    """
+    by_length = batch["attention_mask"].sum(1).argsort(stable=True)
+    ranks = torch.arange(count, device=by_length.device) * len(by_length) // count
+    return by_length[ranks].sort().values
+
+
+def flattened(batch: PaddedBatch) -> dict[str, Any]:
+    """The sequences end to end as one row, as transformers' DataCollatorWithFlattening does."""
+    real = batch["attention_mask"].bool()
+    lengths = real.sum(1)
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+    positions = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    flat = {name: batch[name][real][None] for name in ("input_ids", "token_type_ids", "labels")}
+    longest = int(lengths.max())
+    return flat | {
+        "position_ids": positions[real][None],
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
+        "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
+
+
+class _Flat(nn.Module):
+    """A model without next-sentence head: one row has one [CLS] for all its sequences."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> "_Output":
+        output = self.model(**inputs)
+        return _Output(output.loss, output.logits)
 
 
 def _hugging_face(
     name: str, sizes: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> nn.Module:
-    from transformers import BertConfig, BertForPreTraining
+    from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
     from fastbert.config import to_hf_dict
 
@@ -324,7 +394,7 @@ def _hugging_face(
             raise MissingError("FlashAttention takes fp16 or bf16, not fp32")
         attention = "flash_attention_2"
     config._attn_implementation = attention
-    model = BertForPreTraining(config)
+    model = (BertForMaskedLM if name.endswith("-flat") else BertForPreTraining)(config)
     model.load_state_dict(weights, strict=False)
     return model
 
@@ -422,7 +492,7 @@ def _torch_names(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     return found
 
 
-def check_fair(reference: Contender, other: Contender, drops: bool) -> None:
+def check_fair(reference: Evidence, other: Evidence, drops: bool) -> None:
     """Refuses to compare contenders that do not do the same work.
 
     Raises:

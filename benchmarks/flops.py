@@ -25,6 +25,18 @@ def flops_per_token(
     return 72 * L * H**2 + 12 * L * H * s + MLM_PROBABILITY * 6 * (H**2 + H * V)
 
 
+def executed_flops_per_token(
+    sizes: ModelConfig,
+    lengths: np.ndarray,  # (B,)
+    masked: int,
+) -> float:
+    """What our step computes of `flops_per_token`: beyond its attention, the last layer runs only
+    at the `masked` and the B [CLS] positions. Recomputation inside attention is not counted."""
+    T, H = float(lengths.sum()), sizes.hidden_size
+    skipped = 54 * H**2 * max(0.0, T - masked - len(lengths)) / T
+    return flops_per_token(sizes, lengths) - skipped
+
+
 def peak_flops(device: torch.device) -> float | None:
     """The datasheet's dense bf16 FLOPs a second; None where we do not know them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

@@ -14,36 +14,37 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernels import OPS, ROOT
+from benchmarks import processes
+from benchmarks.kernels import OPS
+from benchmarks.processes import one_line, write_json
 
 CEILINGS = "ceilings"
 FAULTS = ("fault:raise", "fault:kill", "fault:hang")  # stand in for an op, to try the above out
 PARTS = {"attention": 4, "linear_gelu": 2}  # processes that compile an op's kernels
 WARM_SECONDS = 90.0
-STDERR_LINES = 5
+HALVES = ("checks", "timings")
 
 Found = dict[str, Any]
-
-
-def write_json(path: Path, content: object) -> None:
-    """At once or not at all: a reader never finds half a file."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 # The process of one op
 
 
 def work(
-    op: str, path: Path, device_type: str, quick: bool, part: str | None, asked: Found
+    op: str,
+    path: Path,
+    device_type: str,
+    quick: bool,
+    part: str | None,
+    asked: Found,
+    halves: Sequence[str],
+    waits: bool,
 ) -> None:
     """Checks and times one op, or compiles what a share (part) of that needs."""
     import torch
@@ -54,7 +55,8 @@ def work(
 
     if device_type == "cuda":
         importlib.import_module("torch._inductor.compile_fx")
-    sys.stdin.readline()  # the GPU is ours from here on
+    if waits:
+        processes.wait()
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
@@ -62,8 +64,11 @@ def work(
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
         if part is not None:
             index, parts = map(int, part.split("/"))
-            kernel_checks.warm_up(op, device, quick, index, parts)
-            kernel_timings.warm_up(op, device, quick, index, parts, kernel_timings.Asked(**asked))
+            if "checks" in halves:
+                kernel_checks.warm_up(op, device, quick, index, parts)
+            if "timings" in halves:
+                wanted = kernel_timings.Asked(**asked)
+                kernel_timings.warm_up(op, device, quick, index, parts, wanted)
         elif op == CEILINGS:
             found: Found = {"conditions": results.conditions(device)}
             write_json(path, found)
@@ -72,11 +77,13 @@ def work(
                 found["conditions"]["nvidia_smi_after_load"] = results.nvidia_smi()
             write_json(path, found)
         else:
-            for found in measured(op, device, quick, asked):
+            for found in measured(op, device, quick, asked, halves):
                 write_json(path, found)
 
 
-def measured(op: str, device: Any, quick: bool, asked: Found) -> Iterator[Found]:
+def measured(
+    op: str, device: Any, quick: bool, asked: Found, halves: Sequence[str] = HALVES
+) -> Iterator[Found]:
     """What is known of `op`, again and again as more is found."""
     from benchmarks import kernel_checks, kernel_timings
 
@@ -84,12 +91,15 @@ def measured(op: str, device: Any, quick: bool, asked: Found) -> Iterator[Found]
     if op in FAULTS:
         yield found | {"checks": [{"check": "before the fault", "ok": True}]}
         fail(op)
-    for name, rows in kernel_checks.checks_of(op, device, quick):
+    groups = kernel_checks.checks_of(op, device, quick) if "checks" in halves else ()
+    for name, rows in groups:
         try:
             found["checks"] += list(rows)
         except Exception as error:
             found["checks"].append({"check": name, "ok": False, "why": one_line(error)})
         yield found
+    if "timings" not in halves:
+        return
     wanted = kernel_timings.Asked(**asked)
     for workload in kernel_timings.workloads(op, device, quick, wanted):
         try:
@@ -100,10 +110,6 @@ def measured(op: str, device: Any, quick: bool, asked: Found) -> Iterator[Found]
             row = {"op": op, "direction": workload.directions[0], "sizes": workload.sizes}
             found["timings"].append(row | {"contender": "ours", "why": one_line(error)})
             yield found
-
-
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 def fail(fault: str) -> None:
@@ -124,54 +130,14 @@ def start(
     quick: bool,
     part: str | None = None,
     asked: Mapping[str, Any] | None = None,
-) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu_kernels", op, str(path), device_type]
-    command += ["--quick"] * quick + (["--part", part] if part else [])
-    command += ["--asked", json.dumps(asked or {})]
-    environment = dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS="1")
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    environment.pop("TRITON_INTERPRET", None)
-    if device_type == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, errors="replace", process_group=0,
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    """Ends a process that runs, and all that it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    for pipe in (process.stdin, process.stderr):
-        if pipe is not None:
-            pipe.close()
-
-
-def finish(process: subprocess.Popen[str], seconds: float) -> str | None:
-    """Lets a waiting process go and waits for it; what went wrong, if anything."""
-    seconds = max(0.0, seconds)
-    try:
-        _, errors = process.communicate("go\n", timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        stop(process)
-        said: Any = error.stderr or b""  # bytes, whatever the stub says
-        return f"stopped after {seconds:.0f} s: {last_lines(said.decode(errors='replace'))}"
-    except BaseException:  # we are being ended ourselves
-        stop(process)
-        raise
-    if process.returncode == 0:
-        return None
-    return f"exit code {process.returncode}: {last_lines(errors)}"
-
-
-def last_lines(text: str) -> str:
-    """The last line, which names an error, and then those before it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(reversed(lines[-STDERR_LINES:]))[:1000]
+    halves: Sequence[str] = HALVES,
+) -> processes.Process:
+    """A waiting process of one op."""
+    arguments = [op, str(path.resolve()), device_type, *["--quick"] * quick]
+    arguments += ["--part", part] if part else []
+    arguments += ["--only", halves[0]] if len(halves) == 1 else []
+    arguments += ["--asked", json.dumps(asked or {})]
+    return processes.start("benchmarks.gpu_kernels", arguments, device_type)
 
 
 def compile_all(
@@ -180,29 +146,29 @@ def compile_all(
     device_type: str,
     quick: bool,
     asked: Mapping[str, Any] | None = None,
+    halves: Sequence[str] = HALVES,
+    seconds: float = WARM_SECONDS,
 ) -> list[str]:
     """Fills the caches, as many processes at once as there are cores; says what did not work."""
     shares = [(op, f"{i}/{PARTS.get(op, 1)}") for op in ops for i in range(PARTS.get(op, 1))]
-    deadline = time.monotonic() + WARM_SECONDS
+    deadline = time.monotonic() + seconds
     notes = []
     cores = os.cpu_count() or 1
     for first in range(0, len(shares), cores):
         running = [
-            (op, part, start(op, folder / "unused", device_type, quick, part, asked))
+            (op, part, start(op, folder / "unused", device_type, quick, part, asked, halves))
             for op, part in shares[first : first + cores]
         ]
         try:
             for _, _, process in running:
-                assert process.stdin is not None
-                process.stdin.write("go\n")
-                process.stdin.flush()
+                processes.go(process)
             for op, part, process in running:
-                why = finish(process, deadline - time.monotonic())
+                why = processes.finish(process, deadline - time.monotonic())
                 if why:
                     notes.append(f"compiling {op} {part}: {why}")
         finally:
             for _, _, process in running:
-                stop(process)
+                processes.stop(process)
     return notes
 
 
@@ -238,16 +204,15 @@ def run(
         stage["compile_seconds"] = time.monotonic() - started
         print(f"compiled in {stage['compile_seconds']:.0f} s", flush=True)
     jobs = [CEILINGS, *ops]
-    waiting: list[subprocess.Popen[str]] = []
+    waiting: list[processes.Process] = []
     try:
         for index, op in enumerate(jobs):
             for later in jobs[index + len(waiting) : index + 2]:  # this one and the next
                 path(folder, later).unlink(missing_ok=True)
                 waiting.append(start(later, path(folder, later), device_type, quick, asked=asked))
             process, began = waiting.pop(0), time.monotonic()
-            error = finish(process, timeout)
-            file = path(folder, op)
-            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            error = processes.finish(process, timeout)
+            found = processes.read_json(path(folder, op))
             add(stage, op, found, error, time.monotonic() - began, commit)
             stage["seconds"] = time.monotonic() - started
             write_json(out / "kernels.json", stage)
@@ -255,7 +220,7 @@ def run(
                   flush=True)  # fmt: skip
     finally:
         for process in waiting:
-            stop(process)
+            processes.stop(process)
     print(table(stage))
     return 1 if failures(stage) else 0
 
@@ -277,9 +242,10 @@ def add(
         if error or "ceilings" not in stage:
             stage["ops"][op] = {"error": error or "no ceilings", "checks": [], "seconds": seconds}
         return
-    stage["ops"][op] = {
-        "error": error, "checks": found.get("checks", []), "seconds": round(seconds, 1)
-    }  # fmt: skip
+    told = stage["ops"].setdefault(op, {"error": None, "checks": [], "seconds": 0.0})
+    told["error"] = error or told["error"]
+    told["checks"] += found.get("checks", [])
+    told["seconds"] = round(told["seconds"] + seconds, 1)
     rows = found.get("timings", [])
     if "ceilings" in stage:
         hopper = (stage["conditions"].get("gpu") or {}).get("capability", 90) >= 90
@@ -382,8 +348,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--part")
     parser.add_argument("--asked", type=json.loads, default={})
+    parser.add_argument("--only", choices=HALVES)
+    parser.add_argument("--wait", action="store_true")
     args = parser.parse_args(argv)
-    work(args.op, args.path, args.device, args.quick, args.part, args.asked)
+    halves = (args.only,) if args.only else HALVES
+    work(
+        args.op, args.path, args.device, args.quick, args.part, args.asked, halves, args.wait
+    )  # fmt: skip
     return 0
 
 

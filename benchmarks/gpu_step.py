@@ -1,9 +1,10 @@
-"""The training step on a GPU: stage `step` of `python -m benchmarks.gpu`.
+"""The training step on a GPU: the stages `step` and `rivals` of `python -m benchmarks.gpu`.
 
-Each workload runs in a process of its own and writes one JSON file as it ends: first that our eager
-step and our graph give the same losses and that neither waits for the device, then our graph, our
-eager step and Hugging Face's variants in interleaved rounds, then our graph with each saving
-switched off in turn, then the floor: the step's bare matrix products through cuBLAS.
+Every contender of a workload runs in a process of its own, so that a failed capture or a full
+memory stays with it: our graph first, then its rivals, then our graph again, which shows how far
+the machine has drifted meanwhile. A rival that does not fit the memory with the whole batch gets
+the largest part of it that fits, and is compared by the token. `collect` makes of what the
+processes leave one result: it admits a rival only where the loss of every masked token agrees.
 
 L layers, H hidden size, F intermediate size, V vocabulary, T tokens, M masked tokens, N sequences.
 """
@@ -11,13 +12,8 @@ L layers, H hidden size, F intermediate size, V vocabulary, T tokens, M masked t
 import argparse
 import dataclasses
 import gc
-import json
-import os
-import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,18 +22,24 @@ import numpy as np
 import torch
 
 from benchmarks import contenders as ways
+from benchmarks import processes, step, timing
 from benchmarks import result as results
-from benchmarks import step, timing
-from benchmarks.contenders import Contender, PaddedBatch
-from fastbert.config import model_config
+from benchmarks.contenders import Contender, Evidence, PaddedBatch
+from benchmarks.flops import executed_flops_per_token, flops_per_token
+from benchmarks.processes import one_line
+from benchmarks.profiling import side_stream
+from fastbert.config import ModelConfig, model_config
 from fastbert.data.batch import Batch
+from fastbert.errors import RunError
 from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE, Ops, cpu_ops, triton_ops
-from fastbert.train.graph import launcher
-from fastbert.train.step import TrainStep
+from fastbert.train.device import is_out_of_memory
 
 SEED = 42
+FLOOR = "floor"
+OURS, AGAIN = "fastbert", "fastbert again"
+PARTS_OF_A_BATCH = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,7 @@ class Workload:
     B: int
     S: int
     lengths: str  # "full", "natural" or "mlperf"
-    against: tuple[str, ...]
-    targets: dict[str, float]
+    targets: Mapping[str, float]
     """Name of a figure -> the least it should be (`floor`, `memory`: the most)."""
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
@@ -63,126 +64,177 @@ class Workload:
         found = np.clip(np.rint(rng.normal(0.5, 0.34, self.B) * self.S), 16, self.S)
         return np.asarray(found, dtype=np.int64)
 
+    @property
+    def sizes(self) -> ModelConfig:
+        """Of the model; with a small vocabulary in a rehearsal, where the interpreter is slow."""
+        sizes = model_config(self.model)
+        return dataclasses.replace(sizes, vocab_size=2000) if self.model == "tiny" else sizes
 
-_RIVALS = ("hf-eager", "hf-sdpa", "hf-sdpa-compile", "hf-sdpa-compile-max")
-# In the order of what one would miss most, should the time run out.
-WORKLOADS = (
-    Workload("base-512-full", "base", 64, 512, "full", _RIVALS,
-             {"tokens_per_second": 850e3, "mfu": 0.5, "hf-eager": 3, "hf-sdpa": 2,
-              "hf-sdpa-compile": 1.5, "floor": 1.35, "memory": 0.5}),
-    Workload("large-512-mlperf", "large", 96, 512, "mlperf", ("hf-sdpa",),
-             {"tokens_per_second": 248e3, "sequences_per_second": 975}),
-    Workload("base-512-natural", "base", 96, 512, "natural", _RIVALS[:3],
-             {"hf-eager": 5, "hf-sdpa": 4, "hf-sdpa-compile": 3}),
-    Workload("base-128-full", "base", 256, 128, "full", _RIVALS[1:3],
-             {"tokens_per_second": 950e3}),
-)  # fmt: skip
-_TINY = Workload("tiny-64-natural", "tiny", 8, 64, "natural", ("hf-sdpa",), {})
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("base-512-full", "base", 64, 512, "full",
+                 {"tokens_per_second": 850e3, "mfu": 0.5, "hf-eager": 3, "hf-sdpa": 2,
+                  "hf-sdpa-cudnn": 1.5, "hf-sdpa-compile": 1.5, "floor": 1.35, "memory": 0.5}),
+        Workload("large-512-mlperf", "large", 96, 512, "mlperf",
+                 {"tokens_per_second": 248e3, "sequences_per_second": 975}),
+        Workload("base-128-full", "base", 256, 128, "full", {"tokens_per_second": 950e3}),
+        Workload("base-512-natural", "base", 96, 512, "natural",
+                 {"hf-eager": 5, "hf-sdpa": 4, "hf-sdpa-cudnn": 3, "hf-sdpa-compile": 3}),
+        Workload("tiny-64-natural", "tiny", 8, 64, "natural", {"hf-sdpa": 1.0}),
+    )
+}  # fmt: skip
+TINY = "tiny-64-natural"
+"""What a rehearsal on a CPU runs in place of the others."""
+
+# Our step with one saving switched off. "model" and "attention" change the model, "reference" takes
+# plain PyTorch for every op; the rest as `contenders.ours`, or settings of the recipe.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "without the CUDA graph": {"graph": False},
+    "last layer everywhere": {"model": {"last_layer_masked_only": False}},
+    "gradients by autograd, then copied": {"main_grads": False},
+    "torch's fused AdamW": {"optim": "adamw_torch_fused"},
+    "gradients in bf16": {"gradient_precision": "bf16"},
+    "FlashAttention 2 of PyTorch": {"attention": "torch"},
+    "layers computed twice (checkpointing)": {"model": {"gradient_checkpointing": True}},
+    "plain PyTorch ops": {"reference": True, "graph": False},
+}
 
 
 class Bench:
-    """One workload on one device: its batches, and contenders made when they are needed."""
+    """One workload: its batches and weights, made on the CPU and moved when the GPU is ours."""
 
-    def __init__(self, workload: Workload, device: torch.device, dtype: torch.dtype) -> None:
-        self.workload, self.device, self.dtype = workload, device, dtype
-        self.sizes = model_config(workload.model)
+    def __init__(self, workload: Workload, dtype: torch.dtype) -> None:
+        self.workload, self.dtype, self.device = workload, dtype, torch.device("cpu")
+        self.sizes = workload.sizes
         rng = np.random.default_rng(SEED)
         self.lengths = workload.draw(rng)
-        padded, packed = ways.make_batches(self.lengths, workload.S, self.sizes.vocab_size, rng)
-        self.padded: list[PaddedBatch] = [
-            {key: value.to(device) for key, value in batch.items()} for batch in padded
-        ]
-        self.packed: list[Batch] = [batch.to(device) for batch in packed]
-        weights = to_hf(dict(self.model().named_parameters()), self.sizes)
-        self.weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        self.padded: list[PaddedBatch]
+        self.packed: list[Batch]
+        self.padded, self.packed = ways.make_batches(
+            self.lengths, workload.S, self.sizes.vocab_size, rng
+        )
+        torch.manual_seed(SEED)
+        self._initial = Bert(self.sizes).state_dict()
+
+    def to(self, device: torch.device) -> "Bench":
+        """Moves the batches."""
+        self.device = device
+        self.padded = [{k: v.to(device) for k, v in batch.items()} for batch in self.padded]
+        self.packed = [batch.to(device) for batch in self.packed]
+        return self
 
     def model(self, ops: Ops | None = None, **options: Any) -> Bert:
         """The same initial weights every time."""
-        torch.manual_seed(SEED)
         if ops is None:
             ops = triton_ops() if self.device.type == "cuda" else cpu_ops(False)
-        return Bert(self.sizes, ops, **options).to(self.device)
+        with torch.device("meta"):
+            model = Bert(self.sizes, ops, **options)
+        model.to_empty(device=self.device)
+        sites = torch.arange(len(model.dropout_state), device=self.device)
+        model.dropout_state.zero_()[:, 2] = sites
+        model.load_state_dict(self._initial)
+        return model
 
-    def ours(self, name: str, model: Bert | None = None, **options: Any) -> Contender:
-        """Our step; `options` are those of `step.ours`, others change the recipe."""
+    def ours(self, name: str) -> Contender:
+        """Our step, whole or as an entry of `ABLATIONS` changes it."""
+        options = dict(ABLATIONS.get(name, {}))
+        ops, losses_dtype = None, torch.float32
+        if options.pop("reference", False):
+            ops = REFERENCE
+        if "attention" in options:  # FlashAttention has no fp32
+            ops, losses_dtype = triton_ops(options.pop("attention")), self.dtype
+        model = self.model(ops, **options.pop("model", {}))
         own = {key: options.pop(key) for key in ("graph", "main_grads") if key in options}
         own.setdefault("graph", self.device.type == "cuda")
+        recipe = ways.make_recipe(SEED, **options)
         return ways.ours(
-            name, model or self.model(), self.packed, ways.make_recipe(SEED, **options),
-            self.dtype, **own,
-        )  # fmt: skip
-
-    def rival(self, name: str) -> Contender:
-        """Hugging Face's step."""
-        return ways.rival(
-            name, self.sizes, self.weights, self.padded, ways.make_recipe(SEED),
-            self.dtype, self.device,
-        )  # fmt: skip
-
-
-def check(bench: Bench) -> dict[str, bool | str]:
-    """Our step in its forms: same losses, same weights, no question to the host."""
-    found: dict[str, bool | str] = {}
-    cuda = bench.device.type == "cuda"
-    kinds: dict[str, dict[str, Any]] = {"one micro-batch": {}}
-    if cuda:
-        kinds |= {
-            "two micro-batches": {"gradient_accumulation_steps": 2},
-            "LAMB": {"optim": "lamb"},
-        }
-    for kind, changes in kinds.items():
-        eager, kept, _ = _trained(bench, False, **changes)
-        again, other, _ = _trained(bench, False, **changes)
-        same = eager == again and torch.equal(kept.flat.master, other.flat.master)
-        found[f"{kind}: same bits twice"] = same
-        found[f"{kind}: losses are finite and fall"] = bool(
-            np.isfinite(eager).all() and eager[-1] < eager[0]
+            name, model, self.packed, recipe, self.dtype, losses_dtype=losses_dtype, **own
         )
-        del again, other
-        if not cuda:
-            continue
-        recorded, graphed, launch = _trained(bench, True, **changes)
-        found[f"{kind}: the graph's losses are the eager ones"] = recorded == eager
-        found[f"{kind}: the graph's weights are the eager ones"] = torch.equal(
-            kept.flat.master, graphed.flat.master
+
+    def rival(self, name: str, share: float) -> tuple[Contender, list[int] | None]:
+        """Hugging Face's step on a share of each batch, and which rows of the first those are."""
+        count = max(1, round(share * self.workload.B))
+        rows = [ways.part_of(batch, count) for batch in self.padded]
+        batches = [
+            {key: value[row] for key, value in batch.items()}
+            for batch, row in zip(self.padded, rows, strict=True)
+        ]
+        weights = to_hf(self._initial, self.sizes)
+        made = ways.rival(
+            name, self.sizes, weights, batches, ways.make_recipe(SEED), self.dtype, self.device
         )
-        batches = bench.packed[: changes.get("gradient_accumulation_steps", 1)]
-        for name, work in (("eager step", kept), ("graph", launch)):
-            found[f"{kind}: the {name} asks the host nothing"] = _asks_nothing(work, batches)
-    return found
+        return made, None if count == self.workload.B else rows[0].tolist()
 
 
-def _trained(
-    bench: Bench, graph: bool, steps: int = 6, **changes: Any
-) -> tuple[list[float], TrainStep, Callable[[Sequence[Batch]], None]]:
-    """Losses of some steps, the trained state, and what launches a step."""
-    train_step = TrainStep(bench.model(), ways.make_recipe(SEED, **changes), bench.dtype)
-    count = changes.get("gradient_accumulation_steps", 1)
-    launch = launcher(train_step, graph, accumulates=count > 1)
-    losses = []
-    for index in range(steps):
-        launch([bench.packed[(index + i) % ways.NUM_BATCHES] for i in range(count)])
-        losses.append(train_step.read().loss)
-    return losses, train_step, launch
+def measure(bench: Bench, name: str, rounds: int) -> tuple[dict[str, Any], np.ndarray | None]:
+    """What one contender leaves: its row with what shows its work, and the tokens' losses.
+
+    Raises:
+        Exception: it cannot run here.
+    """
+    if name == FLOOR:
+        return {"name": name, "ms": floor_seconds(bench) * 1e3}, None
+    rows = None
+    if name in ways.RIVALS:
+        made, rows = _largest_that_fits(bench, name, rounds)
+    else:
+        made = bench.ours(OURS if name == AGAIN else name)
+        step.measure([made], rounds, bench.device)
+    row = step.summary([made], bench.sizes, bench.lengths, bench.device)[0]
+    labels = bench.padded[0]["labels"]
+    return {
+        **row,
+        "name": name,
+        "rows_of_the_batch": rows,
+        "real_tokens": made.real_tokens,
+        "sequences": made.sequences,
+        "losses_dtype": str(made.losses_dtype).removeprefix("torch."),
+        "drops": made.drops,
+        "masked_of_rows": (labels != -100).sum(1).tolist(),
+        "tokens_of_rows": bench.padded[0]["attention_mask"].sum(1).tolist(),
+    }, made.token_losses.float().numpy()
 
 
-def _asks_nothing(
-    launch: Callable[[Sequence[Batch]], None], batches: Sequence[Batch]
-) -> bool | str:
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        launch(batches)
-    except RuntimeError as error:
-        return f"failed: {error}"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return True
+def _largest_that_fits(
+    bench: Bench, name: str, rounds: int
+) -> tuple[Contender, list[int] | None]:
+    """The rival, measured on the largest share of the batch that the memory holds."""
+    for share in PARTS_OF_A_BATCH:
+        try:
+            made, rows = bench.rival(name, share)
+            step.measure([made], rounds, bench.device)
+            return made, rows
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or share == PARTS_OF_A_BATCH[-1]:
+                raise
+        # Here, where the exception no longer holds the tensors of what did not fit.
+        made = None  # type: ignore[assignment]
+        gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+    raise AssertionError("unreachable")
 
 
 def floor_seconds(bench: Bench) -> float:
     """The step's linear layers alone, forward and both gradients, as bare cuBLAS products."""
-    sizes, batch, device = bench.sizes, bench.packed[0], bench.device
+    device = bench.device
+    calls: list[Callable[[], object]] = []
+    for rows, k, n in _products(bench.sizes, bench.packed[0]):
+        x, w, dy = (
+            timing.random_like(shape, bench.dtype, device)
+            for shape in ((rows, k), (n, k), (rows, n))
+        )
+        calls += [partial(torch.mm, *pair) for pair in ((x, w.t()), (dy, w), (dy.t(), x))]
+    with side_stream(device):
+        replay = timing.Replay(calls, device)
+        times = timing.interleaved({FLOOR: replay}, device, rounds=7, seconds=2.0)[FLOOR]
+    return float(np.median(times)) * len(calls) / 1e3
+
+
+def _products(sizes: ModelConfig, batch: Batch) -> list[tuple[int, int, int]]:
+    """(rows, K, N) of every product of a step's forward."""
     H, F, L, V = (
         sizes.hidden_size, sizes.intermediate_size, sizes.num_hidden_layers, sizes.vocab_size,
     )  # fmt: skip
@@ -191,190 +243,162 @@ def floor_seconds(bench: Bench) -> float:
     shapes = [(T, H, 3 * H)] * L
     for rows in [T] * (L - 1) + [last]:
         shapes += [(rows, H, H), (rows, H, F), (rows, F, H)]
-    shapes += [(M, H, H), (M, H, V + -V % 64)]
-    calls: list[Callable[[], object]] = []
-    for rows, k, n in shapes:
-        x, w, dy = (
-            timing.random_like(shape, bench.dtype, device)
-            for shape in ((rows, k), (n, k), (rows, n))
-        )
-        calls += [partial(torch.mm, *pair) for pair in ((x, w.t()), (dy, w), (dy.t(), x))]
-    with _side_stream(device):
-        replay = timing.Replay(calls, device)
-        times = timing.interleaved({"floor": replay}, device, rounds=7, seconds=2.0)["floor"]
-    return float(np.median(times)) * len(calls) / 1e3
+    return [*shapes, (M, H, H), (M, H, V + -V % 64)]
 
 
-def _side_stream(device: torch.device) -> Any:
-    if device.type == "cuda":
-        return torch.cuda.stream(torch.cuda.Stream(device))
-    return torch.autograd.profiler.record_function("floor")
+# What the processes leave, and what is made of it
 
 
-# Name -> changes; "model" and "ops" change the model, the rest as `Bench.ours`.
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "without the CUDA graph": {"graph": False},
-    "last layer everywhere": {"model": {"last_layer_masked_only": False}},
-    "gradients by autograd, then copied": {"main_grads": False},
-    "torch's fused AdamW": {"optim": "adamw_torch_fused"},
-    "gradients in bf16": {"gradient_precision": "bf16"},
-    "FlashAttention 2 of PyTorch": {"attn_implementation": "torch"},
-    "layers computed twice (checkpointing)": {"model": {"gradient_checkpointing": True}},
-    "plain PyTorch ops": {"reference": True, "graph": False},
-}
-_CPU_ABLATIONS = ("last layer everywhere", "gradients by autograd, then copied")
+def piece(out: Path, workload: str, name: str) -> Path:
+    """Where a contender's process leaves its row; the tokens' losses lie beside it, as .npy."""
+    plain = "".join(c if c.isalnum() else "-" for c in name)
+    return out / "gpu" / f"step-{workload}" / f"{plain}.json"
 
 
-def ablations(bench: Bench, rounds: int, chosen: Sequence[str]) -> list[dict[str, Any]]:
-    """Our step with one saving switched off, beside the whole, pair by pair."""
-    whole, rows = bench.ours("whole"), []
-    for name in chosen:
-        try:
-            rows.append({"name": name, **_ablation(bench, whole, name, rounds)})
-        except Exception as error:  # a variant that fails is a finding, not the end
-            rows.append({"name": name, "failed": _one_line(error)})
-        _free(bench.device)
-    return rows
+def run_contender(
+    workload: str, name: str, device_type: str, quick: bool, path: Path, *, waits: bool = False
+) -> None:
+    """The child's work: measures, and writes what it found or why it found nothing."""
+    cuda = device_type == "cuda"
+    bench = Bench(WORKLOADS[workload], torch.bfloat16 if cuda else torch.float32)
+    if waits:
+        processes.wait()
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    try:
+        row, losses = measure(bench.to(device), name, 3 if quick else 5)
+    except Exception as error:
+        processes.write_json(path, {"name": name, "why": one_line(error)})
+        raise
+    if losses is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path.with_suffix(".npy"), losses)
+    processes.write_json(path, row | {"conditions": results.conditions(device)})
 
 
-def _ablation(bench: Bench, whole: Contender, name: str, rounds: int) -> dict[str, Any]:
-    options = dict(ABLATIONS[name])
-    ops = REFERENCE if options.pop("reference", False) else None
-    if "attn_implementation" in options:
-        ops = triton_ops(options.pop("attn_implementation"))
-    model = bench.model(ops, **options.pop("model", {}))
-    pair = [dataclasses.replace(whole, seconds=[]), bench.ours(name, model, **options)]
-    able, failed = step.measure(pair, rounds, bench.device)
-    if failed:
-        return {"failed": failed[0]["why"]}
-    row = step.summary(able, bench.sizes, bench.lengths, bench.device)[1]
-    return {key: row[key] for key in ("ms", "ratio", "peak_memory_bytes")}
+def collect(
+    out: Path, workload: Workload, told: Mapping[str, str | None], commit: str | None = None
+) -> dict[str, Any] | None:
+    """One result of what the processes of a workload have left so far.
 
+    Args:
+        out: the folder of the run.
+        workload: whose.
+        told: contender -> what its process died of, or None; in the order in which they ran.
+        commit: what the tree is, where it has no .git.
 
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-class Record:
-    """What is known of a workload, on disk after every part: a cut-off run loses nothing."""
-
-    def __init__(self, bench: Bench, path: Path | None, commit: str | None, more: bool) -> None:
-        self._device, self._path = bench.device, path
-        if more and path is not None and path.exists():
-            self.result = json.loads(path.read_text(encoding="utf-8"))
-            return
-        lengths, batch = bench.lengths, bench.packed[0]
-        self.result = results.make(
-            "step",
-            dataclasses.asdict(bench.workload),
-            bench.device,
-            rows=[],
-            dtype=str(bench.dtype).removeprefix("torch."),
-            model=dataclasses.asdict(bench.sizes),
-            real_tokens=batch.num_tokens,
-            padded_tokens=bench.workload.B * bench.workload.S,
-            sequences=batch.num_sequences,
-            lengths=lengths.tolist(),
-            checks={},
-            ablations=[],
-            floor_ms=None,
-            seconds={},
-        )
-        if commit and self.result["conditions"]["commit"] == "unknown":
-            self.result["conditions"]["commit"] = commit
-
-    def part(self, name: str, work: Callable[[], Any]) -> Any:
-        """Does one part; one that fails is noted as missing, and the others go on."""
-        started = time.perf_counter()
-        try:
-            return work()
-        except Exception as error:
-            traceback.print_exc()
-            self.result["missing"].append({"name": name, "why": _one_line(error)})
-            return None
-        finally:
-            _free(self._device)
-            self.result["seconds"][name] = time.perf_counter() - started
-
-    def keep(self, **found: Any) -> None:
-        """Takes findings in, and writes the file anew."""
-        self.result |= found
-        self.result["targets"] = judged(self.result)
-        if self._path is not None:
-            write(self.result, self._path)
-
-
-def measure(
-    workload: Workload,
-    device: torch.device,
-    quick: bool,
-    path: Path | None = None,
-    commit: str | None = None,
-    parts: Sequence[str] = ("first", "more"),
-) -> dict[str, Any]:
-    """Everything about one workload, written to `path` as it is found.
-
-    "first" is what matters most: checks, our step beside the rivals that need no compiler, and the
-    floor. "more" adds to its file: the compiled rivals, and our step with each saving switched off.
+    Returns:
+        The result in the common form; None where our own step has left nothing.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    bench = Bench(workload, device, dtype)
-    record = Record(bench, path, commit, more="first" not in parts)
-    rounds = 3 if quick else 5
-    rivals = workload.against[: 2 if quick else None]
-    compiled = [name for name in rivals if "compile" in name]
-    if "first" in parts:
-        record.keep(checks=record.part("check", lambda: check(bench)) or {})
-        plain = [name for name in rivals if name not in compiled]
-        rows = record.part("contest", lambda: contest(bench, plain, rounds, record)) or []
-        record.keep(rows=rows)
-        floor = record.part("floor", lambda: floor_seconds(bench))
-        record.keep(floor_ms=floor * 1e3 if floor else None)
-    if "more" in parts:
-        for name in compiled:  # each takes a minute and more to compile
-            work = partial(contest, bench, [name], rounds, record, eager=False)
-            found = record.part(name, work) or []
-            record.keep(rows=record.result["rows"] + found[1:])
-        if workload is WORKLOADS[0] or device.type == "cpu":
-            chosen = _CPU_ABLATIONS if device.type == "cpu" else tuple(ABLATIONS)
-            rows = record.part("ablations", lambda: ablations(bench, rounds, chosen))
-            record.keep(ablations=rows or [])
-    return record.result
-
-
-def contest(
-    bench: Bench, rivals: Sequence[str], rounds: int, record: Record, *, eager: bool = True
-) -> list[dict[str, Any]]:
-    """Rows of our step and of the rivals that can run, in interleaved rounds."""
-    contenders = [bench.ours("fastbert")]
-    if eager and bench.device.type == "cuda":
-        contenders.append(bench.ours("fastbert-eager", graph=False))
-    for name in rivals:
+    found = {name: processes.read_json(piece(out, workload.name, name)) for name in told}
+    missing = [
+        {"name": name, "why": str(row.get("why") or told[name] or "left nothing")}
+        for name, row in found.items()
+        if "ms" not in row
+    ]
+    rows: dict[str, dict[str, Any]] = {name: row for name, row in found.items() if "ms" in row}
+    ours = rows.get(OURS)
+    if ours is None:
+        return None
+    lengths = np.array(ours["tokens_of_rows"])
+    again = rows.pop(AGAIN, None)
+    drift = None
+    if again is not None:
+        drift, before = again["ms"] / ours["ms"], ours["ms"]
+        ours["rounds_ms"] = [*ours["rounds_ms"], *again["rounds_ms"]]
+        ours |= timing.quantiles(ours["rounds_ms"])
+        for rate in ("real_tokens_per_second", "sequences_per_second", "mfu"):
+            ours[rate] = ours[rate] and ours[rate] * before / ours["ms"]
+    floor = rows.pop(FLOOR, {}).get("ms")
+    evidence = _evidence(out, workload.name, ours)
+    for name in [name for name in rows if name in ways.RIVALS]:
         try:
-            made = bench.rival(name)
-            ways.check_fair(contenders[0], made, drops=True)
-            contenders.append(made)
-        except Exception as error:
-            record.result["missing"].append({"name": name, "why": _one_line(error)})
-    able, failed = step.measure(contenders, rounds, bench.device)
-    record.result["missing"] += failed
-    return step.summary(able, bench.sizes, bench.lengths, bench.device)
+            other = _evidence(out, workload.name, rows[name])
+            part = _restricted(evidence, ours, rows[name]["rows_of_the_batch"])
+            ways.check_fair(part, other, workload.sizes.hidden_dropout_prob > 0)
+        except RunError as error:
+            missing.append({"name": name, "why": str(error)})
+            del rows[name]
+    for row in rows.values():
+        per_token = [one["ms"] / one["real_tokens"] for one in (row, ours)]
+        row["ratio"] = per_token[0] / per_token[1]
+        row["memory_of_first_over_this"] = ours["peak_memory_bytes"] / row["peak_memory_bytes"]
+    result: dict[str, Any] = {
+        "format": results.FORMAT,
+        "benchmark": "step",
+        "settings": dataclasses.asdict(workload) | {"targets": dict(workload.targets)},
+        "conditions": ours["conditions"],
+        "rows": [_told(row, ours, lengths, workload) for name, row in rows.items()
+                 if name not in ABLATIONS],
+        "missing": missing,
+        "dtype": "bfloat16" if ours["conditions"]["device_type"] == "cuda" else "float32",
+        "model": dataclasses.asdict(workload.sizes),
+        "real_tokens": ours["real_tokens"],
+        "padded_tokens": workload.B * workload.S,
+        "sequences": ours["sequences"],
+        "lengths": lengths.tolist(),
+        "ablations": [{"name": name, **{k: row[k] for k in ("ms", "ratio", "peak_memory_bytes")}}
+                      for name, row in rows.items() if name in ABLATIONS],
+        "floor_ms": floor,
+        "drift": drift,
+    }  # fmt: skip
+    if commit and result["conditions"]["commit"] == "unknown":
+        result["conditions"]["commit"] = commit
+    result["targets"] = judged(result)
+    return result
 
 
-def judged(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _evidence(out: Path, workload: str, row: Mapping[str, Any]) -> Evidence:
+    losses = np.load(piece(out, workload, row["name"]).with_suffix(".npy"), allow_pickle=False)
+    return Evidence(
+        row["name"], torch.from_numpy(losses), getattr(torch, row["losses_dtype"]),
+        row["drops"], row["real_tokens"], row["sequences"],
+    )  # fmt: skip
+
+
+def _restricted(whole: Evidence, row: Mapping[str, Any], kept: list[int] | None) -> Evidence:
+    """What of our evidence belongs to some sequences of the first batch."""
+    if kept is None:
+        return whole
+    parts = whole.token_losses.split(row["masked_of_rows"])
+    return dataclasses.replace(
+        whole,
+        token_losses=torch.cat([parts[index] for index in kept]),
+        real_tokens=sum(row["tokens_of_rows"][index] for index in kept),
+        sequences=len(kept),
+    )
+
+
+_TOLD = (
+    "name", "ms", "ms_p20", "ms_p80", "real_tokens_per_second", "sequences_per_second", "mfu",
+    "peak_memory_bytes", "watts", "joules_per_million_tokens", "ratio", "rounds_ms", "first_loss",
+    "memory_of_first_over_this",
+)  # fmt: skip
+
+
+def _told(
+    row: Mapping[str, Any], ours: Mapping[str, Any], lengths: np.ndarray, workload: Workload
+) -> dict[str, Any]:
+    """What of a contender's row a reader needs."""
+    told = {key: row[key] for key in _TOLD}
+    if row["rows_of_the_batch"] is not None:
+        told["batch_size"] = row["sequences"]
+    if row is ours and row["mfu"] is not None:
+        masked = sum(row["masked_of_rows"])
+        executed = executed_flops_per_token(workload.sizes, lengths, masked)
+        whole = flops_per_token(workload.sizes, lengths)
+        told["mfu_executed"] = row["mfu"] * executed / whole
+    return told
+
+
+def judged(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Each target with what was measured, and whether it holds; None where it was not measured."""
     rows = {row["name"]: row for row in result["rows"]}
-    ours = rows.get("fastbert", {})
+    ours = rows.get(OURS, {})
     measured: dict[str, float | None] = {
         "tokens_per_second": ours.get("real_tokens_per_second"),
         "sequences_per_second": ours.get("sequences_per_second"),
         "mfu": ours.get("mfu"),
+        # Where the rival had only a part of the batch, the true share is smaller still.
         "memory": rows.get("hf-sdpa", {}).get("memory_of_first_over_this"),
         "floor": ours["ms"] / result["floor_ms"] if ours and result["floor_ms"] else None,
     }
@@ -388,101 +412,56 @@ def judged(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return told
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result of one workload as text."""
-    settings = result["settings"]
+def table(result: Mapping[str, Any]) -> list[str]:
+    """The result of one workload in lines of at most 110 characters."""
     lines = [
-        f"{settings['name']}: {result['sequences']} sequences, {result['real_tokens']} real "
-        f"tokens, mean length {np.mean(result['lengths']):.0f}; {result['conditions']['device']}"
+        f"{result['settings']['name']}: {result['sequences']} sequences, {result['real_tokens']} "
+        f"real tokens" + (f"; drift {result['drift'] - 1:+.1%}" if result["drift"] else "")
+        + (f"; bare products {result['floor_ms']:.1f} ms" if result["floor_ms"] else "")
     ]
-    lines += [f"  {'ok  ' if ok is True else 'FAIL'} {name}" + ("" if ok is True else f": {ok}")
-              for name, ok in result["checks"].items()]  # fmt: skip
-    if result["rows"]:
-        lines += [f"  {line}" for line in step.table(result).splitlines()]
-    else:
-        lines += [f"  missing {one['name']}: {one['why']}" for one in result["missing"]]
-    if result["floor_ms"]:
-        lines.append(f"  floor (bare products) {result['floor_ms']:.2f} ms")
-    for row in result["ablations"]:
-        told = row.get("failed") or f"{row['ms']:8.2f} ms, x{row['ratio']:.3f}"
-        lines.append(f"  - {row['name']:<40}{told}")
-    for name, target in result["targets"].items():
-        verdict = {True: "holds", False: "MISSED", None: "not measured"}[target["holds"]]
-        found = f"{target['measured']:.4g}" if target["measured"] is not None else "-"
-        lines.append(f"  target {name} {target['target']:g}: {found} {verdict}")
-    return "\n".join(lines)
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def run(
-    out: Path,
-    quick: bool,
-    *,
-    device_type: str = "cuda",
-    seconds: float = 300.0,
-    commit: str | None = None,
-) -> int:
-    """All workloads, each in a process; 1 where one crashed, failed a check, or time ran out.
-
-    Args:
-        out: folder for step-<workload>.json.
-        quick: fewer workloads, rivals and rounds.
-        device_type: "cuda", or "cpu" to rehearse on a tiny model.
-        seconds: that all of them may take together.
-        commit: what the tree is, where it has no .git.
-    """
-    deadline = time.monotonic() + seconds
-    workloads = (WORKLOADS if device_type == "cuda" else (_TINY,))[: 2 if quick else None]
-    code = 0
-    for part in ("first", "more"):  # of all workloads, before any is compared with a compiler
-        for workload in workloads:
-            command = [
-                sys.executable, "-m", "benchmarks.gpu_step", workload.name, "--out", str(out),
-                "--device", device_type, "--part", part, *(["--quick"] if quick else []),
-                *(["--commit", commit] if commit else []),
-            ]  # fmt: skip
-            left = deadline - time.monotonic()
-            if left < 5:
-                print(f"{workload.name}, part {part!r}: no time left, not run", flush=True)
-                code = 1
-                continue
-            try:
-                done = subprocess.run(command, timeout=left, check=False).returncode
-            except subprocess.TimeoutExpired:
-                print(f"{workload.name}, part {part!r}: the time is up", flush=True)
-                done = 1
-            code = max(code, min(abs(done), 1))
-    for workload in workloads:
-        path = out / f"step-{workload.name}.json"
-        if path.exists():
-            print(table(json.loads(path.read_text(encoding="utf-8"))), flush=True)
-    return code
+    for row in result["rows"]:
+        rates = f"{row['real_tokens_per_second']:>9,.0f} tok/s {row['sequences_per_second']:>7,.0f}"
+        line = f"  {row['name']:<20}{row['ms']:>8.2f} ms {rates} seq/s"
+        line += f" {row['peak_memory_bytes'] / 2**30:>5.1f} GiB"
+        if row["mfu"] is not None:
+            line += f" MFU {row['mfu']:.1%}"
+        if "mfu_executed" in row:
+            line += f" (executed {row['mfu_executed']:.1%})"
+        if row["name"] != OURS:
+            line += f" {row['ratio']:.2f}x"
+        if "batch_size" in row:
+            line += f", fits {row['batch_size']} sequences"
+        lines.append(line)
+    lines += [
+        f"  - {row['name']:<38}{row['ms']:>8.2f} ms, x{row['ratio']:.3f}"
+        for row in result["ablations"]
+    ]
+    lines += [f"  no {one['name']}: {one['why']}"[:110] for one in result["missing"]]
+    said = {True: "holds", False: "MISSED"}
+    judged_ones = [
+        f"{name} {target['measured']:.4g} ({target['target']:g}: {said[target['holds']]})"
+        for name, target in result["targets"].items()
+        if target["holds"] is not None
+    ]
+    if judged_ones:
+        lines.append("  targets: " + ", ".join(judged_ones))
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """One workload's process; see `run` for the stage."""
+    """One contender's process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_step")
-    known = {workload.name: workload for workload in (*WORKLOADS, _TINY)}
-    parser.add_argument("workload", choices=known)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("contender", choices=[OURS, AGAIN, FLOOR, *ABLATIONS, *ways.RIVALS])
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="fewer rivals and rounds")
-    parser.add_argument("--commit", help="of a tree without .git")
-    parser.add_argument("--part", choices=("first", "more"), action="append")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--wait", action="store_true", help="begin when a line comes on stdin")
     args = parser.parse_args(argv)
-    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    path = args.out / f"step-{args.workload}.json"
-    parts = args.part or ("first", "more")
-    result = measure(known[args.workload], device, args.quick, path, args.commit, parts)
-    bad = not all(ok is True for ok in result["checks"].values())
-    return 1 if bad or not result["checks"] or not result["rows"] else 0
+    run_contender(
+        args.workload, args.contender, args.device, args.quick, args.out, waits=args.wait
+    )  # fmt: skip
+    return 0
 
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ def rows_and_widths(device: torch.device, quick: bool) -> list[tuple[int, int, b
     if quick and device.type == "cpu":
         return [(5, 128, True), (3, 384, False)]
     shapes = [(1, 128), (7, 8), (63, 384), (64, 768), (65, 1024), (127, 384), (129, 768)]
-    shapes += [(511, 1024), (512, 128), (5, 1032), (3, 4096)]
+    shapes += [(511, 1024), (512, 128), (5, 1032), (3, 4096), (257, 3072)]
     return [*((R, H, False) for R, H in shapes[: 4 if quick else None]), (8191, 768, True)]
 
 

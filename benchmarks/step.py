@@ -139,13 +139,13 @@ def summary(
 ) -> list[dict[str, Any]]:
     """One row a contender: times, real tokens/s, MFU, memory, energy, and the ratio to the first.
 
-    Ratios are medians of the rounds' own ratios, so a slow spell of the machine cancels.
+    Ratios are of times a token, medians of the rounds' own, so a slow spell of the machine cancels.
     """
     best, meter = contenders[0], EnergyMeter(device)
-    T = best.real_tokens
-    flops = flops_per_token(sizes, lengths) * T
     rows = []
     for contender in contenders:
+        T = contender.real_tokens
+        flops = flops_per_token(sizes, lengths) * T
         seconds = np.array(contender.seconds)
         middle = float(np.median(seconds))
         spent = meter.measure(contender.step, SECONDS_OF_ENERGY, middle)
@@ -156,12 +156,12 @@ def summary(
                 "ms_p20": float(np.percentile(seconds, 20)) * 1e3,
                 "ms_p80": float(np.percentile(seconds, 80)) * 1e3,
                 "real_tokens_per_second": T / middle,
-                "sequences_per_second": len(lengths) / middle,
+                "sequences_per_second": contender.sequences / middle,
                 "mfu": mfu(flops / middle, device),
                 "peak_memory_bytes": contender.peak_bytes,
                 "watts": spent.watts if spent else None,
                 "joules_per_million_tokens": spent.joules / T * 1e6 if spent else None,
-                "ratio": float(np.median(seconds / np.array(best.seconds))),
+                "ratio": float(np.median(seconds / np.array(best.seconds))) * best.real_tokens / T,
                 "memory_of_first_over_this": best.peak_bytes / contender.peak_bytes,
                 "first_loss": float(contender.token_losses.mean()),
                 "rounds_ms": (seconds * 1e3).tolist(),

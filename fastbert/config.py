@@ -609,8 +609,9 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
 
 
 STEP_RIVAL_NAMES = (
-    *("hf-eager", "hf-sdpa", "hf-flash", "hf-eager-compile", "hf-sdpa-compile", "hf-flash-compile"),
-    *("hf-sdpa-compile-max", "torch-encoder", "modernbert", "liger"),
+    *("hf-eager", "hf-sdpa", "hf-sdpa-cudnn", "hf-flash", "hf-flash-flat", "hf-eager-compile"),
+    *("hf-sdpa-compile", "hf-flash-compile", "hf-sdpa-compile-max"),
+    *("torch-encoder", "modernbert", "liger"),
 )
 STEP_RIVALS = {
     "cpu": "hf-eager,hf-sdpa,hf-sdpa-compile,torch-encoder,hf-sdpa+malloc,hf-sdpa-compile+malloc",

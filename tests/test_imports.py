@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FACADE = "fastbert"  # fastbert/__init__.py: lends names lazily, and only type checkers follow them
 COMMON = ("errors", "config")
-ORDER = ("fastbert_kernels", "ops", "model", "data", "train", "finetune", "hf", "cli")
+ORDER = ("fastbert_kernels", "ops", "model", "data", "train", "finetune", "hf", "cli", "__main__")
 NEVER = ("tests", "benchmarks")
 
 

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kernels, kernel_checks, kernel_timings, kernels, timing
+from benchmarks import gpu, gpu_kernels, kernel_checks, kernel_timings, kernels, processes, timing
 from benchmarks.kernel_checks import Case, check_case
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_rows_hold_times_work_and_ratios(rehearsal):
 
 def test_a_hang_is_stopped(tmp_path):
     process = gpu_kernels.start("fault:hang", tmp_path / "hang.json", "cpu", True)
-    assert "stopped after 2 s" in gpu_kernels.finish(process, 2.0)
+    assert "stopped after 2 s" in processes.finish(process, 2.0)
     assert process.returncode == -9
 
 
@@ -336,7 +336,7 @@ def test_without_a_gpu_it_says_what_to_do(capsys):
 
 def test_no_process_is_left(tmp_path):
     process = gpu_kernels.start("mask_tokens", tmp_path / "x.json", "cpu", True)
-    gpu_kernels.stop(process)
+    processes.stop(process)
     assert process.returncode is not None
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
