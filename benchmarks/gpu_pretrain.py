@@ -91,7 +91,7 @@ def measure(device: str, folder: Path, seconds: float = SECONDS) -> Iterator[dic
         folder: an empty one for the runs.
         seconds: after which a call is ended.
     """
-    found: dict[str, Any] = {"checks": [], "seconds": {}}
+    found: dict[str, Any] = {"stage": "pretrain", "checks": [], "seconds": {}}
     began = time.monotonic()
     run, log = folder / "run", folder / "run.log"
     folder.mkdir(parents=True, exist_ok=True)

@@ -411,6 +411,7 @@ def linear_cross_entropy(
     device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
 ) -> Workload:
     from fastbert_kernels.cross_entropy import linear_cross_entropy as ours
+    from fastbert_kernels.main_grad import MainGrad
 
     M, H, V = sizes["M"], sizes["H"], sizes["V"]
     names = ("x", "weight", "bias")
@@ -444,8 +445,22 @@ def linear_cross_entropy(
         leaves = [leaf(inputs["x"]), leaf(F.pad(inputs["weight"], (0, 0, 0, -V % 64)))]
         return leaves, lambda: F.linear(*leaves)
 
+    def in_training(inputs: Inputs) -> Built:
+        """The path of a training step: the weight's gradient goes to its place in fp32."""
+        into = MainGrad(torch.empty_like(inputs["weight"], dtype=torch.float32))
+        x, bias = leaf(inputs["x"]), leaf(inputs["bias"])
+        weight = leaf(inputs["weight"])
+        weight.main_grad = into  # type: ignore[attr-defined]
+
+        def forward() -> Tensor:
+            into.empty = True
+            return ours(x, weight, bias, inputs["labels"])
+
+        return [x, bias], forward
+
     contenders = [
         Contender("ours", build(ours)),
+        Contender("ours main_grad", in_training),
         Contender("bare gemms", gemms),
         *eager_and_compiled(plain, device, build),
         Contender("torch's own", build(by_torch)),

@@ -184,7 +184,7 @@ def _stand_in(arg: Any) -> Any:
 @functools.cache
 def _batch(S: int, vocab_size: int, T: int) -> Any:
     rng = np.random.default_rng(1)
-    lengths = np.array([S, T - S]) if T > S else np.array([T])
+    lengths = np.array([S] * (T // S) + [T % S] * bool(T % S))
     return make_batches(lengths, S, vocab_size, rng)[1][0]
 
 

@@ -4,6 +4,7 @@ A file fits `schema.json`, or is a stage of `python -m benchmarks.gpu` (kernels.
 step-<workload>.json), which is older than the schema and is turned into the same shape here.
 """
 
+import contextlib
 import io
 import json
 import subprocess
@@ -200,6 +201,8 @@ def _gpu_kernels(content: Any, file: str) -> Result:
 
 
 _STAGES = {"step": _gpu_step, "kernels": _gpu_kernels}
+_CHECKS = ("gpu", "smoke", "pretrain")
+"""Stages that tell what held and what ran, not how fast."""
 
 
 # Where files come from
@@ -235,10 +238,19 @@ def in_folder(folder: Path) -> tuple[list[Result], list[str]]:
         if file.parent.with_suffix(".json").exists() or file.name.endswith(".trace.json"):
             continue
         try:
-            found.append(parsed(_text(file), str(file)))
+            text = _text(file)
+            if not _is_of_checks(text):
+                found.append(parsed(text, str(file)))
         except UserError as error:
             refused.append(str(error))
     return found, refused
+
+
+def _is_of_checks(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        content = json.loads(text)
+        return isinstance(content, dict) and content.get("stage") in _CHECKS
+    return False
 
 
 def _text(path: Path) -> str:
