@@ -64,7 +64,8 @@ class Launch:
 
     @property
     def name(self) -> str:
-        return str(self.kernel.__name__)
+        """Such as layer_norm._backward_kernel."""
+        return f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
 
     def variant(self) -> str:
         """What tells the compiled forms of a kernel apart, as the JIT under a driver sees it."""
