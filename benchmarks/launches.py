@@ -333,9 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arch = 10 * major + minor
     wrong = []
     with contextlib.nullcontext() if there else no_gpu(arch):
-        share = share_of(makers(arch), index, count)
-        if not there and not args.arch:
-            share = share[:2]
+        rehearsed = 2 if args.device == "cpu" and not args.arch else None
+        share = share_of(makers(arch)[:rehearsed], index, count)[:rehearsed]
         for launch, why in compile_all(share, load=there):
             wrong += [f"{launch.name}: {why}"] * bool(why)
     if args.out:

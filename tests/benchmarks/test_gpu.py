@@ -1,15 +1,28 @@
 """`python -m benchmarks.gpu` rehearsed on a CPU, and its judgement tried on what is wrong."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kernels, kernel_checks, kernel_timings, kernels, processes, timing
+from benchmarks import (
+    gpu,
+    gpu_kernels,
+    gpu_step,
+    kernel_checks,
+    kernel_timings,
+    kernels,
+    processes,
+    report_files,
+    timing,
+)
+from benchmarks import result as results
 from benchmarks.kernel_checks import Case, check_case
 
 CPU = torch.device("cpu")
@@ -18,36 +31,179 @@ FAULTS = ["fault:raise", "fault:kill"]
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """(exit code, what was printed, stage, parts) of a run with two crashes in it."""
-    out = tmp_path_factory.mktemp("gpu")
-    arguments = ["--stage", "kernels", "--device", "cpu", "--quick", "--out", str(out)]
+    """(exit code, what was printed, stage, parts) of a run of everything with two crashes in it."""
+    folder = tmp_path_factory.mktemp("gpu")
+    arguments = ["--device", "cpu", "--quick", "--budget", "3000", "--out", "below/results"]
     for op in ("mask_tokens", *FAULTS, "bias_gelu"):
         arguments += ["--op", op]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    # From another folder, and to a relative one.
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.chdir(folder):
         code = gpu.main(arguments)
+    out = folder / "below" / "results"
+    assert list(folder.iterdir()) == [out.parent]
     parts = {path.stem: json.loads(path.read_text()) for path in (out / "kernels").glob("*.json")}
     stage = json.loads((out / "kernels.json").read_text())
-    return code, printed.getvalue(), stage, parts
+    return code, printed.getvalue(), stage, parts, out
 
 
 @pytest.mark.slow
 def test_a_crash_costs_one_op_and_the_exit_code(rehearsal):
-    code, printed, stage, parts = rehearsal
+    code, printed, stage, parts, _ = rehearsal
     assert code == 1
     assert list(stage["ops"]) == ["mask_tokens", *FAULTS, "bias_gelu"]
     assert "a fault that was asked for" in stage["ops"]["fault:raise"]["error"]
     assert "exit code -9" in stage["ops"]["fault:kill"]["error"]
     assert printed.count("FAILED") == 2 and "2 failures" in printed.splitlines()[-1]
     # What was found before the crash is kept.
-    assert stage["ops"]["fault:kill"]["checks"] == parts["fault-kill"]["checks"] != []
+    assert stage["ops"]["fault:kill"]["checks"] == parts["fault-kill-checks"]["checks"] != []
     for op in ("mask_tokens", "bias_gelu"):
         assert stage["ops"][op]["error"] is None
-        assert stage["ops"][op]["checks"] == parts[op]["checks"]
+        assert stage["ops"][op]["checks"] == parts[f"{op}-checks"]["checks"]
+
+
+@pytest.mark.slow
+def test_every_stage_leaves_its_file_and_its_lines(rehearsal):
+    _, printed, _, _, out = rehearsal
+    told = json.loads((out / "gpu.json").read_text())
+    names = list(told["parts"])
+    assert names[:4] == ["compile", "smoke", "pretrain", f"{gpu_step.TINY}: fastbert"]
+    assert told["not_run"] == [] and len(told["failures"]) == 2
+    assert all(part["why"] is None for name, part in told["parts"].items() if "fault" not in name)
+    smoke, pretrain = (json.loads((out / f"{n}.json").read_text()) for n in ("smoke", "pretrain"))
+    assert len(smoke["checks"]) > 30 and len(pretrain["checks"]) == 6
+    assert all(row["ok"] for row in pretrain["checks"])
+    assert all(row["ok"] is not False for row in smoke["checks"])
+    step = json.loads((out / f"step-{gpu_step.TINY}.json").read_text())
+    results.check(step)
+    assert [row["name"] for row in step["rows"]] == ["fastbert", "hf-sdpa", "hf-eager"]
+    assert step["drift"] and step["floor_ms"] and step["ablations"]
+    lines = printed.splitlines()
+    assert len(lines) - len(names) <= gpu.LINES
+    story = "\n".join(lines[len(names) :])
+    for begin in ("smoke: ", "pretrain: 6 of 6", f"{gpu_step.TINY}: ", "products on", "ceilings: "):
+        assert begin in story
+    assert sum(len(line) + 1 for line in lines) < 12_000  # one reply
+
+
+@pytest.mark.slow
+def test_the_report_takes_what_it_leaves(rehearsal):
+    found, refused = report_files.load([str(rehearsal[-1])])
+    assert refused == []
+    assert {one.kind for one in found} >= {"step", "kernels"}
+
+
+# The budget
+
+
+def parts_of(*told, log):
+    """Parts (name, estimate, what goes wrong) that do nothing but note their name."""
+    return [
+        gpu.Part(name, "smoke", seconds, action=lambda left, n=name, w=why: (log.append(n), w)[1])
+        for name, seconds, why in told
+    ]
+
+
+def run_of(tmp_path, budget):
+    return gpu.Run(gpu.Asked(tmp_path, "cpu"), budget)
+
+
+def test_a_part_begins_only_if_its_estimate_fits(tmp_path):
+    log = []
+    run = run_of(tmp_path, 100.0)
+    run.go(parts_of(("a", 60, None), ("b", 200, None), ("c", 90, None), ("d", 101, None), log=log))
+    assert log == ["a", "c"] and run.not_run == ["b", "d"]
+    run.save()
+    told = json.loads((tmp_path / "gpu.json").read_text())
+    assert told["not_run"] == ["b", "d"] and list(told["parts"]) == ["a", "c"]
+    assert run.failures() == []  # no time is no failure
+    assert run.story()[-2] == "not run, for want of time: b, d"
+
+
+def test_what_takes_longer_leaves_less(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    limits = []
+
+    def work(left):
+        limits.append(left)
+        clock[0] += 50
+
+    run = run_of(tmp_path, 100.0)
+    run.go([gpu.Part(name, "smoke", 30, action=work) for name in "abc"])
+    assert run.not_run == ["c"]
+    assert limits == [95.0, 50.0]  # 2.5 x 30 + 20, and what is left
+
+
+def test_a_failure_is_told_and_the_rest_runs(tmp_path):
+    log = []
+    run = run_of(tmp_path, 100.0)
+    rival = dataclasses.replace(parts_of(("r", 1, "no package"), log=log)[0], tolerated=True)
+    run.go([*parts_of(("a", 1, "exit code 1: oh"), log=log), rival,
+            *parts_of(("b", 1, None), log=log)])  # fmt: skip
+    assert log == ["a", "r", "b"]
+    assert run.failures() == ["a: exit code 1: oh"]
+    assert any(line.startswith("FAILED a: exit code 1: oh") for line in run.story())
+
+
+def test_most_wanted_first_and_the_first_call_fits():
+    """Smoke, the main job and all steps within the first call's budget, by the estimates."""
+    todo = list(gpu.parts(gpu.Asked(Path("x"))))
+    stages = [part.stage for part in todo if part.name != "compile"]
+    assert list(dict.fromkeys(stages)) == list(gpu.STAGES)
+    first = [part for part in todo if part.stage in ("smoke", "pretrain", "step")]
+    assert sum(part.seconds for part in first) < 330 - 30
+    steps = [part.name for part in todo if part.stage == "step"]
+    assert steps[0] == "base-512-full: fastbert" and "large-512-mlperf: hf-sdpa" in steps
+    kernels_parts = [part.name for part in todo if part.stage == "kernels"]
+    last_check = max(i for i, name in enumerate(kernels_parts) if name.endswith(" checks"))
+    timings = [name for name in kernels_parts[last_check:] if name.endswith(" timings")]
+    assert timings[1:5] == [f"{op} timings" for op in gpu.MAIN_OPS]
+    names = [part.name for part in todo]
+    assert len(names) == len(set(names))
+    paths = [part.path for part in todo if part.path]
+    assert len(paths) == len(set(paths))
+    ablations = [part for part in todo if part.name.partition(": ")[2] in gpu_step.ABLATIONS]
+    assert len(ablations) == len(gpu_step.ABLATIONS) and all(part.tolerated for part in ablations)
+
+
+def test_the_story_is_cut_where_it_is_longest():
+    sections = [["a"], [f"b{i}" for i in range(50)], [f"c{i}" for i in range(40)]]
+    cut = gpu.cut(sections, 30)
+    assert sum(map(len, cut)) == 30 and cut[0] == ["a"]
+    assert cut[1][0] == "b0" and cut[1][-1] == f"  … {50 - len(cut[1]) + 1} lines more, in the JSON"
+    assert abs(len(cut[1]) - len(cut[2])) <= 1
+    assert gpu.cut(sections, 91) == sections
+
+
+def test_a_hang_before_it_was_asked_is_stopped(tmp_path, monkeypatch):
+    """A process that waits while there is no time left for it does not stay."""
+    started = []
+    start = processes.start
+
+    def noted(*arguments):
+        started.append(start(*arguments))
+        return started[-1]
+
+    monkeypatch.setattr(processes, "start", noted)
+    path = tmp_path / "x.json"
+    arguments = ("mask_tokens", str(path), "cpu", "--quick")
+    waiting = gpu.Part("w", "kernels", 500, "benchmarks.gpu_kernels", arguments, path)
+    run = run_of(tmp_path, 100.0)
+    run.go([*parts_of(("a", 1, None), log=[]), waiting])
+    assert run.not_run == ["w"]
+    assert [process.returncode is not None for process in started] == [True]
+
+
+@pytest.mark.parametrize("budget", ["0", "-3", "inf", "nan", "soon"])
+def test_a_budget_is_seconds(budget, capsys):
+    with pytest.raises(SystemExit) as error:
+        gpu.main(["--budget", budget])
+    assert error.value.code == 2 and "--budget" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_every_check_is_a_boolean_with_its_numbers(rehearsal):
-    _, _, stage, _ = rehearsal
+    _, _, stage, _, _ = rehearsal
     checks = {check["check"]: check for check in stage["ops"]["bias_gelu"]["checks"]}
     assert all(check["ok"] for name, check in checks.items() if "CUDA graph" not in name)
     compared = checks["fp16 R=5 H=128 tanh: dbias"]
@@ -60,7 +216,7 @@ def test_every_check_is_a_boolean_with_its_numbers(rehearsal):
 
 @pytest.mark.slow
 def test_rows_hold_times_work_and_ratios(rehearsal):
-    _, printed, stage, _ = rehearsal
+    _, printed, stage, _, _ = rehearsal
     assert {"device", "torch", "triton", "commit", "date"} <= stage["conditions"].keys()
     rows = {(row["op"], row["direction"], row["contender"]): row for row in stage["rows"]}
     for direction in ("forward", "backward"):
