@@ -123,7 +123,7 @@ class Steps:
         rng = np.random.default_rng(SEED)
         if device.type == "cuda":
             sizes, S = dataclasses.replace(model_config("base"), num_hidden_layers=2), 512
-            lengths, dtype = np.array([512, 511, 129, 64, 1000 % 512, 300, 512, 77]), torch.bfloat16
+            lengths, dtype = np.array([512, 511, 129, 64, 488, 300, 512, 77]), torch.bfloat16
         else:
             sizes = ModelConfig(150, 64, 2, 2, 64, max_position_embeddings=20)
             lengths, S, dtype = np.array([17, 9, 5]), 20, torch.float16
@@ -183,8 +183,9 @@ def gradient_checks(device: torch.device) -> Iterator[Row]:
         step = steps.step(*arguments, dropout=False, **options)
         return {n: g.clone() for n, g in step.flat.views(steps.gradient(step)).items()}
 
-    exact = gradients(REFERENCE, torch.float32)
-    plain = gradients(REFERENCE)
+    # By autograd alone: an oracle that added to the flat buffer would err with it.
+    exact = gradients(REFERENCE, torch.float32, main_grads=False)
+    plain = gradients(REFERENCE, main_grads=False)
     for name, ours in (
         ("main_grad", gradients()),
         ("autograd's gradients", gradients(main_grads=False)),
@@ -215,8 +216,10 @@ def graph_checks(device: torch.device) -> Iterator[Row]:
     yield {"check": f"{n} eager steps twice: the same bits", "ok": same}
     yield {"check": f"{n} eager steps: losses are finite", "ok": bool(np.isfinite(eager).all())}
     fresh = steps.step()
-    backwards = [steps.gradient(fresh).clone() for _ in range(2) if not fresh.abandon()]
-    yield {"check": "backward twice: the same bits", "ok": torch.equal(*backwards)}
+    first = steps.gradient(fresh)
+    fresh.abandon()  # the next one draws the same dropout bits
+    same = torch.equal(first, steps.gradient(fresh))
+    yield {"check": "backward twice: the same bits", "ok": same}
     if device.type != "cuda":
         yield {"check": "CUDA graph", "ok": None, "why": "no GPU"}
         return

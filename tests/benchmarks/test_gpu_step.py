@@ -12,7 +12,7 @@ from benchmarks import contenders, gpu_step
 from benchmarks import result as results
 from benchmarks.contenders import flattened, part_of
 from benchmarks.flops import executed_flops_per_token, flops_per_token
-from benchmarks.gpu_step import AGAIN, FLOOR, OURS, WORKLOADS, Bench, Workload
+from benchmarks.gpu_step import AGAIN, OURS, WORKLOADS, Bench, Workload
 from fastbert.config import model_config
 from fastbert.errors import RunError
 
@@ -42,7 +42,7 @@ def run(out, *names):
 def pieces(tmp_path_factory):
     """A folder with what several contenders left."""
     out = tmp_path_factory.mktemp("pieces")
-    names = (OURS, "hf-sdpa", FLOOR, "last layer everywhere", AGAIN, "hf-flash")
+    names = (OURS, "hf-sdpa", "last layer everywhere", AGAIN, "hf-flash")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(WORKLOADS, "test", TEST)
         return out, run(out, *names)
