@@ -30,14 +30,22 @@ FAULTS = ["fault:raise", "fault:kill"]
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    """(exit code, what was printed, stage, parts) of a run of everything with two crashes in it."""
+def rehearsal(tmp_path_factory, host_site):
+    """(exit code, what was printed, stage, parts) of a run of everything with two crashes in it.
+
+    Its processes see the packages of a GPU's host only.
+    """
     folder = tmp_path_factory.mktemp("gpu")
     arguments = ["--device", "cpu", "--quick", "--budget", "3000", "--out", "below/results"]
     for op in ("mask_tokens", *FAULTS, "bias_gelu"):
         arguments += ["--op", op]
     # From another folder, and to a relative one.
-    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.chdir(folder):
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        contextlib.chdir(folder),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("PYTHONPATH", str(host_site))
         code = gpu.main(arguments)
     out = folder / "below" / "results"
     assert list(folder.iterdir()) == [out.parent]

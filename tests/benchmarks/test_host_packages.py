@@ -13,35 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-OURS = frozenset({"benchmarks", "fastbert", "fastbert_kernels"})
-HOST = (
-    *("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "tqdm"),
-    *("matplotlib", "tensorboard"),
-)
-# Python runs it before all else; the finder stands in PathFinder's place and finds less.
-SITECUSTOMIZE = """
-import sys
-from importlib.machinery import PathFinder
-from importlib.metadata import Prepared
-
-class Finder(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name.partition(".")[0] not in {modules}:
-            return PathFinder.find_spec(name, path, target)
-
-    @staticmethod
-    def find_distributions(*args):
-        for found in PathFinder.find_distributions(*args):
-            if Prepared.normalize(found.name).replace("_", "-") not in {distributions}:
-                yield found
-
-sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
-"""
 LOOK = """
 import importlib.metadata, importlib.util, json, sys
 found = {}
@@ -112,32 +85,10 @@ MODULES = sorted(
 )  # fmt: skip
 
 
-def closure(names):
-    """The distributions that `names` require, themselves among them, by canonical names."""
-    found, todo = set(), [(name, "") for name in names]
-    while todo:
-        name, extra = todo.pop()
-        known = canonicalize_name(name), extra
-        if known not in found:
-            found.add(known)
-            for needed in map(Requirement, importlib.metadata.requires(name) or ()):
-                if needed.marker is None or needed.marker.evaluate({"extra": extra}):
-                    todo += [(needed.name, wanted) for wanted in ("", *needed.extras)]
-    return {name for name, _ in found}
-
-
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory):
+def on_host(host_site):
     """Runs code in a process that sees the host's packages only, and returns what it prints."""
-    allowed = closure(HOST)
-    homes = importlib.metadata.packages_distributions()
-    modules = {name for name in homes if not allowed & set(map(canonicalize_name, homes[name]))}
-    there = {canonicalize_name(one.name) for one in importlib.metadata.distributions()}
-    folder = tmp_path_factory.mktemp("site")
-    text = SITECUSTOMIZE.replace("{modules}", repr(modules - OURS))
-    text = text.replace("{distributions}", repr(there - allowed))
-    (folder / "sitecustomize.py").write_text(text)
-    places = os.pathsep.join(map(str, (folder, ROOT, ROOT / "kernels")))
+    places = os.pathsep.join(map(str, (host_site, ROOT, ROOT / "kernels")))
     environment = {**os.environ, "PYTHONPATH": places, "PATH": "", "OMP_NUM_THREADS": "1"}
 
     def run(code, asked, **options):
@@ -162,11 +113,11 @@ def test_what_is_no_part_of_the_host_is_hidden(on_host):
         assert found[module] == [True, True, None]
 
 
-def test_the_host_is_what_its_packages_require():
-    found = closure(HOST)
-    assert {*HOST, "huggingface-hub", "werkzeug", "kiwisolver", "sympy"} <= found
-    assert not {"jsonschema", "accelerate", "pytest", "nvidia-ml-py", "tyro", "captum"} & found
-    assert "colorama" not in found  # tqdm's, on Windows
+def test_the_host_is_what_its_packages_require(host_packages):
+    assert {"torch", "huggingface-hub", "werkzeug", "kiwisolver", "sympy"} <= host_packages
+    absent = {"jsonschema", "accelerate", "pytest", "nvidia-ml-py", "tyro", "captum"}
+    assert not absent & host_packages
+    assert "colorama" not in host_packages  # tqdm's, on Windows
 
 
 @pytest.mark.slow  # one test, for it is the imports that take the time
