@@ -109,6 +109,11 @@ def natural_lengths(B: int, S: int, rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.rint(rng.normal(0.55 * S, 0.25 * S, B)), min(8, S), S).astype(np.int64)
 
 
+def mlperf_lengths(B: int, S: int, rng: np.random.Generator) -> np.ndarray:
+    """(B,) lengths as in MLPerf's Wikipedia: a mean of 254 of 512, both ends crowded."""
+    return np.clip(np.rint(rng.normal(0.5, 0.34, B) * S), 16, S).astype(np.int64)
+
+
 def lengths_asked(lengths: str, B: int, S: int, rng: np.random.Generator) -> np.ndarray:
     """(B,) lengths of at most S as `--lengths` names them: natural, full, or drawn from a file.
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import processes
 from benchmarks.kernels import OPS
-from benchmarks.processes import read_json, write_json
+from benchmarks.processes import failed, read_json, write_json
 
 STAGES = ("smoke", "pretrain", "step", "trace", "kernels", "rivals")
 LINES, WIDTH = 60, 150
@@ -301,10 +301,10 @@ class Run:
 
     def failures(self) -> list[str]:
         """A line for each thing that is wrong."""
-        from benchmarks import gpu_kernels, gpu_smoke
+        from benchmarks import gpu_kernels
 
         checks: dict[str, list[str]] = {
-            stage: gpu_smoke.failures(read_json(self.asked.out / f"{stage}.json"))
+            stage: failed(read_json(self.asked.out / f"{stage}.json").get("checks", ()))
             for stage in ("smoke", "pretrain")
             if stage in self.done
         }
@@ -437,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror}")
+        parser.error(f"--out {args.out} cannot be made: {error.strerror}: name another folder")
     run = Run(asked, args.budget)
     try:
         run.go(list(parts(asked)))

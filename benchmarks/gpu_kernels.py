@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import processes
 from benchmarks.kernels import OPS
-from benchmarks.processes import one_line, write_json
+from benchmarks.processes import failed, one_line, write_json
 
 CEILINGS = "ceilings"
 FAULTS = ("fault:raise", "fault:kill", "fault:hang")  # stand in for an op, to try the above out
@@ -259,13 +259,7 @@ def failures(stage: Found) -> list[str]:
     for op, found in stage["ops"].items():
         if found["error"]:
             lines.append(f"{op}: {found['error']}")
-        for check in found["checks"]:
-            if check["ok"] is False:
-                numbers = {k: v for k, v in check.items() if k not in ("check", "ok")}
-                told = ", ".join(
-                    f"{k} {v:.2e}" if isinstance(v, float) else f"{v}" for k, v in numbers.items()
-                )
-                lines.append(f"{op}: {check['check']}: {told or 'does not hold'}")
+        lines += [f"{op}: {line}" for line in failed(found["checks"])]
     for row in stage["rows"]:
         if row["contender"].startswith("ours") and "why" in row:
             lines.append(f"{row['op']} {row['direction']}, {row['contender']}: {row['why']}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import processes
-from benchmarks.processes import ROOT, STDERR_LINES
+from benchmarks.processes import ROOT, STDERR_LINES, failed
 
 BASE = (
     "--model", "base", "--max-seq-length", "512", "--tokens-per-batch", "32768",
@@ -181,13 +181,6 @@ def _held_out(run: Path) -> dict[str, float]:
     return next((row for row in reversed(rows) if any("eval" in key for key in row)), {})
 
 
-def failures(found: dict[str, Any]) -> list[str]:
-    """A line for each check that does not hold."""
-    from benchmarks.gpu_smoke import failures as of_checks
-
-    return of_checks(found)
-
-
 def table(found: dict[str, Any]) -> list[str]:
     """One line, and one for each failure."""
     held = sum(row["ok"] for row in found["checks"])
@@ -200,7 +193,7 @@ def table(found: dict[str, Any]) -> list[str]:
             line += f"; off from fp32 by {row['error']:.3%}"
     if found.get("tokens_per_second"):
         line += f"; {found['tokens_per_second']:,.0f} tok/s"
-    return [line, *(f"  FAILED {one}"[:160] for one in failures(found))]
+    return [line, *(f"  FAILED {one}"[:160] for one in failed(found["checks"]))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="fastbert-pretrain-") as folder:
         for found in measure(args.device, Path(folder)):
             processes.write_json(args.out, found)
-    return 1 if failures(found) else 0
+    return 1 if failed(found.get("checks", ())) else 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from benchmarks import kernel_checks, processes
 from benchmarks import result as results
 from benchmarks.contenders import make_batches, make_recipe
 from benchmarks.kernel_checks import Row
-from benchmarks.processes import one_line
+from benchmarks.processes import failed, one_line
 from fastbert.config import ModelConfig, model_config
 from fastbert.data.batch import Batch
 from fastbert.model.bert import Bert
@@ -320,19 +320,6 @@ def measure(device: torch.device) -> Iterator[dict[str, Any]]:
             yield found
 
 
-def failures(found: dict[str, Any]) -> list[str]:
-    """A line for each check that does not hold."""
-    lines = []
-    for row in found.get("checks", []):
-        if row["ok"] is False:
-            numbers = {k: v for k, v in row.items() if k not in ("check", "ok")}
-            told = ", ".join(
-                f"{k} {v:.2e}" if isinstance(v, float) else f"{v}" for k, v in numbers.items()
-            )
-            lines.append(f"{row['check']}: {told or 'does not hold'}".replace(": why ", ": "))
-    return lines
-
-
 def table(found: dict[str, Any]) -> list[str]:
     """One line, and one for each failure."""
     held = sum(row["ok"] is True for row in found["checks"])
@@ -344,7 +331,7 @@ def table(found: dict[str, Any]) -> list[str]:
             f"; gradient off by {gradient['error']:.2%}, "
             f"plain PyTorch's by {gradient['plain_error']:.2%}"
         )
-    return lines + [f"  FAILED {line}"[:160] for line in failures(found)]
+    return lines + [f"  FAILED {line}"[:160] for line in failed(found["checks"])]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -359,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {}
     for found in measure(device):
         processes.write_json(args.out, found)
-    return 1 if failures(found) else 0
+    return 1 if failed(found.get("checks", ())) else 0
 
 
 if __name__ == "__main__":

@@ -57,11 +57,8 @@ class Workload:
         """(B,) lengths."""
         if self.lengths == "full":
             return np.full(self.B, self.S)
-        if self.lengths == "natural":
-            return ways.natural_lengths(self.B, self.S, rng)
-        # MLPerf's Wikipedia: a mean of 254 of 512, both ends crowded.
-        found = np.clip(np.rint(rng.normal(0.5, 0.34, self.B) * self.S), 16, self.S)
-        return np.asarray(found, dtype=np.int64)
+        kind = ways.natural_lengths if self.lengths == "natural" else ways.mlperf_lengths
+        return kind(self.B, self.S, rng)
 
     @property
     def sizes(self) -> ModelConfig:

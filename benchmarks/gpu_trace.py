@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import predictions, profiling, result, timing
 from benchmarks.compile_report import shipped_cases
-from benchmarks.contenders import natural_lengths
+from benchmarks.contenders import mlperf_lengths, natural_lengths
 from benchmarks.predictions import (
     ATTENTION_BACKWARD,
     ATTENTION_FORWARD,
@@ -76,11 +76,8 @@ class Workload:
         rng = np.random.default_rng(SEED)
         if self.lengths == "full":
             return np.full(max(1, tokens // self.S), self.S)
-        if self.lengths == "natural":
-            found = natural_lengths(count, self.S, rng)
-        else:  # MLPerf's Wikipedia: a mean of 254 of 512, both ends crowded
-            drawn = np.rint(rng.normal(0.5, 0.34, count) * self.S)
-            found = np.clip(drawn, 16, self.S).astype(np.int64)
+        kind = natural_lengths if self.lengths == "natural" else mlperf_lengths
+        found = kind(count, self.S, rng)
         ends = np.cumsum(found)
         whole = int(np.searchsorted(ends, tokens, side="right"))
         rest = tokens - int(ends[whole - 1])

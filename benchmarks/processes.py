@@ -9,8 +9,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STDERR_LINES = 5
@@ -95,6 +96,19 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
+def failed(checks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each check {"check", "ok", numbers} that does not hold."""
+    lines = []
+    for check in checks:
+        if check["ok"] is False:
+            numbers = {k: v for k, v in check.items() if k not in ("check", "ok", "why")}
+            told = [f"{k} {v:.2e}" if isinstance(v, float) else f"{k} {v}"
+                    for k, v in numbers.items()]  # fmt: skip
+            told = [str(check["why"]), *told] if "why" in check else told
+            lines.append(f"{check['check']}: {', '.join(told) or 'does not hold'}")
+    return lines
+
+
 def write_json(path: Path, content: object) -> None:
     """At once or not at all: a reader never finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +117,9 @@ def write_json(path: Path, content: object) -> None:
     partial.replace(path)
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, Any]:
     """What a part has left; empty where it left nothing."""
     if not path.exists():
         return {}
-    found: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_smoke, kernel_checks
-from benchmarks.gpu_smoke import CHECKS, SHAPES, failures, smoke_cases, table
+from benchmarks.gpu_smoke import CHECKS, SHAPES, smoke_cases, table
+from benchmarks.processes import failed
 from fastbert.ops import MainGrad, cpu_ops
 
 CPU = torch.device("cpu")
@@ -100,7 +101,7 @@ def test_a_check_that_crashes_is_a_failure_and_the_rest_runs(monkeypatch):
     monkeypatch.setattr(gpu_smoke, "CHECKS", {"broken": broken, **fine})
     *_, found = gpu_smoke.measure(CPU)
     assert [row["ok"] for row in found["checks"]] == [True, False, True]
-    assert failures(found) == ["broken: RuntimeError: no such kernel"]
+    assert failed(found["checks"]) == ["broken: RuntimeError: no such kernel"]
     assert table(found) == [
         "smoke: 2 of 3 checks hold",
         "  FAILED broken: RuntimeError: no such kernel",
