@@ -131,7 +131,7 @@ BAD_REQUESTS = [
     ("bench convergence --target-loss 0", "target_loss = 0.0 must be more than 0"),
     (
         "bench step --against hf",
-        "against = 'hf': 'hf' must be one of hf-eager, hf-sdpa, hf-flash,",
+        "against = 'hf': 'hf' must be one of hf-eager, hf-sdpa, hf-sdpa-cudnn, hf-flash,",
     ),
     ("bench step --max-seq-length 513", "max_seq_length = 513 must be at most 512, max_position"),
     ("estimate --gpu h10", "gpu = 'h10' must be one of h100, h200, a100-80gb, a100-40gb, cpu: did"),
