@@ -137,7 +137,9 @@ def start(
     arguments += ["--part", part] if part else []
     arguments += ["--only", halves[0]] if len(halves) == 1 else []
     arguments += ["--asked", json.dumps(asked or {})]
-    return processes.start("benchmarks.gpu_kernels", arguments, device_type)
+    # As many of them compile at once as there are cores.
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1"} if part else {}
+    return processes.start("benchmarks.gpu_kernels", arguments, device_type, **threads)
 
 
 def compile_all(

@@ -84,8 +84,9 @@ def product_checks(device: torch.device) -> Iterator[Row]:
     buffer = torch.full((F, H), torch.nan, device=device)
     into = MainGrad(buffer)
     exact = dy.double().t() @ x.double()
-    # A CPU rounds the product before it adds it.
-    allowed = 1e-5 if device.type == "cuda" else 1e-3
+    # Sums of 4,096 in fp32 are off by some 1e-5, bf16 would be by 1e-3; a CPU rounds the product
+    # before it adds it.
+    allowed = 1e-4 if device.type == "cuda" else 1e-3
     for times in (1, 2):
         into.add_product(dy, x)
         yield _within(f"product {times} of {times} into fp32", buffer, times * exact, allowed)

@@ -19,15 +19,16 @@ STDERR_LINES = 5
 Process = subprocess.Popen[str]
 
 
-def start(module: str, arguments: Sequence[str], device_type: str) -> Process:
+def start(module: str, arguments: Sequence[str], device_type: str, **variables: str) -> Process:
     """Starts `python -m MODULE ARGUMENTS --wait`, importable from the tree.
 
     Args:
         module: one whose `main` knows `--wait`.
         arguments: paths among them are absolute.
         device_type: "cuda", or "cpu" for a rehearsal in Triton's interpreter.
+        variables: of its environment.
     """
-    environment = dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS="1", TQDM_DISABLE="1")
+    environment = dict(os.environ, TQDM_DISABLE="1", **variables)
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
