@@ -278,12 +278,16 @@ class Run:
                 if name.startswith(f"{workload.name}: ")
             }
             found = gpu_step.collect(self.asked.out, workload, told, self.asked.commit)
+            path = self.asked.out / f"step-{workload.name}.json"
             if found is not None:
-                write_json(self.asked.out / f"step-{workload.name}.json", found)
+                write_json(path, found)
+            else:  # an earlier run's figures must not stand for this one's
+                path.unlink(missing_ok=True)
         elif part.module == "benchmarks.gpu_kernels":
-            op, path = part.arguments[:2]
+            assert part.path is not None
+            left = read_json(part.path)
             gpu_kernels.add(
-                self._kernels, op, read_json(Path(path)), why, seconds, self.asked.commit
+                self._kernels, part.arguments[0], left, why, seconds, self.asked.commit
             )
             self._kernels["seconds"] = time.monotonic() - self.began
             write_json(self.asked.out / "kernels.json", self._kernels)

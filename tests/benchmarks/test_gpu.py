@@ -153,6 +153,18 @@ def test_a_failure_is_told_and_the_rest_runs(tmp_path):
     assert any(line.startswith("FAILED a: exit code 1: oh") for line in run.story())
 
 
+def test_an_earlier_runs_figures_do_not_stand_for_this_ones(tmp_path):
+    stale = tmp_path / f"step-{gpu_step.TINY}.json"
+    stale.write_text("{}")
+    path = gpu_step.piece(tmp_path, gpu_step.TINY, "fastbert")
+    part = gpu.Part(f"{gpu_step.TINY}: fastbert", "step", 1, "benchmarks.gpu_step",
+                    (gpu_step.TINY, "fastbert"), path)  # fmt: skip
+    run = run_of(tmp_path, 100.0)
+    run.done[part.name] = {"why": "exit code 1: oh", "stage": "step", "tolerated": False}
+    run._take(part, "exit code 1: oh", 1.0)
+    assert not stale.exists()
+
+
 def test_most_wanted_first_and_the_first_call_fits():
     """Smoke, the main job and all steps within the first call's budget, by the estimates."""
     todo = list(gpu.parts(gpu.Asked(Path("x"))))
