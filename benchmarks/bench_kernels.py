@@ -55,7 +55,7 @@ from benchmarks.result import HEADS, Row, cells, gaps
 from benchmarks.step import peak_of
 from fastbert.config import KERNEL_OPS, PRESETS, KernelBenchConfig
 from fastbert.errors import RunError
-from fastbert.ops import REFERENCE, cpu_ops
+from fastbert.ops import cpu_ops
 from fastbert.train.device import can_compile, choose_device, keep_freed_memory
 from fastbert_kernels import reference, reference_optimizer
 
@@ -151,13 +151,12 @@ def cpu_workload(op: str, quick: bool, asked: Asked = kernel_timings.STAGE) -> W
 
         return build
 
-    law: Any = reference.bias_gelu if op == "bias_gelu" else getattr(REFERENCE, op)
+    law: Any = getattr(reference, op)
     compiler = can_compile(device)
-    ours = (
-        _missing("on a CPU, the bias is added by the product before it: see linear_gelu")
-        if op == "bias_gelu"
-        else Contender("ours", by(getattr(cpu_ops(compiler), op)))
-    )
+    if op == "bias_gelu":
+        ours = _missing("on a CPU, the bias is added by the product before it: see linear_gelu")
+    else:
+        ours = Contender("ours", by(law if op == "linear_gelu" else getattr(cpu_ops(compiler), op)))
     compiled = (
         by(torch.compile(law, dynamic=False))
         if compiler

@@ -1,10 +1,11 @@
-"""Every Triton launch of a training step, listed on a machine without a GPU, and compiled ahead.
+"""Every kernel of a training step, listed on a machine without a GPU; ours are compiled ahead.
 
-A stub takes the place of the launch: the step runs on CPU tensors with our Triton ops, nothing they
-write is computed, and each launch is noted with what the JIT makes a variant of: dtypes, alignment,
-constants, options. The list depends on widths, lengths and settings, not on how many tokens there
-are, so that a small batch stands for a large one. `compile_all` hands the noted launches back to
-the JIT, which compiles them into Triton's cache, for a GPU that is there or for one that is not.
+The step runs on CPU tensors with our Triton ops. A stub takes the place of the launch, so that
+nothing they write is computed, and each launch is noted with what the JIT makes a variant of:
+dtypes, alignment, constants, options. A dispatch mode notes the kernels that PyTorch launches
+between them. Names and variants depend on widths, lengths and settings, not on how many tokens
+there are, so that a small batch stands for a large one. `compile_all` hands the noted launches back
+to the JIT, which compiles them into Triton's cache, for a GPU that is there or for one that is not.
 """
 
 import argparse
@@ -13,18 +14,21 @@ import dataclasses
 import functools
 import gc
 import importlib
+import itertools
+import math
 import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastbert_kernels
 from benchmarks import gpu_smoke, gpu_step, kernel_checks, processes
@@ -35,6 +39,7 @@ from fastbert.ops import triton_ops
 from fastbert.train.step import TrainStep, model_inputs
 
 ALIGNMENT = 16  # bytes: what Triton asks of a pointer
+MULTIPROCESSORS = {80: 108, 90: 132}  # of an A100 and an H100 SXM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,55 +130,180 @@ def _is_jit(value: Any) -> bool:
     return isinstance(value, triton.JITFunction)
 
 
-def _unless_differentiated(product: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A product that leaves its result as memory had it; autograd's own still need the true one."""
+class Array(NamedTuple):
+    """A tensor that a kernel reads or writes."""
 
-    def stub(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Any:
-        if torch.is_grad_enabled():
-            return product(a, b, *rest, **options)
-        if "out" in options:
-            return options["out"]
-        columns = b.shape[0 if name == "linear" else 1]
-        return a.new_empty(a.shape[0], columns, dtype=options.get("out_dtype", a.dtype))
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
-    return stub
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-# Where the time of a step on a CPU would go, for numbers that nobody reads.
-_PRODUCTS = ((torch, "mm"), (torch, "addmm"), (Tensor, "__matmul__"), (F, "linear"))
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel of a step: of ours, or what an op of PyTorch's launches on a GPU.
+
+    What is updated in place is among inputs and outputs. Nothing tells which of its pointers a
+    kernel of ours writes: outputs are those whose memory is new, or was made by PyTorch in the same
+    op (zeros to add to, logits that become their gradient), or that the op declares to mutate.
+    """
+
+    name: str
+    """Such as aten.addmm or layer_norm._backward_kernel."""
+    direction: str
+    """"forward", "backward", or "step" for what a step does around them."""
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+    launch: Launch | None = None
+    """Of our own kernels."""
+
+    @property
+    def bytes(self) -> int:
+        """Each input read once, each output written once, whole: a gather moves less."""
+        return sum(array.bytes for array in (*self.inputs, *self.outputs))
+
+    @property
+    def flops(self) -> int:
+        """Of a matrix product; 0 for the rest."""
+        if self.name not in PRODUCTS:
+            return 0
+        return 2 * math.prod(self.outputs[0].shape) * self.inputs[-1].shape[-2]
+
+
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
+# No kernel: they make a view or memory that holds nothing yet.
+_NOTHING = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh"}
+_OVERWRITES = {"copy_", "_foreach_copy_", "fill_", "zero_"}
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes kernels in their order; those of ours, and products, are not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+        self.direction = "step"
+        self._fresh: set[int] = set()
+        """Addresses of memory that nobody has written yet."""
+        self._updated: set[int] | None = None
+        """Addresses that kernels of the op of ours that is running may update in place."""
+
+    def _note(
+        self,
+        name: str,
+        read: Sequence[Tensor],
+        written: Sequence[Tensor],
+        launch: Launch | None = None,
+    ) -> None:
+        backward = torch._C._current_graph_task_id() != -1
+        direction = "backward" if backward else self.direction
+        self.kernels.append(Kernel(name, direction, _arrays(read), _arrays(written), launch))
+        self._fresh -= {_address(tensor) for tensor in written}
+
+    def launched(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        """Stands for `JITFunction.run`."""
+        names = kernel.arg_names
+        args = (*args, *(options.pop(name) for name in names[len(args) :]))
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        args = tuple(_stand_in(arg) for arg in args)
+        launch = Launch(kernel, args, tuple(sorted(options.items())), tuple(grid))
+        read = [tensor for tensor in tensors if _address(tensor) not in self._fresh]
+        outputs = self._fresh | (self._updated or set())
+        written = [tensor for tensor in tensors if _address(tensor) in outputs]
+        self._note(launch.name, read, written, launch)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        space, _, name = func._schema.name.partition("::")
+        written = list(_written(func, args, kwargs))
+        if space != "aten":  # an op of ours: what it launches is noted
+            around, self._updated = self._updated, {_address(tensor) for tensor in written}
+            with self:
+                out = func.redispatch(_CPU, *args, **kwargs)
+            self._updated = around
+            return out
+        into = kwargs.get("out")
+        read = _tensors((args[1:] if kwargs.get("beta") == 0 else args, kwargs | {"out": None}))
+        if f"aten.{name}" in PRODUCTS:
+            out = _product(args) if into is None else into
+        else:
+            out = func(*args, **kwargs)
+        if name in _NOTHING:
+            self._fresh |= {_address(tensor) for tensor in _tensors(out)}
+        elif not _is_view(func):
+            if name in _OVERWRITES:
+                read = [tensor for tensor in read if all(tensor is not one for one in written)]
+            elif name.startswith("new_") or name.endswith("_like"):
+                read = []
+            written = written or _tensors(out)
+            self._note(f"aten.{name}", read, written)
+            if self._updated is not None:
+                self._updated |= {_address(tensor) for tensor in written}
+        return out
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _arrays(tensors: Sequence[Tensor]) -> tuple[Array, ...]:
+    return tuple(Array(tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from _tensors(value)
+
+
+def _is_view(func: Any) -> bool:
+    aliases = [returned.alias_info for returned in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _product(args: tuple[Any, ...]) -> Tensor:
+    """The result as memory had it: products are where a CPU's time would go, for no one."""
+    *_, a, b = _tensors(args)
+    dtype = next((arg for arg in args if isinstance(arg, torch.dtype)), a.dtype)
+    return torch.empty(*a.shape[:-1], b.shape[-1], dtype=dtype)
 
 
 @contextlib.contextmanager
-def recorded(arch: int) -> Iterator[list[Launch]]:
-    """Notes every launch of our kernels on CPU tensors instead of making it.
+def recorded(arch: int) -> Iterator[_Recorder]:
+    """Notes every kernel instead of launching it, on CPU tensors that take a GPU's paths.
 
     Args:
         arch: compute capability whose tiles are chosen, 90 for sm_90.
     """
     import triton
 
-    launches: list[Launch] = []
-
-    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        names = kernel.arg_names
-        args = (*args, *(options.pop(name) for name in names[len(args) :]))
-        args = tuple(_stand_in(arg) for arg in args)
-        launches.append(Launch(kernel, args, tuple(sorted(options.items())), tuple(grid)))
-
+    recorder = _Recorder()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Tensor, "normal_", lambda tensor, *_, **__: tensor))
-        for place, name in _PRODUCTS:
-            stub = _unless_differentiated(getattr(place, name), name)
-            stack.enter_context(mock.patch.object(place, name, stub))
-        stack.enter_context(mock.patch.object(triton.JITFunction, "run", note))
-        for module in _modules():
-            for name, stub in (
-                ("require_launchable", lambda *_: None),
-                ("_capability", lambda _: arch),
-            ):
-                if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, stub))
-        yield launches
+        patch = mock.patch.object
+        stack.enter_context(patch(Tensor, "normal_", lambda tensor, *_, **__: tensor))
+        stack.enter_context(patch(Tensor, "is_cuda", True))
+        launched = recorder.launched
+        stack.enter_context(patch(triton.JITFunction, "run", lambda *a, **k: launched(*a, **k)))
+        stubs = {
+            "require_launchable": lambda *_: None,
+            "_capability": lambda _: arch,
+            "multiprocessors": lambda _: MULTIPROCESSORS.get(arch, 132),
+        }
+        for module, (name, stub) in itertools.product(_modules(), stubs.items()):
+            if hasattr(module, name):
+                stack.enter_context(patch(module, name, stub))
+        stack.enter_context(recorder)
+        yield recorder
 
 
 def _stand_in(arg: Any) -> Any:
@@ -189,7 +319,7 @@ def _batch(S: int, vocab_size: int, T: int) -> Any:
     return make_batches(lengths, S, vocab_size, rng)[1][0]
 
 
-def step_launches(
+def step_trace(
     model: str,
     S: int,
     *,
@@ -199,8 +329,8 @@ def step_launches(
     dropout: float | None = None,
     evaluates: bool = False,
     **changes: Any,
-) -> list[Launch]:
-    """The launches of one training step in bf16, in their order.
+) -> list[Kernel]:
+    """Every kernel of one training step in bf16, in their order.
 
     Args:
         model: a preset; two of its layers stand for all, since each launches the same.
@@ -220,14 +350,27 @@ def step_launches(
             sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
         )
     batch = _batch(S, sizes.vocab_size, T or S + 24)
-    with recorded(arch) as launches:
-        recipe = make_recipe(1, **changes)
-        step = TrainStep(Bert(sizes, triton_ops()), recipe, torch.bfloat16)
+    with recorded(arch) as recorder:
+        step = TrainStep(Bert(sizes, triton_ops()), make_recipe(1, **changes), torch.bfloat16)
+        recorder.kernels.clear()
+        step.model.register_forward_pre_hook(lambda *_: setattr(recorder, "direction", "forward"))
+        step.model.register_forward_hook(lambda *_: setattr(recorder, "direction", "step"))
         step([batch])
         if evaluates:
+            recorder.direction = "forward"
             with torch.no_grad():
                 step.model.eval().predict(*model_inputs(batch))
-    return launches
+    return recorder.kernels
+
+
+def step_launches(model: str, S: int, **options: Any) -> list[Launch]:
+    """Those of our own kernels in `step_trace`."""
+    return launches_of(step_trace(model, S, **options))
+
+
+def launches_of(kernels: Sequence[Kernel]) -> list[Launch]:
+    """The launches of our own kernels among these."""
+    return [kernel.launch for kernel in kernels if kernel.launch is not None]
 
 
 def _two_layers(model: str) -> ModelConfig:
@@ -238,11 +381,11 @@ def forward_launches(model: str, S: int, *, arch: int = 90) -> list[Launch]:
     """Those of the fp32 forwards, with and without dropout, that show contenders to be equal."""
     sizes = _two_layers(model)
     batch = _batch(S, sizes.vocab_size, S + 24)
-    with recorded(arch) as launches, torch.no_grad():
+    with recorded(arch) as recorder, torch.no_grad():
         bert = Bert(sizes, triton_ops())
         bert.eval().predict(*model_inputs(batch))
         bert.train()(*model_inputs(batch), batch.masked_labels, batch.next_sentence_labels)
-    return launches
+    return launches_of(recorder.kernels)
 
 
 def distinct(launches: Sequence[Launch]) -> list[Launch]:
@@ -286,11 +429,11 @@ def share_of(
 def smoke_launches(arch: int) -> list[Launch]:
     """Those of the ops' smoke cases, at the shapes that run on a GPU."""
     cpu = torch.device("cpu")
-    with recorded(arch) as launches:
+    with recorded(arch) as recorder:
         for op in gpu_smoke.SHAPES:
             for case in gpu_smoke.smoke_cases(op, cpu, torch.bfloat16):
                 kernel_checks.results(case.op, case.tensors(), case.dtype, case.dtype)
-    return launches
+    return launches_of(recorder.kernels)
 
 
 def makers(arch: int) -> list[Callable[[], list[Launch]]]:

@@ -90,7 +90,8 @@ def _sizes_of_calls(S: int) -> dict[str, Callable[..., dict[str, int]]]:
         "dropout_add_layer_norm": rows,
         "gelu_layer_norm": rows,
         "linear": linear,
-        "linear_gelu": linear,
+        "linear_residual": linear,
+        "linear_gelu_residual": linear,
         "embed_layer_norm": embed,
         "linear_cross_entropy": cross_entropy,
     }
@@ -99,7 +100,8 @@ def _sizes_of_calls(S: int) -> dict[str, Callable[..., dict[str, int]]]:
 def _announced_ops(ops: Ops, S: int) -> Ops:
     def named(op: str, sizes: Callable[..., dict[str, int]]) -> Call:
         def name(*args: Any, **_: Any) -> str:
-            return " ".join((op, *(f"{key}={n}" for key, n in sizes(*args).items())))
+            parts = (f"{key}={n}" for key, n in sizes(*args).items())
+            return " ".join((op.removesuffix("_residual"), *parts))
 
         return _announced(getattr(ops, op), name)
 

@@ -14,6 +14,7 @@ from fastbert_kernels.cpu import CpuOps
 from fastbert_kernels.main_grad import MainGrad as MainGrad  # for the flat buffers
 
 Op = Callable[..., Tensor]
+OpAndResidual = Callable[..., tuple[Tensor, Tensor]]
 
 HEAD_SIZES = (32, 64, 128)  # what the attention kernels are made for
 MAX_WIDTH = 4096
@@ -27,7 +28,8 @@ class Ops:
     attention: Op
     dropout_add_layer_norm: Op
     linear: Op
-    linear_gelu: Op
+    linear_residual: OpAndResidual
+    linear_gelu_residual: OpAndResidual
     gelu_layer_norm: Op
     embed_layer_norm: Op
     linear_cross_entropy: Op
@@ -42,7 +44,8 @@ REFERENCE = Ops(
     attention=reference.attention,
     dropout_add_layer_norm=reference.dropout_add_layer_norm,
     linear=main_grad.linear,
-    linear_gelu=reference.linear_gelu,
+    linear_residual=main_grad.linear_residual,
+    linear_gelu_residual=main_grad.linear_gelu_residual,
     gelu_layer_norm=reference.gelu_layer_norm,
     embed_layer_norm=reference.embed_layer_norm,
     linear_cross_entropy=reference.linear_cross_entropy,
@@ -61,7 +64,8 @@ def cpu_ops(compiled: bool) -> Ops:
         attention=ops.attention,
         dropout_add_layer_norm=ops.dropout_add_layer_norm,
         linear=main_grad.linear,
-        linear_gelu=ops.linear_gelu,
+        linear_residual=main_grad.linear_residual,
+        linear_gelu_residual=main_grad.linear_gelu_residual,
         gelu_layer_norm=ops.gelu_layer_norm,
         embed_layer_norm=ops.embed_layer_norm,
         linear_cross_entropy=ops.linear_cross_entropy,
@@ -80,8 +84,11 @@ def triton_ops(attn_implementation: str = "auto", precision: str = "ieee") -> Op
     """
     from fastbert_kernels import attention, cross_entropy, embedding, gelu, layer_norm, optimizer
 
-    def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
-        return gelu.bias_gelu(main_grad.linear(x, weight), bias, approximate)
+    def linear_gelu_residual(
+        x: Tensor, weight: Tensor, bias: Tensor, approximate: str = "none"
+    ) -> tuple[Tensor, Tensor]:
+        product, residual = main_grad.linear_residual(x, weight)
+        return gelu.bias_gelu(product, bias, approximate), residual
 
     @lru_cache(maxsize=1)
     def lamb_table(spans: tuple[tuple[int, int], ...], device: torch.device) -> Any:
@@ -96,7 +103,8 @@ def triton_ops(attn_implementation: str = "auto", precision: str = "ieee") -> Op
         attention=partial(attention.attention, backend=attn_implementation, precision=precision),
         dropout_add_layer_norm=layer_norm.dropout_add_layer_norm,
         linear=main_grad.linear,
-        linear_gelu=linear_gelu,
+        linear_residual=main_grad.linear_residual,
+        linear_gelu_residual=linear_gelu_residual,
         gelu_layer_norm=gelu.gelu_layer_norm,
         embed_layer_norm=embedding.embed_layer_norm,
         linear_cross_entropy=cross_entropy.linear_cross_entropy,

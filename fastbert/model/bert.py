@@ -147,8 +147,8 @@ class Bert(nn.Module):
             input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen,
             torch.cat((masked_positions, cls_positions)),
         )  # fmt: skip
-        M = masked_positions.numel()
-        return x[:M], x[M:]
+        masked, cls = x.split((masked_positions.numel(), cls_positions.numel()))
+        return masked, cls
 
     def forward(
         self,

@@ -49,7 +49,7 @@ class Layer(nn.Module):
     ) -> Tensor:  # (T or R, H)
         attention_p = self.attention_dropout_p if self.training else 0.0
         hidden_p = self.hidden_dropout_p if self.training else 0.0
-        qkv = self.ops.linear(x, self.qkv.weight, self.qkv.bias)
+        qkv, x = self.ops.linear_residual(x, self.qkv.weight, self.qkv.bias)
         qkv = qkv.view(-1, 3, self.heads, self.head_size)
         context = self.ops.attention(qkv, cu_seqlens, max_seqlen, attention_p, seed, 0).flatten(1)
         if rows is not None:
@@ -59,7 +59,7 @@ class Layer(nn.Module):
             self.ops.linear(context, self.attention_out.weight), self.attention_out.bias, x,
             self.attention_norm_weight, self.attention_norm_bias, self.eps, hidden_p, seed, 1,
         )  # fmt: skip
-        up = self.ops.linear_gelu(x, self.up.weight, self.up.bias, self.approximate)
+        up, x = self.ops.linear_gelu_residual(x, self.up.weight, self.up.bias, self.approximate)
         return self.ops.dropout_add_layer_norm(
             self.ops.linear(up, self.down.weight), self.down.bias, x,
             self.norm_weight, self.norm_bias, self.eps, hidden_p, seed, 2,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert_kernels import reference
-from fastbert_kernels.main_grad import embedding, linear
+from fastbert_kernels.main_grad import embedding
 from fastbert_kernels.philox import keep_threshold, site_mask
 
 
@@ -93,16 +93,6 @@ class CpuOps:
             x, bias, residual, weight, beta, eps, dropout_p, keep
         )
         return out
-
-    def linear_gelu(
-        self,
-        x: Tensor,  # (R, H)
-        weight: Tensor,  # (F, H)
-        bias: Tensor,  # (F,)
-        approximate: str = "none",
-    ) -> Tensor:  # (R, F)
-        """`reference.linear_gelu`."""
-        return reference.gelu(linear(x, weight, bias), approximate)
 
     def gelu_layer_norm(self, *args: Any) -> Tensor:
         """`reference.gelu_layer_norm`."""

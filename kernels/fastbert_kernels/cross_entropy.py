@@ -309,14 +309,14 @@ class _IntoMainGrad(torch.autograd.Function):
 
 
 def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype == torch.float32 or a.device.type == "cpu":
+    if a.dtype == torch.float32 or not a.is_cuda:
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _add_mm_fp32(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, in fp32 and in place."""
-    if a.dtype == torch.float32 or a.device.type == "cpu":
+    if a.dtype == torch.float32 or not a.is_cuda:
         total.addmm_(a.float(), b.float())
     else:
         torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)

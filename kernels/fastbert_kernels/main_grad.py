@@ -79,19 +79,36 @@ def main_grad_of(parameter: Tensor) -> MainGrad | None:
 
 
 class _Linear(torch.autograd.Function):
+    """(x Wᵀ + b, x). The gradient of the second is overwritten with the sum that is x's gradient.
+
+    Nobody misses it: LayerNorm makes it, and shares it at most (without dropout) with the product
+    before it, which has read it when dy, its consequence, comes here.
+    """
+
     @staticmethod
     def forward(ctx, x, weight, bias, main_grad):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
         ctx.main_grad = main_grad
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias), x
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy, dresidual):  # type: ignore[no-untyped-def]
+        if dy is None:
+            return dresidual, None, None, None
         x, weight = ctx.saved_tensors
         dy = dy.contiguous()
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
         ctx.main_grad.add_product(dy, x)
-        return dx, None, dy.sum(0) if ctx.needs_input_grad[2] else None, None
+        dx = dbias = None
+        if ctx.needs_input_grad[0] and dresidual is None:
+            dx = dy @ weight
+        elif ctx.needs_input_grad[0]:
+            shared = dresidual.data_ptr() == dy.data_ptr()
+            dx = dresidual.clone() if shared else dresidual.contiguous()
+            torch.addmm(dx, dy, weight, out=dx)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(0)
+        return dx, None, dbias, None
 
 
 def linear(
@@ -100,11 +117,36 @@ def linear(
     bias: Tensor | None = None,  # (F,)
 ) -> Tensor:  # (R, F)
     """x Wᵀ + b."""
+    return linear_residual(x, weight, bias)[0]
+
+
+def linear_residual(
+    x: Tensor,  # (R, H)
+    weight: Tensor,  # (F, H)
+    bias: Tensor | None = None,  # (F,)
+) -> tuple[Tensor, Tensor]:  # (R, F), (R, H)
+    """x Wᵀ + b, and x for who adds it as a residual: the product dy W adds the residual's gradient.
+
+    That saves a pass of 6 bytes an element in bf16, and a rounding. With `main_grad`, the gradient
+    of the second output is overwritten: let an op read it that makes a new one, as LayerNorm does,
+    and no hook keep it.
+    """
     main_grad = main_grad_of(weight)
     if main_grad is None:
-        return F.linear(x, weight, bias)
-    out: Tensor = _Linear.apply(x, weight, bias, main_grad)
-    return out
+        return reference.linear_residual(x, weight, bias)
+    product, residual = _Linear.apply(x, weight, bias, main_grad)
+    return product, residual
+
+
+def linear_gelu_residual(
+    x: Tensor,  # (R, H)
+    weight: Tensor,  # (F, H)
+    bias: Tensor,  # (F,)
+    approximate: str = "none",
+) -> tuple[Tensor, Tensor]:  # (R, F), (R, H)
+    """GELU(x Wᵀ + b), and x as from `linear_residual`."""
+    product, residual = linear_residual(x, weight, bias)
+    return reference.gelu(product, approximate), residual
 
 
 class _Embedding(torch.autograd.Function):

@@ -144,6 +144,15 @@ def dropout_add_layer_norm(
     return layer_norm(dropped + accumulate(residual), weight, beta, eps).to(x.dtype)
 
 
+def linear_residual(
+    x: Tensor,  # (R, H)
+    weight: Tensor,  # (F, H)
+    bias: Tensor | None = None,  # (F,)
+) -> tuple[Tensor, Tensor]:  # (R, F), (R, H)
+    """x Wᵀ + b, and x for who adds it as a residual."""
+    return F.linear(x, weight, bias), x
+
+
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """x Φ(x) (Hendrycks & Gimpel 2016); `approximate` = "tanh" for the models trained so."""
     return F.gelu(x, approximate=approximate)
@@ -166,6 +175,16 @@ def linear_gelu(
 ) -> Tensor:  # (R, F)
     """GELU(x Wᵀ + b)."""
     return gelu(F.linear(x, weight, bias), approximate)
+
+
+def linear_gelu_residual(
+    x: Tensor,  # (R, H)
+    weight: Tensor,  # (F, H)
+    bias: Tensor,  # (F,)
+    approximate: str = "none",
+) -> tuple[Tensor, Tensor]:  # (R, F), (R, H)
+    """GELU(x Wᵀ + b), and x for who adds it as a residual."""
+    return linear_gelu(x, weight, bias, approximate), x
 
 
 def gelu_layer_norm(

@@ -17,10 +17,13 @@ from benchmarks import launches
 found = {}
 with launches.no_gpu(90):
     for T in (0, 529, 576, 1041):
-        step = launches.step_launches("base", 512, T=T)
+        kernels = launches.step_trace("base", 512, T=T)
+        step = launches.launches_of(kernels)
         found.setdefault("variants", []).append(sorted({one.variant() for one in step}))
-    found["step"] = [one.name for one in step]
-    found["grids"] = [list(one.grid) for one in step]
+    found["ours"] = sorted({one.name for one in step})
+    found["step"] = [[one.direction, one.name.removeprefix("aten."), *one.outputs[0].shape]
+                     for one in kernels]
+    found["work"] = [[one.name, one.bytes, one.flops] for one in kernels]
     forms = collections.defaultdict(set)
     for make in launches.makers(90):
         for one in make():
@@ -59,35 +62,97 @@ def found(tmp_path_factory):
     return json.loads(Path(out).read_text())
 
 
-def test_a_step_launches_what_it_should(found):
-    """Two layers of BERT-base; products are cuBLAS's and so not among them."""
-    layer = ["attention.attention_forward_kernel", "layer_norm._forward_kernel",
-             "gelu._bias_gelu_kernel", "layer_norm._forward_kernel"]  # fmt: skip
-    norm_back = ["layer_norm._backward_kernel", "reduce._reduce_rows_kernel"]
-    layer_back = [*norm_back, "gelu._gelu_backward_kernel", "reduce._reduce_rows_kernel",
-                  *norm_back, "attention.attention_backward_kernel"]  # fmt: skip
-    assert found["step"] == [
-        "embedding._forward_kernel",
-        *layer, *layer,
-        "gelu._gelu_layer_norm_kernel",
-        "cross_entropy._softmax_gradient_kernel", "cross_entropy._column_sums_kernel",
-        "gelu._gelu_layer_norm_backward_kernel", "reduce._reduce_rows_kernel",
-        *layer_back, *layer_back,
-        "embedding._rows_backward_kernel", "reduce._reduce_rows_kernel",
-        "embedding._sum_pieces_kernel", "embedding._join_pieces_kernel",
-        "optimizer._square_sums_kernel", "optimizer._prepare_kernel", "optimizer._adamw_kernel",
+T, N, M, H, F, V = 1041, 3, 157, 768, 3072, 30522  # M masked words in N sequences
+R = M + N  # rows that leave the last layer
+REDUCE = "reduce._reduce_rows_kernel"
+
+
+def after_attention(rows):
+    norm = ("mm", rows, H), ("layer_norm._forward_kernel", rows, H)
+    return [*norm, ("mm", rows, F), ("gelu._bias_gelu_kernel", rows, F), *norm]
+
+
+def before_attention(rows):
+    """The backward of it: a product adds the gradient of the residual that its input is."""
+    norm = ("layer_norm._backward_kernel", rows, H), (REDUCE, 3, H)
+    return [
+        *norm, ("addmm", H, F), ("mm", rows, F), ("gelu._gelu_backward_kernel", rows, F),
+        (REDUCE, F), ("addmm", F, H), ("addmm", rows, H), *norm, ("addmm", H, H), ("mm", rows, H),
     ]  # fmt: skip
-    # 1,041 tokens in 3 sequences, whose [CLS] and 156 masked words leave the last layer.
-    masked = 77 + 77 + 3
-    norms = [grid for name, grid in zip(found["step"], found["grids"], strict=True)
-             if name == "layer_norm._forward_kernel"]  # fmt: skip
-    assert norms == [[521], [521], [(masked + 3 + 1) // 2], [(masked + 3 + 1) // 2]]
+
+
+ATTENTION = [("addmm", T, 3 * H), ("attention.attention_forward_kernel", T, 12, 64)]
+ATTENTION_BACK = [
+    ("attention.attention_backward_kernel", 12, T), ("addmm", 3 * H, H), ("addmm", T, H),
+    ("sum", 3 * H),
+]  # fmt: skip
+COUNTS = [("ne", M), ("sum",), ("add_",), ("copy_",), ("ne", N), ("sum",), ("add_",), ("copy_",)]
+STEP = {
+    "counts": [("zero_", 2), *COUNTS, ("clamp_", 2), ("copy_",), ("zero_",)],
+    "forward": [
+        ("_to_copy", N), ("clamp", N), ("cat", R), ("embedding._forward_kernel", T, H),
+        *ATTENTION, *after_attention(T),
+        *ATTENTION, ("index_select", R, H), ("index_select", R, H), *after_attention(R),
+        ("mm", M, H), ("gelu._gelu_layer_norm_kernel", M, H),
+        ("pad", V + 6), ("mm", M, V), ("cross_entropy._softmax_gradient_kernel", M, V + 6),
+        ("sum",), ("addmm", N, H), ("tanh", N, H), ("addmm", N, 2), ("_to_copy", N, 2),
+        ("_log_softmax", N, 2), ("nll_loss_forward",),
+    ],
+    "loss": [("div",), ("div",), ("add",), ("ones_like",)],
+    "backward": [
+        ("div",), ("div",), ("nll_loss_backward", N, 2), ("_log_softmax_backward_data", N, 2),
+        ("_to_copy", N, 2), ("mm", N, H), ("mm", 2, H), ("sum", 1, 2), ("tanh_backward", N, H),
+        ("mm", N, H), ("mm", H, H), ("sum", 1, H),
+        ("mm", M, H), ("mul", M, H), ("cross_entropy._column_sums_kernel", 10, V + 6),
+        ("sum", V + 6), ("mul", V), ("_to_copy", V), ("mul", M, H), ("addmm", V, H),
+        ("gelu._gelu_layer_norm_backward_kernel", M, H), (REDUCE, 3, H),
+        ("addmm", H, H), ("mm", M, H), ("cat", R, H),
+        *before_attention(R), *[("new_zeros", T, H), ("index_add", T, H)] * 2, *ATTENTION_BACK,
+        *before_attention(T), *ATTENTION_BACK,
+        ("embedding._rows_backward_kernel", T, H), (REDUCE, 4, H), ("add", T), ("cat", 2 * T),
+        ("sort", 2 * T), ("zeros", V + 512, H), ("embedding._sum_pieces_kernel", 2 * T),
+        ("embedding._join_pieces_kernel", 2 * T),
+    ],
+    "update": [
+        ("add_", V, H), ("copy_", 512, H), ("copy_", 2, H), ("copy_", H, H), ("copy_", 2, H),
+        ("_foreach_copy_", H), ("add_",), ("add_",), ("add_", 3), ("copy_", 3),
+        ("index_select", 1), ("mul",), ("add",), ("optimizer._square_sums_kernel", 1024),
+        ("optimizer._prepare_kernel",), ("optimizer._adamw_kernel", 39227776),
+        ("abs",), ("ne",), ("eq",), ("mul",), ("scalar_tensor",), ("where",), ("add_",), ("add_",),
+        ("bitwise_not",), ("le",), ("bitwise_and",), ("add",), ("scalar_tensor",), ("where",),
+        ("copy_",), ("maximum",), ("add_",),
+    ],
+}  # fmt: skip
+DIRECTIONS = {"forward": "forward", "backward": "backward"}
+
+
+def test_the_kernels_of_a_step_in_their_order(found):
+    """Two layers of BERT-base, bf16: ours and PyTorch's, each with the shape of its output."""
+    want = [[DIRECTIONS.get(part, "step"), *kernel] for part in STEP for kernel in STEP[part]]
+    assert found["step"] == want
+
+
+def test_what_the_kernels_of_a_step_move_and_compute(found):
+    flops, moved = {}, {}
+    for (direction, *_), (name, bytes_, operations) in zip(
+        found["step"], found["work"], strict=True
+    ):
+        flops[direction] = flops.get(direction, 0) + operations
+        moved.setdefault((direction, name), []).append(bytes_)
+    layers = 24 * H**2 * T + (6 * H**2 * T + 18 * H**2 * R)
+    heads = 2 * (H**2 + H * V) * M + 2 * (H**2 + 2 * H) * N
+    assert flops == {"forward": layers + heads, "backward": 2 * (layers + heads), "step": 0}
+    # The sum before the norm and its statistics are kept; biases, scales and the seed are small.
+    assert moved["forward", "layer_norm._forward_kernel"][0] == 8 * T * H + 8 * T + 6 * H + 24
+    # The first product of a layer reads the residual's gradient and writes its own over it.
+    assert moved["backward", "aten.addmm"][-1] == 2 * (T * 3 * H + 3 * H * H + 2 * T * H)
+    assert moved["step", "optimizer._adamw_kernel"] == [4 * 7 * 39227776 + 2 * 39227776 * 2 + 20]
 
 
 def test_the_number_of_tokens_makes_no_variant(found):
     first, *others = found["variants"]
     assert all(other == first for other in others)
-    assert len(first) == len(set(found["step"]))
+    assert len(first) == len(found["ours"])
 
 
 def test_one_variant_of_each_kernel_with_its_constants(found):

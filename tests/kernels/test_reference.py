@@ -141,7 +141,8 @@ def test_dropout_add_layer_norm(ops: Ops, rows: int, p: float) -> None:
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_linear_gelu(ops: Ops, approximate: str) -> None:
     x, weight, bias = double(6, 5), double(8, 5), double(8)
-    found = ops.linear_gelu(x, weight, bias, approximate)
+    found, residual = ops.linear_gelu_residual(x, weight, bias, approximate)
+    assert torch.equal(residual, x)
     want = torch.stack([naive_gelu(weight @ row + bias, approximate) for row in x])
     check(found, want, {"x": x, "weight": weight, "bias": bias})
 
@@ -227,7 +228,7 @@ def test_types_of_results_and_gradients(ops: Ops, dtype: torch.dtype) -> None:
         "dropout_add_layer_norm": ops.dropout_add_layer_norm(
             x, weight, residual, weight, beta, 1e-12, 0.1, seed(), 1
         ),
-        "linear_gelu": ops.linear_gelu(x, make(12, 8), make(12), "none"),
+        "linear_gelu_residual": ops.linear_gelu_residual(x, make(12, 8), make(12), "none")[0],
         "gelu_layer_norm": ops.gelu_layer_norm(x, weight, weight, beta, 1e-12, "none"),
         "embed_layer_norm": ops.embed_layer_norm(
             ids, ids % 2, ids % 3, table, make(2, 8), make(3, 8), weight, beta, 0, 1e-12, 0.1,
@@ -268,8 +269,8 @@ GRADCHECKS: dict[str, Callable[[Ops], tuple[Callable[..., Tensor], tuple[Tensor,
         lambda *args: ops.dropout_add_layer_norm(*args, 1e-5, 0.3, seed(), 1),
         (double(3, 5), double(5), double(3, 5), double(5), double(5)),
     ),
-    "linear_gelu": lambda ops: (
-        lambda *args: ops.linear_gelu(*args, "none"),
+    "linear_gelu_residual": lambda ops: (
+        lambda *args: ops.linear_gelu_residual(*args, "none")[0],
         (double(3, 4), double(5, 4), double(5)),
     ),
     "gelu_layer_norm": lambda ops: (

@@ -297,3 +297,24 @@ class TestFp16:
     def test_it_learns_as_fp32_does(self) -> None:
         ours, theirs = trained(steps=8, dtype=torch.float16), trained(steps=8)
         assert ours.read().loss == pytest.approx(theirs.read().loss, rel=5e-3)
+
+
+def test_no_pass_adds_gradients_between_two_layers() -> None:
+    """A layer's input feeds a product and a residual: the product adds their gradients."""
+    step = trained(steps=1)
+    generator = torch.Generator().manual_seed(1)
+    batch = packed(sequences([24, 3, 17, 9], generator), 72, 8, 40)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        step([batch])
+    added, products = [], 0
+    for event in profile.events():
+        above = event.cpu_parent
+        while above is not None and "evaluate_function" not in above.name:
+            above = above.cpu_parent
+        if above is not None:  # in the backward
+            products += event.name == "aten::addmm" and [72, 64] in event.input_shapes[:1]
+            if event.name in ("aten::add", "aten::add_") and [72, 64] in event.input_shapes:
+                added.append(above.name)
+    assert added == []
+    assert products == 2 * 2 - 1  # qkv and up of each layer; the last layer's up has fewer rows
