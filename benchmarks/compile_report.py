@@ -24,13 +24,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import fastbert_kernels
+from benchmarks import sass
 from fastbert_kernels.compile_cases import CompileCase
 
 # What one program may ask for: CUDA C++ Programming Guide, table of compute capabilities.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 HEADER = (
     f"{'kernel':<34} {'configuration':<32} {'arch':<6} {'regs':>4} {'shared':>7} {'spills':>6} "
-    f"{'stack':>5} {'mma':>12} {'bulk':>4} {'16 B':>7} {'sass':>6}"
+    f"{'stack':>5} {'mma':>12} {'bulk':>4} {'16 B':>7} {'sass':>6} {'held':>4} {'issue':>6} "
+    f"{'ALU':>6} {'FMA':>6} {'MUFU':>6} {'tensor':>6} {'smem':>6} {'memory':>6} {'bars':>4} "
+    f"{'cycles':>6}  bound"
 )
 
 
@@ -56,6 +59,12 @@ class Compiled:
     accesses: int
     """All global loads and stores."""
     instructions: int
+    held: int
+    """Programs on a multiprocessor at once."""
+    main: sass.Counts | None
+    """One pass of a warp through the main loop; None for an architecture without rates."""
+    cost: sass.Cost | None
+    """Of a program, for 128 x 128 scores where the kernel is attention."""
     failures: tuple[str, ...]
 
     def row(self) -> str:
@@ -64,6 +73,17 @@ class Compiled:
             f"{self.kernel:<34} {self.configuration:<32} sm_{self.arch:<3} {self.registers:>4} "
             f"{self.shared:>7} {self.spills:>6} {self.stack:>5} {mma:>12} {self.bulk_copies:>4} "
             f"{f'{self.wide_accesses}/{self.accesses}':>7} {self.instructions:>6}"
+            + self._costs()
+        )
+
+    def _costs(self) -> str:
+        if self.main is None or self.cost is None:
+            return ""
+        pipes = " ".join(f"{round(cycles):>6}" for cycles in self.cost.cycles.values())
+        unit = "TFLOP/s" if self.cost.flops else "TB/s"
+        return (
+            f" {self.held:>4} {pipes} {self.main.barriers:>4} {round(self.cost.total):>6}  "
+            f"{self.cost.rate / 1e12:.3g} {unit} by {self.cost.limit}"
         )
 
 
@@ -107,7 +127,8 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
             attrs={index: [["tt.divisibility", 16]] for index in divisible},
         ),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages}
+        | ({"maxnreg": case.maxnreg} if case.maxnreg else {}),
     )
     return _read(case, arch, kernel.asm["cubin"], kernel.metadata.shared)
 
@@ -117,10 +138,8 @@ def _read(case: CompileCase, arch: int, cubin: bytes, shared: int) -> Compiled:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("nvdisasm", "-ndf", "-c", file.name)
-    opcodes = Counter(
-        re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
-    )
+        code, loops = sass.parse(_tool("nvdisasm", "-ndf", "-c", file.name))
+    opcodes = Counter(instruction.opcode for instruction in code)
 
     def count(pattern: str) -> int:
         return sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
@@ -138,6 +157,14 @@ def _read(case: CompileCase, arch: int, cubin: bytes, shared: int) -> Compiled:
         failures.append(f"wants {shared} bytes of shared memory, has {SHARED_LIMIT[arch]}")
     if arch == 90 and case.needs_wgmma and not hgmma:
         failures.append("needs wgmma and has no HGMMA")
+    held, main, cost = 0, None, None
+    if arch in sass.MACHINES:
+        held, _ = sass.programs(registers, shared, case.num_warps, arch)
+        try:
+            main = sass.count([code[i] for i in sass.main_part(code, loops)], arch)
+            cost = sass.cost(main, case.num_warps, held, arch, _passes(case))
+        except ValueError as error:
+            failures.append(str(error))
     return Compiled(
         kernel=case.name,
         configuration=case.configuration,
@@ -152,8 +179,18 @@ def _read(case: CompileCase, arch: int, cubin: bytes, shared: int) -> Compiled:
         wide_accesses=count(r"(LDG|STG|LDGSTS)\b.*\.128"),
         accesses=count(r"(LDG|STG|LDGSTS)\b"),
         instructions=sum(opcodes.values()) - opcodes["NOP"],
+        held=held,
+        main=main,
+        cost=cost,
         failures=tuple(failures),
     )
+
+
+def _passes(case: CompileCase) -> float:
+    """Passes through the main loop that 128 x 128 scores take in attention; others are told one."""
+    if {"BLOCK_M", "BLOCK_N"} <= case.constexprs.keys():
+        return 128 * 128 / (case.constexprs["BLOCK_M"] * case.constexprs["BLOCK_N"])
+    return 1
 
 
 def _tool(name: str, *args: str) -> str:
@@ -182,6 +219,13 @@ def _try_compile(job: tuple[CompileCase, int]) -> Compiled | Exception:
         return error
 
 
+def _tiles(text: str) -> tuple[int, ...]:
+    found = tuple(map(int, text.split(",")))
+    if len(found) != 4:
+        raise ValueError(text)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report")
     parser.add_argument(
@@ -191,6 +235,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--module", action="append", help="a module with compile_cases(); default all of ours"
     )
+    parser.add_argument("--match", default="", help="only cases whose name or configuration has it")
+    parser.add_argument(
+        "--tiles", type=_tiles, metavar="M,N,WARPS,STAGES", help="other tiles of attention, to try"
+    )
+    parser.add_argument("--maxnreg", type=int, help="registers a thread may have, to try")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the report")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
@@ -198,6 +247,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     archs = [int(arch.removeprefix("sm_")) for arch in args.arch or ("sm_80", "sm_90")]
     cases = [case for module in args.module for case in cases_of(module)] if args.module else None
     cases = list(shipped_cases()) if cases is None else cases
+    cases = [case for case in cases if args.match in f"{case.name} {case.configuration}"]
+    if args.tiles:
+        block_m, block_n, num_warps, num_stages = args.tiles
+        cases = [
+            dataclasses.replace(
+                case,
+                constexprs={**case.constexprs, "BLOCK_M": block_m, "BLOCK_N": block_n},
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
+            for case in cases
+            if {"BLOCK_M", "BLOCK_N"} <= case.constexprs.keys()
+        ]
+    if args.maxnreg:
+        cases = [dataclasses.replace(case, maxnreg=args.maxnreg) for case in cases]
 
     import triton
 

@@ -31,6 +31,7 @@ class CompileCase:
         needs_wgmma: the dots must be wgmma on Hopper (HGMMA in the machine code).
         divisible_by_16: integer arguments that are multiples of 16 at run time. Pointers are taken
             to be, as torch allocates them. What `do_not_specialize` names is taken to be anything.
+        maxnreg: registers that a thread may have; None: as many as the compiler likes.
         archs: the compute capabilities this case is shipped for, 90 for sm_90.
     """
 
@@ -43,4 +44,5 @@ class CompileCase:
     num_stages: int = 3
     needs_wgmma: bool = False
     divisible_by_16: tuple[str, ...] = ()
+    maxnreg: int | None = None
     archs: tuple[int, ...] = (80, 90)
