@@ -1,9 +1,12 @@
 """Every kernel we ship, compiled ahead of time: `python -m benchmarks.compile_report`.
 
 Needs no GPU. Compiles each case of each op module with Triton's own ptxas and reads the machine
-code: registers, spills, shared memory, tensor-core and bulk-copy instructions. Exits 1 where a
-kernel keeps a stack, spills, wants more shared memory than a multiprocessor lends, or does a dot
-without wgmma that was meant to use it: the ways in which a Triton upgrade ruins a kernel silently.
+code: registers, spills, shared memory, tensor-core and bulk-copy instructions, and what the main
+loop asks of each pipe (`benchmarks.sass`). Exits 1 where a kernel keeps a stack, spills, wants more
+shared memory than a multiprocessor lends, does a dot without wgmma that was meant to use it, or
+passes its committed counts by more than 5% (`benchmarks.counts`): the ways in which a change or a
+Triton upgrade ruins a kernel silently. `--accept` commits the counts that were found; `--match`,
+`--tiles` and `--maxnreg` try others.
 `benchmarks.compile_compare` lays the reports of several Tritons side by side.
 """
 
@@ -24,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import fastbert_kernels
-from benchmarks import sass
+from benchmarks import counts, sass
 from fastbert_kernels.compile_cases import CompileCase
 
 # What one program may ask for: CUDA C++ Programming Guide, table of compute capabilities.
@@ -33,7 +36,7 @@ HEADER = (
     f"{'kernel':<34} {'configuration':<32} {'arch':<6} {'regs':>4} {'shared':>7} {'spills':>6} "
     f"{'stack':>5} {'mma':>12} {'bulk':>4} {'16 B':>7} {'sass':>6} {'held':>4} {'issue':>6} "
     f"{'ALU':>6} {'FMA':>6} {'MUFU':>6} {'tensor':>6} {'smem':>6} {'memory':>6} {'bars':>4} "
-    f"{'cycles':>6}  bound"
+    f"{'KB':>6} {'cycles':>6}  bound"
 )
 
 
@@ -44,6 +47,8 @@ class Compiled:
     kernel: str
     configuration: str
     arch: int
+    tiles: tuple[int, ...]
+    """Sizes of its blocks, warps of a program, pipelining depth."""
     registers: int
     shared: int
     """Bytes of shared memory a program asks for."""
@@ -69,9 +74,10 @@ class Compiled:
 
     def row(self) -> str:
         mma = f"{self.hgmma} HGMMA" if self.hgmma else f"{self.hmma} HMMA" if self.hmma else "-"
+        spills = f"{self.main.spills}/{self.spills}" if self.main and self.spills else self.spills
         return (
             f"{self.kernel:<34} {self.configuration:<32} sm_{self.arch:<3} {self.registers:>4} "
-            f"{self.shared:>7} {self.spills:>6} {self.stack:>5} {mma:>12} {self.bulk_copies:>4} "
+            f"{self.shared:>7} {spills:>6} {self.stack:>5} {mma:>12} {self.bulk_copies:>4} "
             f"{f'{self.wide_accesses}/{self.accesses}':>7} {self.instructions:>6}"
             + self._costs()
         )
@@ -80,11 +86,18 @@ class Compiled:
         if self.main is None or self.cost is None:
             return ""
         pipes = " ".join(f"{round(cycles):>6}" for cycles in self.cost.cycles.values())
-        unit = "TFLOP/s" if self.cost.flops else "TB/s"
         return (
-            f" {self.held:>4} {pipes} {self.main.barriers:>4} {round(self.cost.total):>6}  "
-            f"{self.cost.rate / 1e12:.3g} {unit} by {self.cost.limit}"
+            f" {self.held:>4} {pipes} {self.main.barriers:>4} {self.cost.bytes / 1024:>6.1f} "
+            f"{round(self.cost.total):>6}  {self.cost}"
         )
+
+    @property
+    def label(self) -> str:
+        return _label(self.kernel, self.configuration, self.arch)
+
+
+def _label(kernel: str, configuration: str, arch: int) -> str:
+    return f"{kernel} [{configuration}] sm_{arch}"
 
 
 def shipped_cases() -> Iterator[CompileCase]:
@@ -169,6 +182,10 @@ def _read(case: CompileCase, arch: int, cubin: bytes, shared: int) -> Compiled:
         kernel=case.name,
         configuration=case.configuration,
         arch=arch,
+        tiles=(
+            *(value for name, value in case.constexprs.items() if name.startswith("BLOCK")),
+            case.num_warps, case.num_stages,
+        ),
         registers=registers,
         shared=shared,
         spills=spills,
@@ -219,11 +236,21 @@ def _try_compile(job: tuple[CompileCase, int]) -> Compiled | Exception:
         return error
 
 
-def _tiles(text: str) -> tuple[int, ...]:
-    found = tuple(map(int, text.split(",")))
-    if len(found) != 4:
-        raise ValueError(text)
-    return found
+def _tiles(text: str) -> tuple[int, int, int, int]:
+    block_m, block_n, warps, stages = map(int, text.split(","))
+    return block_m, block_n, warps, stages
+
+
+def _with(
+    case: CompileCase, tiles: tuple[int, int, int, int] | None, maxnreg: int | None
+) -> CompileCase:
+    """The case with other tiles, where it is attention's, or another limit of registers."""
+    if tiles and {"BLOCK_M", "BLOCK_N"} <= case.constexprs.keys():
+        constexprs = {**case.constexprs, "BLOCK_M": tiles[0], "BLOCK_N": tiles[1]}
+        case = dataclasses.replace(
+            case, constexprs=constexprs, num_warps=tiles[2], num_stages=tiles[3]
+        )
+    return dataclasses.replace(case, maxnreg=maxnreg) if maxnreg else case
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tiles", type=_tiles, metavar="M,N,WARPS,STAGES", help="other tiles of attention, to try"
     )
     parser.add_argument("--maxnreg", type=int, help="registers a thread may have, to try")
+    parser.add_argument("--accept", action="store_true", help="commit the counts as they are")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the report")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
@@ -248,20 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [case for module in args.module for case in cases_of(module)] if args.module else None
     cases = list(shipped_cases()) if cases is None else cases
     cases = [case for case in cases if args.match in f"{case.name} {case.configuration}"]
-    if args.tiles:
-        block_m, block_n, num_warps, num_stages = args.tiles
-        cases = [
-            dataclasses.replace(
-                case,
-                constexprs={**case.constexprs, "BLOCK_M": block_m, "BLOCK_N": block_n},
-                num_warps=num_warps,
-                num_stages=num_stages,
-            )
-            for case in cases
-            if {"BLOCK_M", "BLOCK_N"} <= case.constexprs.keys()
-        ]
-    if args.maxnreg:
-        cases = [dataclasses.replace(case, maxnreg=args.maxnreg) for case in cases]
+    tried = bool(args.tiles or args.maxnreg)
+    if tried:
+        cases = [_with(case, args.tiles, args.maxnreg) for case in cases]
 
     import triton
 
@@ -274,13 +291,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = [(case, arch) for case in cases for arch in archs if arch in case.archs]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler and ptxas let go of the GIL
         for (case, arch), compiled in zip(jobs, pool.map(_try_compile, jobs), strict=True):
-            label = f"{case.name} [{case.configuration}] sm_{arch}"
+            label = _label(case.name, case.configuration, arch)
             if isinstance(compiled, Exception):
                 failures.append(f"{label}: does not compile: {compiled!r}")
                 continue
             print(compiled.row(), flush=True)
             table.append(compiled)
             failures += [f"{label}: {failure}" for failure in compiled.failures]
+    if not tried:
+        every = {_label(case.name, case.configuration, arch) for case, arch in jobs}
+        shipped = None if args.module or args.match or args.arch else every
+        found = {row.label: counts.figures(row.held, row.cost) for row in table if row.cost}
+        committed = counts.read()
+        worse = counts.grown(committed, found, triton.__version__, shipped)
+        if args.accept:
+            counts.write(counts.accept(committed, found, triton.__version__, shipped))
+            print("\n".join(f"accepted: {one}" for one in worse))
+        else:
+            failures += worse
     if args.json:
         report = {
             "triton": triton.__version__,

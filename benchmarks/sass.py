@@ -1,16 +1,17 @@
-"""What a kernel's machine code costs, counted: the cycles that its inner loop asks of each pipe.
+"""What a kernel's machine code costs, counted: the cycles that its main loop asks of each pipe.
 
 `nvdisasm` prints the code; loops are found by their backward branches. An instruction of one warp
-holds a pipe of its sub-partition, a quarter of a multiprocessor, for so many cycles (sm_90; where
-sm_80 differs, behind the stroke), by the tables of the CUDA C++ Programming Guide:
+holds a pipe of its sub-partition, a quarter of a multiprocessor, for so many cycles (where two are
+given: sm_90, sm_80), by the throughputs of the CUDA C++ Programming Guide:
 
 | pipe | instructions | cycles |
 |---|---|--:|
 | issue | all | 1 |
-| FMA | FADD, FMUL, FFMA; HADD2, HMUL2, HFMA2 / IMAD / IMAD.HI, IMAD.WIDE | 1 / 2; 2; 4 |
+| FMA | FADD, FMUL, FFMA and their halves; fp64 | 1, 2; 2, 4 |
+| FMA | IMAD; IMAD.HI, IMAD.WIDE | 2; 4 |
 | ALU | integers, logic, comparisons, selections, moves, packed conversions (F2FP) | 2 |
-| MUFU | special functions, other conversions, bit counts | 8 |
-| tensor | HGMMA, HMMA: 4,096 / 2,048 FLOP a clock of the multiprocessor | by shape |
+| MUFU | special functions, other conversions, counts of bits | 8 |
+| tensor | HGMMA, HMMA: 4,096, 2,048 FLOP a clock of the multiprocessor | by shape |
 | shared | accesses without bank conflicts, wgmma's operands: 128 bytes a clock | by width |
 
 Uniform instructions, barriers, branches and accesses to memory take an issue slot and no more.
@@ -21,6 +22,8 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Sequence
+
+from benchmarks.kernels import A100, H100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +42,12 @@ class Machine:
     shared: int
     """Bytes of shared memory."""
     l2: int = 32
-    """Bytes to or from the L2: argued, half of what the port takes. H100 7.4, A100 4.9 TB/s."""
+    """Bytes to and from the L2. Argued, not measured: 7.4 TB/s of an H100, 4.9 of an A100."""
 
 
 MACHINES = {
-    80: Machine(108, 1.41e9, 2048, 2, 0.9 * 2.04e12, 164 * 1024),
-    90: Machine(132, 1.755e9, 4096, 1, 3.0e12, 228 * 1024),
+    80: Machine(108, 1.41e9, 2048, 2, A100.bandwidth, 164 * 1024),
+    90: Machine(132, 1.755e9, 4096, 1, H100.bandwidth, 228 * 1024),
 }
 
 # Of a multiprocessor (CUDA C++ Programming Guide, technical specifications by compute capability):
@@ -57,8 +60,8 @@ _OPCODES = {
     "float": "FADD FFMA FMUL HADD2 HFMA2 HMUL2",
     "double": "DADD DFMA DMUL DSETP",
     "IMAD": "IMAD",
-    "alu": "BMSK CS2R F2FP FMNMX FSEL FSETP HMNMX2 HSETP2 I2FP IABS IADD3 IMNMX ISETP LEA LOP3 MOV "
-    "P2R PLOP3 PRMT R2P SEL SGXT SHF VIADD VIADDMNMX VIMNMX VOTE",
+    "alu": "BMSK CS2R F2FP FMNMX FSEL FSET FSETP HMNMX2 HSETP2 I2FP IABS IADD3 IMNMX ISETP LEA "
+    "LOP3 MOV P2R PLOP3 PRMT R2P SEL SGXT SHF VIADD VIADDMNMX VIMNMX VOTE",
     "mufu": "F2F F2I FLO FRND I2F MUFU POPC",
     "tensor": "HGMMA HMMA",
     "matrix": "LDSM STSM",
@@ -89,9 +92,15 @@ class Instruction:
             return ""
         return "issue" if re.match("U(?!TMA|BLK)", base) else _KINDS.get(base, "unknown")
 
-
-Span = range
-"""A stretch of the code."""
+    @property
+    def bytes(self) -> int:
+        """What an access moves for one thread."""
+        for part in self.opcode.split(".")[1:]:
+            if several := re.fullmatch(r"B?F(16|32)x(\d)", part):
+                return int(several[1]) // 8 * int(several[2])
+            if part in _BYTES:
+                return _BYTES[part]
+        return 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Counts:
     """Instructions that copy to shared memory while the warp goes on."""
 
 
-def parse(sass: str) -> tuple[list[Instruction], list[Span]]:
+def parse(sass: str) -> tuple[list[Instruction], list[range]]:
     """Instructions of what `nvdisasm -c` printed, and loops: where a branch leads backward."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -135,17 +144,22 @@ def parse(sass: str) -> tuple[list[Instruction], list[Span]]:
     return code, loops
 
 
-def main_part(code: Sequence[Instruction], loops: Sequence[Span]) -> Sequence[int]:
+def main_part(code: Sequence[Instruction], loops: Sequence[range]) -> Sequence[int]:
     """The loop in which a kernel spends its time; where there is none, what lies in no loop.
 
-    Of those that hold no other such loop: the shortest with tensor instructions, for its twins only
-    mask the last block; where there are none, the longest that reads global memory.
+    Of those that hold no other such loop: the one that multiplies most, and of equals the shortest,
+    for the others also mask; in a kernel that multiplies nowhere, the longest that reads memory.
     """
-    for kind, choose in (("tensor", min), ("load", max)):
-        doing = [loop for loop in loops if any(code[i].kind == kind for i in loop)]
-        inner = [a for a in doing if not any(b != a and b[0] in a and b[-1] in a for b in doing)]
-        if inner:
-            return choose(inner, key=len)
+    work = [_product(one)[0] if one.kind == "tensor" else 0 for one in code]
+    multiplies = any(work)
+    if not multiplies:
+        work = [one.kind == "load" for one in code]
+    doing = [loop for loop in loops if any(work[i] for i in loop)]
+    inner = [a for a in doing if not any(b != a and b[0] in a and b[-1] in a for b in doing)]
+    if inner and multiplies:
+        return max(inner, key=lambda loop: (sum(work[i] for i in loop), -len(loop)))
+    if inner:
+        return max(inner, key=len)
     return [i for i in range(len(code)) if not any(i in loop for loop in loops)]
 
 
@@ -158,7 +172,7 @@ def count(code: Sequence[Instruction], arch: int) -> Counts:
     found: Counter[str] = Counter()
     for index, instruction in enumerate(code):
         parts = instruction.opcode.split(".")[1:]
-        width = 32 * next((_BYTES[part] for part in parts if part in _BYTES), 4)
+        width = 32 * instruction.bytes
         kind = instruction.kind
         if kind == "unknown":
             raise ValueError(f"no rule counts {instruction.opcode}")
@@ -244,7 +258,7 @@ def _rounded_up(amount: int, unit: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cycles that one pass of a program through its main loop takes of a multiprocessor's pipes."""
+    """What some passes of a program through its main part take of a multiprocessor."""
 
     cycles: dict[str, float]
     """By pipe: issue, ALU, FMA, MUFU, tensor, shared and L2 (memory, where nothing multiplies)."""
@@ -256,6 +270,13 @@ class Cost:
     limit: str
     rate: float
     """FLOPs a second of the whole GPU; bytes where nothing multiplies."""
+
+    def __str__(self) -> str:
+        """The bound; where a program is alone, also the one with everything overlapped."""
+        unit = "TFLOP/s" if self.flops else "TB/s"
+        rates = [self.rate, self.rate * self.total / max(self.cycles.values())]
+        told = " to ".join(dict.fromkeys(f"{rate / 1e12:.3g}" for rate in rates))
+        return f"{told} {unit} by {self.limit}"
 
 
 def cost(counts: Counts, warps: float, held: int, arch: int, scale: float = 1) -> Cost:
@@ -271,14 +292,14 @@ def cost(counts: Counts, warps: float, held: int, arch: int, scale: float = 1) -
     memory, width = "L2", float(machine.l2)
     if not flops:
         memory, width = "memory", machine.memory / machine.multiprocessors / machine.clock
-    operands, accesses = counts.operands * warps / 128, counts.shared * warps / 128
+    accesses, operands = counts.shared * warps / 128, counts.operands * warps / 128
     cycles = {
         "issue": counts.issue * warps / 4,
         "ALU": counts.alu * warps / 4,
         "FMA": counts.fma * warps / 4,
         "MUFU": counts.mufu * warps / 4,
         "tensor": flops / machine.tensor,
-        "shared": operands + accesses,
+        "shared": accesses + operands,
         memory: moved / width,
     }
     phases = [cycles]

@@ -87,6 +87,10 @@ def test_what_is_well_passes(tmp_path: Path) -> None:
         assert row["spills"] == row["stack"] == 0 and row["failures"] == []
     assert table[0]["wide_accesses"] == table[0]["accesses"] == 2  # 8 elements of bf16: 16 bytes
     assert table[2]["hgmma"] > 0 and table[2]["shared"] >= 64 * 64 * 2
+    # Neither has a loop: what is counted is all that must be computed and moved.
+    assert [row["cost"]["bytes"] for row in table] == [1024 * 2 * 2] * 2 + [64 * 64 * 2 * 2]
+    assert [row["cost"]["flops"] for row in table] == [0, 0, 2 * 64**3]
+    assert [row["tiles"] for row in table] == [[4, 3]] * 3
 
 
 def test_every_failure_is_named(tmp_path: Path) -> None:
@@ -110,9 +114,22 @@ def test_every_failure_is_named(tmp_path: Path) -> None:
     assert "\n".join(told["failures"]) == found.stderr.strip()
 
 
+def test_other_tiles_and_limits_can_be_tried(tmp_path: Path) -> None:
+    case = 'case(hoard, {"N": 4096}), case(add_one, {"N": 1024})'
+    found = report(tmp_path, case, "--arch", "sm_90", "--match", "hoard", "--maxnreg", "24",
+                   "--json", "report.json")  # fmt: skip
+    (row,) = json.loads((tmp_path / "report.json").read_text())["compiled"]
+    assert row["registers"] <= 24 and row["kernel"] == "hoard", found.stderr
+    attention = CompileCase("a", "", None, {}, {"BLOCK_M": 64, "BLOCK_N": 128, "D": 64})
+    tried = compile_report._with(attention, compile_report._tiles("32,16,2,1"), None)
+    assert tried.constexprs == {"BLOCK_M": 32, "BLOCK_N": 16, "D": 64}
+    assert (tried.num_warps, tried.num_stages, tried.maxnreg) == (2, 1, None)
+    assert compile_report._passes(attention) == 2 and compile_report._passes(tried) == 32
+
+
 def test_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = " Function k:\n  REG:40 STACK:0 SHARED:0 LOCAL:0"
-    sass = "        /*0000*/                   LDC R1, c[0x0][0x28] ;\n"
+    sass = "        /*0000*/                   LDG.E R1, [R2] ;\n"
     monkeypatch.setattr(
         compile_report, "_tool", lambda name, *_: usage if name == "cuobjdump" else sass
     )
