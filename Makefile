@@ -8,9 +8,9 @@ INSTALLED := .venv/.installed
 help:
 	@echo "make demo   pre-train a tiny BERT on this machine"
 	@echo "make check  lint, types and tests (none needs a GPU)"
-	@echo "make compile-report  compile every kernel for A100 and H100; list registers and spills"
+	@echo "make compile-report  compile every kernel for A100 and H100; list registers, spills, counts"
 	@echo "make compile-report-3.6, compile-report-newest  the same with the Triton of torch 2.11, 2.15"
-	@echo "make compile-report-table  all three, and the table of kernels/README.md from them"
+	@echo "make compile-report-table  all three, their counts accepted, the tables of kernels/README.md"
 	@echo "make bench  time a training step on this CPU"
 	@echo "make clean  remove caches and builds; .venv and runs stay"
 
@@ -38,7 +38,7 @@ types: $(INSTALLED)
 
 check: lint types test
 
-REPORT = $(BIN)/python -m benchmarks.compile_report --arch sm_80 --arch sm_90 --json build/$@.json
+REPORT = $(BIN)/python -m benchmarks.compile_report --json build/$@.json $(ACCEPT)
 
 compile-report: $(INSTALLED)
 	$(REPORT)
@@ -49,6 +49,7 @@ compile-report-3.6: build/triton-3.6.0/.installed
 compile-report-newest: build/triton-3.9.0/.installed
 	PYTHONPATH=$(<D) $(REPORT)
 
+compile-report-table: ACCEPT = --accept
 compile-report-table: compile-report-3.6 compile-report compile-report-newest
 	$(BIN)/python -m benchmarks.compile_compare $(addprefix build/,$(^:=.json)) --readme
 

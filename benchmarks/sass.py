@@ -1,21 +1,9 @@
 """What a kernel's machine code costs, counted: the cycles that its main loop asks of each pipe.
 
 `nvdisasm` prints the code; loops are found by their backward branches. An instruction of one warp
-holds a pipe of its sub-partition, a quarter of a multiprocessor, for so many cycles (where two are
-given: sm_90, sm_80), by the throughputs of the CUDA C++ Programming Guide:
-
-| pipe | instructions | cycles |
-|---|---|--:|
-| issue | all | 1 |
-| FMA | FADD, FMUL, FFMA and their halves; fp64 | 1, 2; 2, 4 |
-| FMA | IMAD; IMAD.HI, IMAD.WIDE | 2; 4 |
-| ALU | integers, logic, comparisons, selections, moves, packed conversions (F2FP) | 2 |
-| MUFU | special functions, other conversions, counts of bits | 8 |
-| tensor | HGMMA, HMMA: 4,096, 2,048 FLOP a clock of the multiprocessor | by shape |
-| shared | accesses without bank conflicts, wgmma's operands: 128 bytes a clock | by width |
-
-Uniform instructions, barriers, branches and accesses to memory take an issue slot and no more.
-What a predicate switches off counts. Global bytes are the accesses' width times the threads.
+holds a pipe of its sub-partition, a quarter of a multiprocessor, for so many cycles, by throughputs
+after the CUDA C++ Programming Guide. kernels/README.md has the rules in a table, and says what they
+leave out.
 """
 
 import dataclasses
