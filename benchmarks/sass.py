@@ -7,9 +7,11 @@ leave out.
 """
 
 import dataclasses
+import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from benchmarks.kernels import A100, H100
 
@@ -66,29 +68,30 @@ _LINE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]
 _BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     opcode: str
     """With its suffixes: IMAD.HI.U32."""
     operands: str
 
-    @property
-    def kind(self) -> str:
-        """By `_OPCODES`; nothing for NOP, "unknown" where no rule counts it."""
-        base = self.opcode.partition(".")[0]
-        if base == "NOP":
-            return ""
-        return "issue" if re.match("U(?!TMA|BLK)", base) else _KINDS.get(base, "unknown")
 
-    @property
-    def bytes(self) -> int:
-        """What an access moves for one thread."""
-        for part in self.opcode.split(".")[1:]:
-            if several := re.fullmatch(r"B?F(16|32)x(\d)", part):
-                return int(several[1]) // 8 * int(several[2])
-            if part in _BYTES:
-                return _BYTES[part]
-        return 4
+@functools.cache
+def _kind(opcode: str) -> str:
+    """By `_OPCODES`; nothing for NOP, "unknown" where no rule counts it."""
+    base = opcode.partition(".")[0]
+    if base == "NOP":
+        return ""
+    return "issue" if re.match("U(?!TMA|BLK)", base) else _KINDS.get(base, "unknown")
+
+
+@functools.cache
+def _bytes(opcode: str) -> int:
+    """What an access moves for one thread."""
+    for part in opcode.split(".")[1:]:
+        if several := re.fullmatch(r"B?F(16|32)x(\d)", part):
+            return int(several[1]) // 8 * int(several[2])
+        if part in _BYTES:
+            return _BYTES[part]
+    return 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +129,10 @@ def parse(sass: str) -> tuple[list[Instruction], list[range]]:
             code.append(Instruction(found[1], found[2]))
     loops = []
     for last, instruction in enumerate(code):
-        target = re.search(r"\((\.L_x_\w+)\)", instruction.operands)
-        if instruction.opcode.startswith("BRA") and target and labels.get(target[1], last) < last:
-            loops.append(range(labels[target[1]], last + 1))
+        if instruction.opcode.startswith("BRA"):
+            target = re.search(r"\((\.L_x_\w+)\)", instruction.operands)
+            if target and labels.get(target[1], last) < last:
+                loops.append(range(labels[target[1]], last + 1))
     return code, loops
 
 
@@ -138,10 +142,10 @@ def main_part(code: Sequence[Instruction], loops: Sequence[range]) -> Sequence[i
     Of those that hold no other such loop: the one that multiplies most, and of equals the shortest,
     for the others also mask; in a kernel that multiplies nowhere, the longest that reads memory.
     """
-    work = [_product(one)[0] if one.kind == "tensor" else 0 for one in code]
+    work = [_product(one)[0] if _kind(one.opcode) == "tensor" else 0 for one in code]
     multiplies = any(work)
     if not multiplies:
-        work = [one.kind == "load" for one in code]
+        work = [_kind(one.opcode) == "load" for one in code]
     doing = [loop for loop in loops if any(work[i] for i in loop)]
     inner = [a for a in doing if not any(b != a and b[0] in a and b[-1] in a for b in doing)]
     if inner and multiplies:
@@ -160,8 +164,7 @@ def count(code: Sequence[Instruction], arch: int) -> Counts:
     found: Counter[str] = Counter()
     for index, instruction in enumerate(code):
         parts = instruction.opcode.split(".")[1:]
-        width = 32 * instruction.bytes
-        kind = instruction.kind
+        kind, width = _kind(instruction.opcode), 32 * _bytes(instruction.opcode)
         if kind == "unknown":
             raise ValueError(f"no rule counts {instruction.opcode}")
         found["issue"] += kind != ""
