@@ -306,7 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         worse = counts.grown(committed, found, triton.__version__, shipped)
         if args.accept:
             counts.write(counts.accept(committed, found, triton.__version__, shipped))
-            print("\n".join(f"accepted: {one}" for one in worse))
+            for one in worse:
+                print(f"accepted: {one}")
         else:
             failures += worse
     if args.json:
