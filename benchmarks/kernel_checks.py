@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.kernels import VOCABULARY
 from fastbert_kernels import reference, reference_optimizer
-from fastbert_kernels.philox import keep_mask
+from fastbert_kernels.philox import keep_mask, keep_threshold, score_mask
 
 Row = dict[str, Any]
 Op = Callable[..., Tensor]
@@ -43,7 +43,7 @@ class Case:
     tensors: Callable[[], dict[str, Tensor]]
     """What `op` takes, in any dtype; all get gradients."""
     tail: int = 0
-    """Last rows of output and gradient that must be 0."""
+    """Last rows of output, and of gradients of so many rows, that must be 0."""
     zeros: bool = False
     """Whether output 0 means dropped, so that dropout's bits can be read off it."""
     deep: bool = False
@@ -131,7 +131,8 @@ def check_case(case: Case, device: torch.device, trace: bool) -> Iterator[Row]:
     want = results(case.oracle, tensors, case.dtype, torch.float64)
     yield from compare(case.label, found, plain, want, case.dtype)
     if case.tail:
-        empty = not any(bool(t[-case.tail :].any()) for t in found.values())
+        rows = [t for t in found.values() if len(t) == len(found["out"])]
+        empty = not any(bool(t[-case.tail :].any()) for t in rows)
         yield {"check": f"{case.label}: rows of no sequence are 0", "ok": empty}
     if case.zeros:
         same = torch.equal(found["out"] == 0, want["out"] == 0)
@@ -235,9 +236,32 @@ def normal(device: torch.device, **shapes: tuple[int, ...]) -> Callable[[], dict
 
 
 def attention_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    from fastbert_kernels.attention import attention
+    from fastbert_kernels.attention import attention, attention_at
 
     seed = seed_on(device)
+
+    def biased(op: Op, *rest: Any, **named: Any) -> Op:
+        """The last tensor is the bias that the others contain, which gets a gradient only."""
+        return lambda *tensors: op(*tensors[:-1], *rest, qkv_bias=tensors[-1], **named)
+
+    def some(
+        lengths: Sequence[int], S: int, A: int, D: int, dtype: torch.dtype, deep: bool = False
+    ) -> Case:
+        """Every fifth token asks, two queries are unused."""
+        T, start = sum(lengths), bounds(lengths, device)
+        positions = torch.arange(0, T, 5, device=device)
+        cu_queries = torch.searchsorted(positions, start.long()).int()
+        positions = torch.cat((positions, positions.new_full((2,), T)))
+        rest = (positions, cu_queries, start, S, 0.1, seed, 1)
+        return Case(
+            label=f"{short(dtype)} D={D} p=0.1 S={S} {list(lengths)} some tokens ask",
+            dtype=dtype,
+            op=biased(attention_at, *rest),
+            oracle=biased(reference.attention_at, *rest),
+            tensors=normal(device, q=(len(positions), A, D), kv=(T, 2, A, D), bias=(3, A, D)),
+            tail=2,
+            deep=deep,
+        )
 
     def case(
         lengths: Sequence[int], S: int, A: int, D: int, p: float, dtype: torch.dtype,
@@ -250,9 +274,9 @@ def attention_cases(device: torch.device, quick: bool) -> Iterator[Case]:
             label=f"{short(dtype)} D={D} p={p} S={S} {shown}"
             + ("" if backend == "triton" else f" {backend}"),
             dtype=dtype,
-            op=with_rest(attention, *rest, backend=backend),
-            oracle=with_rest(reference.attention, *rest),
-            tensors=normal(device, qkv=(sum(lengths) + unused, 3, A, D)),
+            op=biased(attention, *rest, backend=backend),
+            oracle=biased(reference.attention, *rest),
+            tensors=normal(device, qkv=(sum(lengths) + unused, 3, A, D), bias=(3, A, D)),
             tail=unused,
             deep=deep,
         )
@@ -260,6 +284,7 @@ def attention_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     if quick and device.type == "cpu":
         for dtype in dtypes(device):
             yield case([7, 33, 1, 0], 40, 1, 32, 0.1, dtype, 3, deep=dtype == torch.float16)
+        yield some([7, 33, 1, 0], 40, 1, 32, torch.float16)
         return
     many = torch.randint(1, 129, (64,), generator=torch.Generator().manual_seed(1)).tolist()
     heads = (64,) if quick else (32, 64, 128)
@@ -268,6 +293,8 @@ def attention_cases(device: torch.device, quick: bool) -> Iterator[Case]:
             yield case([7, 1, 63, 64, 65, 127, 0, 0], 128, 2, D, p, dtype, 5)
         yield case([129, 1, 512, 511, 0], 512, 2, D, 0.1, dtype, 200)
         yield case([1300, 129, 0], 1300, 2, D, 0.1, dtype, 7, deep=D == 64)
+        for S in (128, 512, 1300):
+            yield some([S, 1, 0, S - 1, 3], S, 2, D, dtype, deep=D == 64 and S == 512)
     for dtype in dtypes(device):
         yield case([8192], 8192, 1, 64, 0.1, dtype)
         yield case(many, 128, 12, 64, 0.1, dtype, deep=True)
@@ -444,7 +471,8 @@ def attention_bits(device: torch.device) -> Iterator[Row]:
             out = attention(qkv, bounds([length] * 2, device), length, 0.1, seed, 2)
             kept.append(out.view(2, length, 2, D).transpose(1, 2) > 0)
         found = torch.cat(kept, dim=-1)[..., :length]
-        same = torch.equal(found, keep_mask((2, 2, length, length), 0.1, seed, 2))
+        shape, site = (2, 2, length, length), seed[2] * 4 + 2
+        same = torch.equal(found, score_mask(shape, keep_threshold(0.1), seed, site))
         yield {"check": f"{short(dtype)} length {length}: dropout bits", "ok": same}
 
 

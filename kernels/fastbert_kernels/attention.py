@@ -1,12 +1,13 @@
 """Bidirectional attention over packed sequences, dropout inside: O = dropout(softmax(QKᵀ/√D)) V.
 
-Vaswani et al. 2017, equation 1, computed tile by tile as in FlashAttention-2 (Dao 2023). Nothing is
-added atomically, so both directions are bitwise deterministic. Three backwards, by length:
+Vaswani et al. 2017, equation 1, computed tile by tile as in FlashAttention-2 (Dao 2023). Both
+directions are bitwise deterministic. Three backwards, by length:
 
 * "tile", S ≤ 128: a tile holds a whole head. One program does everything and reads no O.
 * "head", S ≤ 512: one program walks a head, columns of blocks outside, rows inside. dK and dV stay
-  in registers; dQ is summed in an fp32 scratch that no other program touches (128 KB at S = 512,
-  so it lives in L2): 5 products a tile where separate kernels for dQ and for dK, dV need 7.
+  in registers; dQ is added up in an fp32 scratch that no other program touches (128 KB at S = 512,
+  so it lives in L2), by reductions in memory that one thread issues in order: 5 products a tile
+  where separate kernels for dQ and for dK, dV need 7.
 * "split": those separate kernels, for longer sequences, of which there would be too few programs,
   and wherever registers do not suffice for the others (`attention_config`).
 
@@ -14,11 +15,13 @@ Dropout spends one Philox counter for 16 elements, in the thread that holds them
 Its rescaling by 256 / threshold is folded into the outputs' scale. All exponentials are powers of
 2: log2(e) is folded into the scale of the scores, and `lse` is a base-2 logarithm.
 
-N sequences packed, T tokens packed, S longest sequence, A heads, D head dimension; a plane is one
-head of one sequence; rows are queries, columns are keys.
+Queries may be fewer than keys (`attention_at`): what the last layer of an encoder wants. Each
+backward also leaves column sums of dQ and dV, of which the bias of the projection has its gradient.
+
+N sequences packed, T tokens packed, R queries (T where each token asks), S longest sequence,
+A heads, D head dimension; a plane is one head of one sequence; rows are queries, columns are keys.
 """
 
-from itertools import product
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ from fastbert_kernels.attention_config import (
     backward_path,
     choose_backend,
     choose_tiles,
+    forward_kernel,
 )
 from fastbert_kernels.checks import (
     STORAGE_DTYPES,
@@ -44,12 +48,17 @@ from fastbert_kernels.checks import (
 )
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.philox import keep_threshold
-from fastbert_kernels.philox_triton import dropout_key, philox_words
-from fastbert_kernels.reference import sequence_lengths
+from fastbert_kernels.philox_triton import drop_scores, dropout_key, dropped_scores
+from fastbert_kernels.reduce import reduce_rows
+from fastbert_kernels.reference import sequence_lengths, with_bias_gradient
 from fastbert_kernels.triton_import import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
+TAIL = tl.constexpr(64)  # columns of the forward's last blocks: at mean length 278 it computes
+# 1.19 times the scores that exist, and 1.29 times with 128
 DELTA_ROWS = 64
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_NOT_SPECIALIZED = ["seed_ptr", "T", "R", "N", "blocks", "stream"]
 
 
 # Pieces
@@ -74,12 +83,43 @@ def _load_rows(
 
 
 @triton.jit
+def _load_block(
+    base_ptr,
+    first,
+    length,
+    stride,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """`_load_rows`, without a comparison where not PARTIAL: all rows are the sequence's."""
+    if PARTIAL:
+        return _load_rows(base_ptr, first, length, stride, D, ROWS)
+    offset = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, D)[None, :]
+    return tl.load(base_ptr + tl.cast(first, tl.int64) * stride + offset)
+
+
+@triton.jit
+def _load_repeated(base_ptr, first, length, stride, D: tl.constexpr, ROWS: tl.constexpr):
+    """(ROWS, D) rows of a head; beyond the sequence its last row."""
+    row = tl.minimum(tl.arange(0, ROWS), length - first - 1)
+    block_ptr = base_ptr + tl.cast(first, tl.int64) * stride
+    return tl.load(block_ptr + row[:, None] * stride + tl.arange(0, D)[None, :])
+
+
+@triton.jit
 def _store_rows(base_ptr, first, length, stride, tile, D: tl.constexpr, ROWS: tl.constexpr):
     row = tl.arange(0, ROWS)
     block_ptr = base_ptr + tl.cast(first, tl.int64) * stride
     offset = row[:, None] * stride + tl.arange(0, D)[None, :]
     tile = tile.to(base_ptr.dtype.element_ty)
     tl.store(block_ptr + offset, tile, mask=(row < length - first)[:, None])
+
+
+@triton.jit
+def _scratch(base_ptr, first, D: tl.constexpr, ROWS: tl.constexpr):
+    """Pointers to (ROWS, D) rows that lie behind each other."""
+    return base_ptr + first * D + tl.arange(0, ROWS)[:, None] * D + tl.arange(0, D)[None, :]
 
 
 @triton.jit
@@ -110,54 +150,25 @@ def _zero_tail(
 
 
 @triton.jit
-def _dropped(word, THRESHOLD: tl.constexpr):
-    """Bit 7 of each byte of a uint32 set where byte >= THRESHOLD: four comparisons in three steps.
-
-    The sum cannot carry from byte to byte: its terms are at most 127 and 128.
-    """
-    low = word & 0x7F7F7F7F
-    if THRESHOLD <= 128:
-        return (low + (128 - THRESHOLD) * 0x01010101) | word
-    return (low + (256 - THRESHOLD) * 0x01010101) & word
+def _bounds(cu_ptr, sequence):
+    """(first row, rows) of a sequence."""
+    start = tl.load(cu_ptr + sequence)
+    return start.to(tl.int64), tl.load(cu_ptr + sequence + 1) - start
 
 
 @triton.jit
-def _keep(
-    row,  # (R,)
-    first_column,  # a multiple of COLUMNS
-    plane,
-    site,
-    key0,
-    key1,
-    THRESHOLD: tl.constexpr,
-    COLUMNS: tl.constexpr,  # 32, 64 or 128
+def _row_numbers(
+    positions_ptr,  # of the sequence's first query
+    start,  # the sequence's first token
+    first,
+    rows,
+    BLOCK_M: tl.constexpr,
+    AT: tl.constexpr,
 ):
-    """(R, COLUMNS) booleans of `philox.keep_mask`, in the accumulator's own layout.
-
-    Choosing a word by the byte's number costs nothing: that number is known of every register when
-    the kernel is compiled. (Joining the words instead, as a row-wise layout wants it, made sm_80
-    exchange them between threads: 2,901 against 3,162 instructions, 128 x 128, 4 warps.)
-    """
-    R: tl.constexpr = row.shape[0]
-    group = first_column // 128 * 8 + tl.arange(0, 8)
-    w0, w1, w2, w3 = philox_words(row[:, None], group[None, :], plane, site, key0, key1)
-    part = first_column % 128 // COLUMNS
-    byte = tl.arange(0, COLUMNS // 8)[None, :, None]
-    if COLUMNS == 128:
-        w01 = tl.where(byte < 4, _dropped(w0, THRESHOLD)[:, None], _dropped(w1, THRESHOLD)[:, None])
-        w23 = tl.where(
-            byte < 12, _dropped(w2, THRESHOLD)[:, None], _dropped(w3, THRESHOLD)[:, None]
-        )
-        word = tl.where(byte < 8, w01, w23)
-    elif COLUMNS == 64:
-        low = _dropped(tl.where(part == 0, w0, w2), THRESHOLD)
-        high = _dropped(tl.where(part == 0, w1, w3), THRESHOLD)
-        word = tl.where(byte < 4, low[:, None], high[:, None])
-    else:
-        pair = tl.where(part == 0, w0, tl.where(part == 1, w1, tl.where(part == 2, w2, w3)))
-        word = tl.broadcast_to(_dropped(pair, THRESHOLD)[:, None], (R, 4, 8))
-    bit = (word >> (byte % 4 * 8 + 7).to(tl.uint32)) & 1
-    return tl.reshape(bit == 0, (R, COLUMNS))
+    """(BLOCK_M,) rows of the scores' matrix that queries `first` and following stand for."""
+    if AT:
+        return (_load_statistic(positions_ptr, first, rows, start, BLOCK_M) - start).to(tl.int32)
+    return first + tl.arange(0, BLOCK_M)
 
 
 # Forward
@@ -171,25 +182,27 @@ def _attend(
     highest,  # (BLOCK_M,) largest score so far, in powers of 2
     k_ptr,
     v_ptr,
+    first_row,
     row,
     first_column,
     length,
-    stride,
     plane,
     site,
     key0,
     key1,
+    STRIDE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
+    AT: tl.constexpr,
     PARTIAL: tl.constexpr,  # the block passes the sequence's end
     ONLY: tl.constexpr,  # there is no other block
 ):
     """One block of columns: softmax going on from what was seen before."""
     SCALE: tl.constexpr = LOG2E * D**-0.5
-    k = _load_rows(k_ptr, first_column, length, stride, D, BLOCK_N)
-    v = _load_rows(v_ptr, first_column, length, stride, D, BLOCK_N)
+    k = _load_block(k_ptr, first_column, length, STRIDE, D, BLOCK_N, PARTIAL)
+    v = _load_block(v_ptr, first_column, length, STRIDE, D, BLOCK_N, PARTIAL)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if PARTIAL:
         here = tl.arange(0, BLOCK_N) < length - first_column
@@ -202,82 +215,96 @@ def _attend(
         total *= shrink[:, None]
     p = tl.exp2(scores * SCALE - block_highest[:, None])
     normalizer += tl.sum(p, 1)
+    p = p.to(v.dtype)
     if THRESHOLD < 256:
-        keep = _keep(row, first_column, plane, site, key0, key1, THRESHOLD, BLOCK_N)
-        p = tl.where(keep, p, 0.0)
-    total = tl.dot(p.to(v.dtype), v, total, input_precision=PRECISION)
+        dropped = dropped_scores(
+            first_row, row, first_column, plane, site, key0, key1, THRESHOLD, BLOCK_N, AT
+        )
+        p = drop_scores(p, dropped, p.dtype.primitive_bitwidth == 16 and not INTERPRETED)
+    total = tl.dot(p, v, total, input_precision=PRECISION)
     return total, normalizer, block_highest
 
 
-@triton.jit(do_not_specialize=["seed_ptr", "T", "N", "A", "blocks", "stream"])
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def attention_forward_kernel(
-    qkv_ptr,  # (T, 3, A, D)
+    q_ptr,  # (T, 3, A, D), queries first; AT: (R, A, D)
+    kv_ptr,  # the same; AT: (T, 2, A, D)
     cu_seqlens_ptr,  # (N + 1,) int32
+    cu_queries_ptr,  # (N + 1,) int32, of queries; only AT, like the next
+    positions_ptr,  # (R,) int64: the tokens that ask
     seed_ptr,  # (3,) int64
-    out_ptr,  # (T, A, D)
-    lse_ptr,  # (A, T) fp32
-    T,
+    out_ptr,  # (R, A, D)
+    lse_ptr,  # (A, R) fp32
+    R,  # T where not AT
     N,
-    A,
     blocks,  # of BLOCK_M rows in the longest sequence
     stream,
+    A: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     THRESHOLD: tl.constexpr,  # 256: no dropout
     PRECISION: tl.constexpr,
+    AT: tl.constexpr,  # queries have a tensor of their own
     ONE_TILE: tl.constexpr,  # no sequence is longer than BLOCK_M or BLOCK_N
 ):
     """A program makes BLOCK_M rows of one head's output; (N + 1) A blocks of them."""
+    Q_STRIDE: tl.constexpr = (1 if AT else 3) * A * D
+    KV_STRIDE: tl.constexpr = (2 if AT else 3) * A * D
+    OUT_STRIDE: tl.constexpr = A * D
     if ONE_TILE:
         blocks = 1  # known to the compiler, it takes two divisions, 4% of the instructions
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
     sequence, head = plane // A, plane % A
-    start = tl.load(cu_seqlens_ptr + sequence)
-    out_stride = A * D
     if sequence == N:
-        first = start + block * BLOCK_M
-        _zero_tail(out_ptr + head * D, first, blocks * BLOCK_M, T, out_stride, D, BLOCK_M)
+        end = tl.load((cu_queries_ptr if AT else cu_seqlens_ptr) + N)
+        first = end + block * BLOCK_M
+        _zero_tail(out_ptr + head * D, first, blocks * BLOCK_M, R, OUT_STRIDE, D, BLOCK_M)
         return
-    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
-    if block * BLOCK_M >= length:
+    start, length = _bounds(cu_seqlens_ptr, sequence)
+    first_query, rows = start, length
+    if AT:
+        first_query, rows = _bounds(cu_queries_ptr, sequence)
+    if block * BLOCK_M >= rows:
         return
 
-    stride = 3 * A * D
-    q_ptr = qkv_ptr + start.to(tl.int64) * stride + head * D
-    k_ptr, v_ptr = q_ptr + A * D, q_ptr + 2 * A * D
+    q_ptr += first_query * Q_STRIDE + head * D
+    v_ptr = kv_ptr + start * KV_STRIDE + KV_STRIDE - (A - head) * D  # values come last
+    k_ptr = v_ptr - A * D
     first_row = block * BLOCK_M
-    row = first_row + tl.arange(0, BLOCK_M)
+    row = _row_numbers(positions_ptr + first_query, start, first_row, rows, BLOCK_M, AT)
     key0, key1, site = dropout_key(seed_ptr, stream)
-    q = _load_rows(q_ptr, first_row, length, stride, D, BLOCK_M)
+    q = _load_rows(q_ptr, first_row, rows, Q_STRIDE, D, BLOCK_M)
     total = tl.zeros((BLOCK_M, D), tl.float32)
     normalizer = tl.zeros((BLOCK_M,), tl.float32)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if ONE_TILE:
         total, normalizer, highest = _attend(
-            q, total, normalizer, highest, k_ptr, v_ptr, row, 0, length, stride,
-            plane, site, key0, key1, D, BLOCK_N, THRESHOLD, PRECISION, True, True,
+            q, total, normalizer, highest, k_ptr, v_ptr, first_row, row, 0, length,
+            plane, site, key0, key1, KV_STRIDE, D, BLOCK_N, THRESHOLD, PRECISION, AT, True, True,
         )  # fmt: skip
     else:
+        LAST: tl.constexpr = BLOCK_N if BLOCK_N < TAIL else TAIL
         whole = length // BLOCK_N * BLOCK_N
         for first_column in range(0, whole, BLOCK_N):
             total, normalizer, highest = _attend(
-                q, total, normalizer, highest, k_ptr, v_ptr, row, first_column, length, stride,
-                plane, site, key0, key1, D, BLOCK_N, THRESHOLD, PRECISION, False, False,
+                q, total, normalizer, highest, k_ptr, v_ptr, first_row, row, first_column, length,
+                plane, site, key0, key1, KV_STRIDE, D, BLOCK_N, THRESHOLD, PRECISION, AT, False,
+                False,
             )  # fmt: skip
-        # At most once. A loop of its own, so that the one above compares no column with the length.
-        for first_column in tl.range(whole, length, BLOCK_N, num_stages=1):
+        # A loop of its own, so that the one above compares no column with the length.
+        for first_column in tl.range(whole, length, LAST, num_stages=1):
             total, normalizer, highest = _attend(
-                q, total, normalizer, highest, k_ptr, v_ptr, row, first_column, length, stride,
-                plane, site, key0, key1, D, BLOCK_N, THRESHOLD, PRECISION, True, False,
+                q, total, normalizer, highest, k_ptr, v_ptr, first_row, row, first_column, length,
+                plane, site, key0, key1, KV_STRIDE, D, LAST, THRESHOLD, PRECISION, AT, True, False,
             )  # fmt: skip
 
     total *= ((256 / THRESHOLD) / normalizer)[:, None]
-    out_head_ptr = out_ptr + start.to(tl.int64) * out_stride + head * D
-    _store_rows(out_head_ptr, first_row, length, out_stride, total, D, BLOCK_M)
-    lse_head_ptr = lse_ptr + head.to(tl.int64) * T + start
-    _store_statistic(lse_head_ptr, first_row, length, highest + tl.log2(normalizer), BLOCK_M)
+    out_ptr += first_query * OUT_STRIDE + head * D
+    _store_rows(out_ptr, first_row, rows, OUT_STRIDE, total, D, BLOCK_M)
+    lse_ptr += head.to(tl.int64) * R + first_query
+    _store_statistic(lse_ptr, first_row, rows, highest + tl.log2(normalizer), BLOCK_M)
 
 
 # Backward
@@ -308,6 +335,7 @@ def _tile_gradients(
     dout,  # (BLOCK_M, D)
     lse,  # (BLOCK_M,) +inf in rows beyond the sequence, which makes their p zero
     delta,  # (BLOCK_M,)
+    first_row,
     row,
     first_column,
     plane,
@@ -318,32 +346,78 @@ def _tile_gradients(
     BLOCK_N: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
+    AT: tl.constexpr,
     ONE_TILE: tl.constexpr,  # whole rows are here: delta is made of p and dp
+    PARTIAL: tl.constexpr,  # k is zero beyond the sequence
 ):
-    """(BLOCK_M, BLOCK_N) dropped p and gradient of the scores, less dropout's scale."""
+    """(BLOCK_M, BLOCK_N) dropped p and gradient of the scores, less dropout's scale.
+
+    Columns beyond the sequence get finite ones, which do no harm: v = 0 there, k = 0 where dQ is
+    made, and their dk, dv are not stored. To be finite takes a score of a real column, so k repeats
+    the last one; or, where zeros score 0 and p could be infinite, a minimum for each element (128
+    instructions a tile of 128 x 128).
+    """
     SCALE: tl.constexpr = LOG2E * D**-0.5
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    # A probability is at most 1. Columns beyond the sequence have score 0 and could pass it, up to
-    # infinity; limited, they do no harm: k = v = 0 there, and their dk, dv are not stored.
-    p = tl.exp2(tl.minimum(scores * SCALE - lse[:, None], 0.0))
+    exponent = scores * SCALE - lse[:, None]
+    if PARTIAL:
+        exponent = tl.minimum(exponent, 0.0)
+    p = tl.exp2(exponent)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    kept = p
+    kept = p.to(q.dtype)
     if THRESHOLD < 256:
-        keep = _keep(row, first_column, plane, site, key0, key1, THRESHOLD, BLOCK_N)
-        dp = tl.where(keep, dp, 0.0)
-        kept = tl.where(keep, p, 0.0)
+        dropped = dropped_scores(
+            first_row, row, first_column, plane, site, key0, key1, THRESHOLD, BLOCK_N, AT
+        )
+        kept = drop_scores(kept, dropped, kept.dtype.primitive_bitwidth == 16 and not INTERPRETED)
+        dp = drop_scores(dp, dropped, False)
     if ONE_TILE:
         delta = tl.sum(p * dp, 1)
-    return kept.to(q.dtype), (p * (dp - delta[:, None])).to(q.dtype)
+    return kept, (p * (dp - delta[:, None])).to(q.dtype)
 
 
-@triton.jit(do_not_specialize=["T", "A"])
+@triton.jit
+def _store_sum(
+    partials_ptr,  # (N blocks, 3, A, D) fp32
+    index,  # of this program's sequence and block
+    head,
+    part: tl.constexpr,  # of q, k, v
+    total,  # (D,)
+    A: tl.constexpr,
+    D: tl.constexpr,
+):
+    row = (index.to(tl.int64) * 3 + part) * A + head
+    tl.store(partials_ptr + row * D + tl.arange(0, D), total)
+
+
+@triton.jit
+def _store_sums(
+    partials_ptr,
+    index,
+    head,
+    part: tl.constexpr,
+    base_ptr,  # a head of a sequence in a gradient that this program has stored
+    first,
+    end,  # the rows to sum are first, ..., end - 1
+    stride,
+    A: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Column sums of rows read back from L2: those of an accumulator took 6 times the code."""
+    ROWS: tl.constexpr = 64
+    total = tl.zeros((ROWS, D), tl.float32)
+    for row in range(first, end, ROWS):
+        total += _load_rows(base_ptr, row, end, stride, D, ROWS).to(tl.float32)
+    _store_sum(partials_ptr, index, head, part, tl.sum(total, 0), A, D)
+
+
+@triton.jit(do_not_specialize=["T"])
 def attention_delta_kernel(
     out_ptr,  # (T, A, D)
     dout_ptr,  # (T, A, D)
     delta_ptr,  # (A, T) fp32
     T,
-    A,
+    A: tl.constexpr,
     D: tl.constexpr,
     THRESHOLD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -356,175 +430,259 @@ def attention_delta_kernel(
     _store_statistic(delta_ptr + head.to(tl.int64) * T, first, T, delta, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["seed_ptr", "T", "N", "A", "blocks", "stream"])
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def attention_backward_kernel(
-    qkv_ptr,  # (T, 3, A, D)
-    out_ptr,  # (T, A, D)
-    dout_ptr,  # (T, A, D)
-    lse_ptr,  # (A, T) fp32
-    delta_ptr,  # (A, T) fp32, filled here when WHOLE_HEAD
-    dq_ptr,  # (A, T, D) fp32 scratch, used when WHOLE_HEAD
+    q_ptr,  # as in the forward
+    kv_ptr,
+    out_ptr,  # (R, A, D)
+    dout_ptr,  # (R, A, D)
+    lse_ptr,  # (A, R) fp32
+    delta_ptr,  # (A, R) fp32, filled here when WHOLE_HEAD
+    scratch_ptr,  # (A, R + N BLOCK_M, D) fp32, dQ in whole blocks, used when WHOLE_HEAD
     cu_seqlens_ptr,  # (N + 1,) int32
+    cu_queries_ptr,
+    positions_ptr,
     seed_ptr,  # (3,) int64
-    dqkv_ptr,  # (T, 3, A, D)
+    dq_ptr,  # as q; not written by blocks of a head
+    dkv_ptr,  # as kv
+    partials_ptr,  # (N blocks, 3, A, D) fp32: column sums, those of dK left 0
     T,
+    R,
     N,
-    A,
     blocks,  # programs a head: 1, or blocks of BLOCK_N columns in the longest sequence
     stream,
+    A: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
+    AT: tl.constexpr,
     ONE_TILE: tl.constexpr,  # no sequence is longer than BLOCK_M or BLOCK_N
     WHOLE_HEAD: tl.constexpr,  # a program walks all columns and makes dQ too
 ):
     """dK and dV of one block of columns, or all of dQ, dK, dV of one head."""
+    Q_STRIDE: tl.constexpr = (1 if AT else 3) * A * D
+    KV_STRIDE: tl.constexpr = (2 if AT else 3) * A * D
+    OUT_STRIDE: tl.constexpr = A * D
+    WEIGHT: tl.constexpr = 256 / THRESHOLD
+    SCORE_WEIGHT: tl.constexpr = WEIGHT * D**-0.5
     if ONE_TILE:  # not where WHOLE_HEAD: by the constant, sm_80 spills with D = 32 and Triton 3.6
         blocks = 1
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
     sequence, head = plane // A, plane % A
-    start = tl.load(cu_seqlens_ptr + sequence)
-    stride, out_stride = 3 * A * D, A * D
+    LAST_V: tl.constexpr = KV_STRIDE - A * D
     if sequence == N:
-        for part in tl.static_range(3):
-            base_ptr = dqkv_ptr + part * A * D + head * D
-            first = start + block * BLOCK_M
-            _zero_tail(base_ptr, first, blocks * BLOCK_M, T, stride, D, BLOCK_M)
+        first = tl.load(cu_seqlens_ptr + N) + block * BLOCK_M
+        step = blocks * BLOCK_M
+        base_ptr = dkv_ptr + LAST_V + head * D
+        _zero_tail(base_ptr, first, step, T, KV_STRIDE, D, BLOCK_M)
+        _zero_tail(base_ptr - A * D, first, step, T, KV_STRIDE, D, BLOCK_M)
+        if AT:
+            first = tl.load(cu_queries_ptr + N) + block * BLOCK_M
+        _zero_tail(dq_ptr + head * D, first, step, R, Q_STRIDE, D, BLOCK_M)
         return
-    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    start, length = _bounds(cu_seqlens_ptr, sequence)
+    first_query, rows = start, length
+    if AT:
+        first_query, rows = _bounds(cu_queries_ptr, sequence)
+    index = sequence * blocks + block
+    for part in tl.static_range(3):
+        _store_sum(partials_ptr, index, head, part, tl.zeros((D,), tl.float32), A, D)
     if block * BLOCK_N >= length:
         return
 
-    start = start.to(tl.int64)
-    q_ptr = qkv_ptr + start * stride + head * D
-    k_ptr, v_ptr = q_ptr + A * D, q_ptr + 2 * A * D
-    dq_out_ptr = dqkv_ptr + start * stride + head * D
-    dk_ptr, dv_ptr = dq_out_ptr + A * D, dq_out_ptr + 2 * A * D
-    out_ptr += start * out_stride + head * D
-    dout_ptr += start * out_stride + head * D
-    lse_ptr += head.to(tl.int64) * T + start
-    delta_ptr += head.to(tl.int64) * T + start
-    dq_ptr += (head.to(tl.int64) * T + start) * D
+    q_ptr += first_query * Q_STRIDE + head * D
+    v_ptr = kv_ptr + start * KV_STRIDE + LAST_V + head * D
+    k_ptr = v_ptr - A * D
+    dq_ptr += first_query * Q_STRIDE + head * D
+    dv_ptr = dkv_ptr + start * KV_STRIDE + LAST_V + head * D
+    dk_ptr = dv_ptr - A * D
+    out_ptr += first_query * OUT_STRIDE + head * D
+    dout_ptr += first_query * OUT_STRIDE + head * D
+    lse_ptr += head.to(tl.int64) * R + first_query
+    delta_ptr += head.to(tl.int64) * R + first_query
+    scratch_ptr += (head.to(tl.int64) * (R + N * BLOCK_M) + first_query + sequence * BLOCK_M) * D
+    positions_ptr += first_query
     key0, key1, site = dropout_key(seed_ptr, stream)
-    WEIGHT: tl.constexpr = 256 / THRESHOLD
-    SCORE_WEIGHT: tl.constexpr = WEIGHT * D**-0.5
 
     if ONE_TILE:
-        row = tl.arange(0, BLOCK_M)
-        q = _load_rows(q_ptr, 0, length, stride, D, BLOCK_M)
-        k = _load_rows(k_ptr, 0, length, stride, D, BLOCK_N)
-        v = _load_rows(v_ptr, 0, length, stride, D, BLOCK_N)
-        dout = _load_rows(dout_ptr, 0, length, out_stride, D, BLOCK_M)
-        lse = _load_statistic(lse_ptr, 0, length, float("inf"), BLOCK_M)
+        row = _row_numbers(positions_ptr, start, 0, rows, BLOCK_M, AT)
+        q = _load_rows(q_ptr, 0, rows, Q_STRIDE, D, BLOCK_M)
+        k = _load_rows(k_ptr, 0, length, KV_STRIDE, D, BLOCK_N)
+        k_scores = _load_repeated(k_ptr, 0, length, KV_STRIDE, D, BLOCK_N)
+        v = _load_rows(v_ptr, 0, length, KV_STRIDE, D, BLOCK_N)
+        dout = _load_rows(dout_ptr, 0, rows, OUT_STRIDE, D, BLOCK_M)
+        lse = _load_statistic(lse_ptr, 0, rows, float("inf"), BLOCK_M)
         kept, ds = _tile_gradients(
-            q, k, v, dout, lse, lse, row, 0, plane, site, key0, key1,
-            D, BLOCK_N, THRESHOLD, PRECISION, True,
+            q, k_scores, v, dout, lse, lse, 0, row, 0, plane, site, key0, key1,
+            D, BLOCK_N, THRESHOLD, PRECISION, AT, True, False,
         )  # fmt: skip
         dv = tl.dot(tl.trans(kept), dout, input_precision=PRECISION) * WEIGHT
-        _store_rows(dv_ptr, 0, length, stride, dv, D, BLOCK_N)
+        _store_rows(dv_ptr, 0, length, KV_STRIDE, dv, D, BLOCK_N)
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * SCORE_WEIGHT
-        _store_rows(dk_ptr, 0, length, stride, dk, D, BLOCK_N)
+        _store_rows(dk_ptr, 0, length, KV_STRIDE, dk, D, BLOCK_N)
         dq = tl.dot(ds, k, input_precision=PRECISION) * SCORE_WEIGHT
-        _store_rows(dq_out_ptr, 0, length, stride, dq, D, BLOCK_M)
+        _store_rows(dq_ptr, 0, rows, Q_STRIDE, dq, D, BLOCK_M)
+        tl.debug_barrier()
+        _store_sums(partials_ptr, index, head, 0, dq_ptr, 0, rows, Q_STRIDE, A, D)
+        _store_sums(partials_ptr, index, head, 2, dv_ptr, 0, length, KV_STRIDE, A, D)
         return
 
     end = (block + 1) * BLOCK_N
     if WHOLE_HEAD:
         end = length
-        for first_row in range(0, length, BLOCK_M):
-            delta = _delta(out_ptr, dout_ptr, first_row, length, out_stride, D, THRESHOLD, BLOCK_M)
-            _store_statistic(delta_ptr, first_row, length, delta, BLOCK_M)
+        for first_row in range(0, rows, BLOCK_M):
+            delta = _delta(out_ptr, dout_ptr, first_row, rows, OUT_STRIDE, D, THRESHOLD, BLOCK_M)
+            _store_statistic(delta_ptr, first_row, rows, delta, BLOCK_M)
+        zeros = tl.zeros((BLOCK_M, D), tl.float32)
+        for first_row in range(0, rows, BLOCK_M):  # in the loop above, it made the one below spill
+            tl.store(_scratch(scratch_ptr, first_row, D, BLOCK_M), zeros)
+        tl.debug_barrier()  # other threads of this program read what this one stored
 
     for first_column in tl.range(block * BLOCK_N, end, BLOCK_N, num_stages=1):
-        if WHOLE_HEAD:
-            # Other threads of this program may read what this one stored: delta and the dQ so far.
-            tl.debug_barrier()
-        k = _load_rows(k_ptr, first_column, length, stride, D, BLOCK_N)
-        v = _load_rows(v_ptr, first_column, length, stride, D, BLOCK_N)
+        k = _load_rows(k_ptr, first_column, length, KV_STRIDE, D, BLOCK_N)
+        k_scores = _load_repeated(k_ptr, first_column, length, KV_STRIDE, D, BLOCK_N)
+        v = _load_rows(v_ptr, first_column, length, KV_STRIDE, D, BLOCK_N)
         dk = tl.zeros((BLOCK_N, D), tl.float32)
         dv = tl.zeros((BLOCK_N, D), tl.float32)
-        for first_row in range(0, length, BLOCK_M):
-            row = first_row + tl.arange(0, BLOCK_M)
-            q = _load_rows(q_ptr, first_row, length, stride, D, BLOCK_M)
-            dout = _load_rows(dout_ptr, first_row, length, out_stride, D, BLOCK_M)
-            lse = _load_statistic(lse_ptr, first_row, length, float("inf"), BLOCK_M)
-            delta = _load_statistic(delta_ptr, first_row, length, 0.0, BLOCK_M)
+        for first_row in range(0, rows, BLOCK_M):
+            row = _row_numbers(positions_ptr, start, first_row, rows, BLOCK_M, AT)
+            q = _load_rows(q_ptr, first_row, rows, Q_STRIDE, D, BLOCK_M)
+            dout = _load_rows(dout_ptr, first_row, rows, OUT_STRIDE, D, BLOCK_M)
+            lse = _load_statistic(lse_ptr, first_row, rows, float("inf"), BLOCK_M)
+            delta = _load_statistic(delta_ptr, first_row, rows, 0.0, BLOCK_M)
             kept, ds = _tile_gradients(
-                q, k, v, dout, lse, delta, row, first_column, plane, site, key0, key1,
-                D, BLOCK_N, THRESHOLD, PRECISION, False,
+                q, k_scores, v, dout, lse, delta, first_row, row, first_column,
+                plane, site, key0, key1, D, BLOCK_N, THRESHOLD, PRECISION, AT, False, False,
             )  # fmt: skip
             dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
             dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
             if WHOLE_HEAD:
-                # A length of 0 switches the load off: the first blocks find nothing there.
-                before = tl.where(first_column == 0, 0, length)
+                # The same thread at the same address, block after block: one order of adding.
                 dq = tl.dot(ds, k, input_precision=PRECISION)
-                dq += _load_rows(dq_ptr, first_row, before, D, D, BLOCK_M)
-                _store_rows(dq_ptr, first_row, length, D, dq, D, BLOCK_M)
-        _store_rows(dk_ptr, first_column, length, stride, dk * SCORE_WEIGHT, D, BLOCK_N)
-        _store_rows(dv_ptr, first_column, length, stride, dv * WEIGHT, D, BLOCK_N)
+                tl.atomic_add(_scratch(scratch_ptr, first_row, D, BLOCK_M), dq, sem="relaxed")
+        _store_rows(dk_ptr, first_column, length, KV_STRIDE, dk * SCORE_WEIGHT, D, BLOCK_N)
+        _store_rows(dv_ptr, first_column, length, KV_STRIDE, dv * WEIGHT, D, BLOCK_N)
 
+    tl.debug_barrier()
     if WHOLE_HEAD:
+        for first_row in range(0, rows, BLOCK_M):
+            # Past L1, which knows nothing of what was added in L2.
+            dq = tl.load(_scratch(scratch_ptr, first_row, D, BLOCK_M), cache_modifier=".cg")
+            _store_rows(dq_ptr, first_row, rows, Q_STRIDE, dq * SCORE_WEIGHT, D, BLOCK_M)
         tl.debug_barrier()
-        for first_row in range(0, length, BLOCK_M):
-            dq = _load_rows(dq_ptr, first_row, length, D, D, BLOCK_M) * SCORE_WEIGHT
-            _store_rows(dq_out_ptr, first_row, length, stride, dq, D, BLOCK_M)
+        _store_sums(partials_ptr, index, head, 0, dq_ptr, 0, rows, Q_STRIDE, A, D)
+    end = tl.minimum(end, length)
+    _store_sums(partials_ptr, index, head, 2, dv_ptr, block * BLOCK_N, end, KV_STRIDE, A, D)
 
 
-@triton.jit(do_not_specialize=["seed_ptr", "T", "A", "blocks", "stream"])
+@triton.jit
+def _add_query_gradient(
+    dq,  # (BLOCK_M, D) fp32
+    q,
+    k_ptr,
+    v_ptr,
+    dout,
+    lse,
+    delta,
+    first_row,
+    row,
+    first_column,
+    length,
+    plane,
+    site,
+    key0,
+    key1,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    AT: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """dQ with one more block of columns."""
+    k = _load_block(k_ptr, first_column, length, STRIDE, D, BLOCK_N, PARTIAL)
+    v = _load_block(v_ptr, first_column, length, STRIDE, D, BLOCK_N, PARTIAL)
+    _, ds = _tile_gradients(
+        q, k, v, dout, lse, delta, first_row, row, first_column,
+        plane, site, key0, key1, D, BLOCK_N, THRESHOLD, PRECISION, AT, False, PARTIAL,
+    )  # fmt: skip
+    return tl.dot(ds, k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def attention_backward_query_kernel(
-    qkv_ptr,  # (T, 3, A, D)
-    dout_ptr,  # (T, A, D)
-    lse_ptr,  # (A, T) fp32
-    delta_ptr,  # (A, T) fp32
+    q_ptr,  # as in the forward
+    kv_ptr,
+    dout_ptr,  # (R, A, D)
+    lse_ptr,  # (A, R) fp32
+    delta_ptr,  # (A, R) fp32
     cu_seqlens_ptr,  # (N + 1,) int32
+    cu_queries_ptr,
+    positions_ptr,
     seed_ptr,  # (3,) int64
-    dqkv_ptr,  # (T, 3, A, D)
-    T,
-    A,
-    blocks,  # of BLOCK_M rows in the longest sequence
+    dq_ptr,  # as q
+    partials_ptr,  # (N blocks, 3, A, D) fp32
+    R,
+    blocks,  # at least those of BLOCK_M rows in the longest sequence
     stream,
+    A: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
+    AT: tl.constexpr,
 ):
     """A program makes BLOCK_M rows of one head's dQ; N A blocks of them."""
+    Q_STRIDE: tl.constexpr = (1 if AT else 3) * A * D
+    KV_STRIDE: tl.constexpr = (2 if AT else 3) * A * D
+    OUT_STRIDE: tl.constexpr = A * D
+    LAST: tl.constexpr = BLOCK_N if BLOCK_N < TAIL else TAIL
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
     sequence, head = plane // A, plane % A
-    start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + sequence + 1) - start).to(tl.int32)
-    if block * BLOCK_M >= length:
+    start, length = _bounds(cu_seqlens_ptr, sequence)
+    first_query, rows = start, length
+    if AT:
+        first_query, rows = _bounds(cu_queries_ptr, sequence)
+    first_row = block * BLOCK_M
+    index = sequence * blocks + block
+    if first_row >= rows:
         return
 
-    stride, out_stride = 3 * A * D, A * D
-    q_ptr = qkv_ptr + start * stride + head * D
-    first_row = block * BLOCK_M
-    row = first_row + tl.arange(0, BLOCK_M)
+    v_ptr = kv_ptr + start * KV_STRIDE + KV_STRIDE - (A - head) * D
+    k_ptr = v_ptr - A * D
+    row = _row_numbers(positions_ptr + first_query, start, first_row, rows, BLOCK_M, AT)
     key0, key1, site = dropout_key(seed_ptr, stream)
-    q = _load_rows(q_ptr, first_row, length, stride, D, BLOCK_M)
-    dout_ptr += start * out_stride + head * D
-    dout = _load_rows(dout_ptr, first_row, length, out_stride, D, BLOCK_M)
-    statistic = head.to(tl.int64) * T + start
-    lse = _load_statistic(lse_ptr + statistic, first_row, length, float("inf"), BLOCK_M)
-    delta = _load_statistic(delta_ptr + statistic, first_row, length, 0.0, BLOCK_M)
+    q_ptr += first_query * Q_STRIDE + head * D
+    q = _load_rows(q_ptr, first_row, rows, Q_STRIDE, D, BLOCK_M)
+    dout_ptr += first_query * OUT_STRIDE + head * D
+    dout = _load_rows(dout_ptr, first_row, rows, OUT_STRIDE, D, BLOCK_M)
+    statistic = head.to(tl.int64) * R + first_query
+    lse = _load_statistic(lse_ptr + statistic, first_row, rows, float("inf"), BLOCK_M)
+    delta = _load_statistic(delta_ptr + statistic, first_row, rows, 0.0, BLOCK_M)
     dq = tl.zeros((BLOCK_M, D), tl.float32)
-    for first_column in range(0, length, BLOCK_N):
-        k = _load_rows(q_ptr + A * D, first_column, length, stride, D, BLOCK_N)
-        v = _load_rows(q_ptr + 2 * A * D, first_column, length, stride, D, BLOCK_N)
-        _, ds = _tile_gradients(
-            q, k, v, dout, lse, delta, row, first_column, plane, site, key0, key1,
-            D, BLOCK_N, THRESHOLD, PRECISION, False,
+    whole = length // BLOCK_N * BLOCK_N
+    for first_column in range(0, whole, BLOCK_N):
+        dq = _add_query_gradient(
+            dq, q, k_ptr, v_ptr, dout, lse, delta, first_row, row, first_column, length,
+            plane, site, key0, key1, KV_STRIDE, D, BLOCK_N, THRESHOLD, PRECISION, AT, False,
         )  # fmt: skip
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    for first_column in tl.range(whole, length, LAST, num_stages=1):
+        dq = _add_query_gradient(
+            dq, q, k_ptr, v_ptr, dout, lse, delta, first_row, row, first_column, length,
+            plane, site, key0, key1, KV_STRIDE, D, LAST, THRESHOLD, PRECISION, AT, True,
+        )  # fmt: skip
     dq *= (256 / THRESHOLD) * D**-0.5
-    dq_out_ptr = dqkv_ptr + start * stride + head * D
-    _store_rows(dq_out_ptr, first_row, length, stride, dq, D, BLOCK_M)
+    dq_ptr += first_query * Q_STRIDE + head * D
+    _store_rows(dq_ptr, first_row, rows, Q_STRIDE, dq, D, BLOCK_M)
+    tl.debug_barrier()
+    end = tl.minimum(first_row + BLOCK_M, rows)
+    _store_sums(partials_ptr, index, head, 0, dq_ptr, first_row, end, Q_STRIDE, A, D)
 
 
 # Launches
@@ -537,36 +695,10 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-@torch.library.custom_op("fastbert::attention", mutates_args=())
-def _attention(
-    qkv: Tensor,  # (T, 3, A, D)
-    cu_seqlens: Tensor,  # (N + 1,) int32
-    max_seqlen: int,
-    threshold: int,
-    seed: Tensor,  # (3,) int64
-    stream: int,
-    precision: str,
-) -> tuple[Tensor, Tensor]:  # (T, A, D), (A, T) fp32 base-2 log-sum-exp of the scores
-    T, _, A, D = qkv.shape
-    N = cu_seqlens.numel() - 1
-    if qkv.device.type == "cpu":
-        sequence_lengths(cu_seqlens, max_seqlen, T)  # here, where no tracing meets it
-    out = torch.empty((T, A, D), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((A, T), dtype=torch.float32, device=qkv.device)
-    tiles = choose_tiles("forward", D, qkv.dtype, _capability(qkv.device))
-    blocks = triton.cdiv(max_seqlen, tiles.block_m)
-    attention_forward_kernel[((N + 1) * A * blocks,)](
-        qkv, cu_seqlens, seed, out, lse, T, N, A, blocks, stream,
-        D, tiles.block_m, tiles.block_n, threshold, precision,
-        max_seqlen <= min(tiles.block_m, tiles.block_n),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
-    return out, lse
-
-
-@_attention.register_fake
-def _(
-    qkv: Tensor,
+def _launch_forward(
+    q: Tensor,  # as the kernel's
+    kv: Tensor,
+    at: tuple[Tensor, Tensor] | None,  # positions, cu_queries
     cu_seqlens: Tensor,
     max_seqlen: int,
     threshold: int,
@@ -574,6 +706,102 @@ def _(
     stream: int,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
+    R, A, D = q.shape[0], q.shape[-2], q.shape[-1]
+    N = cu_seqlens.numel() - 1
+    if q.device.type == "cpu":
+        sequence_lengths(cu_seqlens, max_seqlen, len(kv))  # here, where no tracing meets it
+    out = torch.empty((R, A, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((A, R), dtype=torch.float32, device=q.device)
+    positions, cu_queries = at or (cu_seqlens, cu_seqlens)
+    kernel = forward_kernel(max_seqlen, D, q.dtype, _capability(q.device))
+    tiles = choose_tiles(kernel, D, q.dtype, _capability(q.device))
+    blocks = triton.cdiv(max_seqlen, tiles.block_m)
+    attention_forward_kernel[((N + 1) * A * blocks,)](
+        q, kv, cu_seqlens, cu_queries, positions, seed, out, lse, R, N, blocks, stream,
+        A, D, tiles.block_m, tiles.block_n, threshold, precision, at is not None,
+        kernel == "short", num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def _launch_backward(
+    dout: Tensor,  # (R, A, D)
+    q: Tensor,
+    kv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,  # as q, to fill
+    dkv: Tensor,  # as kv, to fill
+    at: tuple[Tensor, Tensor] | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    threshold: int,
+    seed: Tensor,
+    stream: int,
+    precision: str,
+) -> Tensor:  # (P, 3, A, D) fp32: of each program that has any, column sums of dq, 0, dv
+    (R, A, D), T = dout.shape, len(kv)
+    N = cu_seqlens.numel() - 1
+    capability = _capability(q.device)
+    path = backward_path(max_seqlen, D, q.dtype, capability)
+    tiles = choose_tiles("columns" if path == "split" else path, D, q.dtype, capability)
+    query_tiles = choose_tiles("query", D, q.dtype, capability)
+    positions, cu_queries = at or (cu_seqlens, cu_seqlens)
+    # What a path does not use stands in for itself as some tensor of the right type.
+    delta = lse if path == "tile" else torch.empty_like(lse)
+    scratch, blocks = lse, 1
+    if path == "head":
+        scratch = torch.empty(A, R + N * tiles.block_m, D, dtype=torch.float32, device=q.device)
+    if path == "split":
+        attention_delta_kernel[(A * triton.cdiv(R, DELTA_ROWS),)](
+            out, dout, delta, R, A, D, threshold, DELTA_ROWS, num_warps=4
+        )
+        blocks = triton.cdiv(max_seqlen, min(tiles.block_n, query_tiles.block_m))
+    partials = torch.empty(N * blocks, 3, A, D, dtype=torch.float32, device=q.device)
+    attention_backward_kernel[((N + 1) * A * blocks,)](
+        q, kv, out, dout, lse, delta, scratch, cu_seqlens, cu_queries, positions, seed,
+        dq, dkv, partials, T, R, N, blocks, stream, A, D, tiles.block_m, tiles.block_n,
+        threshold, precision, at is not None, path == "tile", path == "head",
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    if path == "split":
+        attention_backward_query_kernel[(N * A * blocks,)](
+            q, kv, dout, lse, delta, cu_seqlens, cu_queries, positions, seed, dq, partials,
+            R, blocks, stream, A, D, query_tiles.block_m, query_tiles.block_n,
+            threshold, precision, at is not None,
+            num_warps=query_tiles.num_warps, num_stages=query_tiles.num_stages,
+        )  # fmt: skip
+    return partials
+
+
+def _bias_gradient(partials: Tensor, qkv_bias: Tensor | None) -> Tensor:
+    """Of the projection's bias; empty where there is none."""
+    if qkv_bias is None:
+        return partials.new_empty(0)
+    return reduce_rows(partials, qkv_bias.dtype).view(qkv_bias.shape)
+
+
+# Every token asks
+
+
+@torch.library.custom_op("fastbert::attention", mutates_args=())
+def _attention(
+    qkv: Tensor,  # (T, 3, A, D)
+    qkv_bias: Tensor | None,
+    cu_seqlens: Tensor,  # (N + 1,) int32
+    max_seqlen: int,
+    threshold: int,
+    seed: Tensor,  # (3,) int64
+    stream: int,
+    precision: str,
+) -> tuple[Tensor, Tensor]:  # (T, A, D), (A, T) fp32 base-2 log-sum-exp of the scores
+    return _launch_forward(
+        qkv, qkv, None, cu_seqlens, max_seqlen, threshold, seed, stream, precision
+    )
+
+
+@_attention.register_fake
+def _(qkv, qkv_bias, cu_seqlens, max_seqlen, threshold, seed, stream, precision):
     T, _, A, D = qkv.shape
     return qkv.new_empty(T, A, D), qkv.new_empty(A, T, dtype=torch.float32)
 
@@ -582,6 +810,7 @@ def _(
 def _attention_backward(
     dout: Tensor,  # (T, A, D)
     qkv: Tensor,  # (T, 3, A, D)
+    qkv_bias: Tensor | None,
     out: Tensor,  # (T, A, D)
     lse: Tensor,  # (A, T) fp32
     cu_seqlens: Tensor,  # (N + 1,) int32
@@ -590,138 +819,156 @@ def _attention_backward(
     seed: Tensor,  # (3,) int64
     stream: int,
     precision: str,
-) -> Tensor:  # (T, 3, A, D)
-    T, _, A, D = qkv.shape
-    N = cu_seqlens.numel() - 1
-    capability = _capability(qkv.device)
-    path = backward_path(max_seqlen, D, qkv.dtype, capability)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    # What a path does not use stands in for itself as some tensor of the right type.
-    delta = lse if path == "tile" else torch.empty_like(lse)
-    dq = lse
-    if path == "head":
-        dq = torch.empty((A, T, D), dtype=torch.float32, device=qkv.device)
-    if path == "split":
-        attention_delta_kernel[(A * triton.cdiv(T, DELTA_ROWS),)](
-            out, dout, delta, T, A, D, threshold, DELTA_ROWS, num_warps=4
-        )
-    tiles = choose_tiles("columns" if path == "split" else path, D, qkv.dtype, capability)
-    blocks = triton.cdiv(max_seqlen, tiles.block_n) if path == "split" else 1
-    attention_backward_kernel[((N + 1) * A * blocks,)](
-        qkv, out, dout, lse, delta, dq, cu_seqlens, seed, dqkv, T, N, A, blocks, stream,
-        D, tiles.block_m, tiles.block_n, threshold, precision, path == "tile", path == "head",
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+) -> tuple[Tensor, Tensor]:  # dqkv, and the bias's gradient
+    dqkv = torch.empty_like(qkv)
+    partials = _launch_backward(
+        dout, qkv, qkv, out, lse, dqkv, dqkv, None,
+        cu_seqlens, max_seqlen, threshold, seed, stream, precision,
     )  # fmt: skip
-    if path == "split":
-        tiles = choose_tiles("query", D, qkv.dtype, capability)
-        blocks = triton.cdiv(max_seqlen, tiles.block_m)
-        attention_backward_query_kernel[(N * A * blocks,)](
-            qkv, dout, lse, delta, cu_seqlens, seed, dqkv, T, A, blocks, stream,
-            D, tiles.block_m, tiles.block_n, threshold, precision,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
-    return dqkv
+    return dqkv, _bias_gradient(partials, qkv_bias)
 
 
 @_attention_backward.register_fake
-def _(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    threshold: int,
-    seed: Tensor,
-    stream: int,
-    precision: str,
-) -> Tensor:
-    return torch.empty_like(qkv)
+def _(dout, qkv, qkv_bias, out, lse, cu_seqlens, max_seqlen, threshold, seed, stream, precision):
+    dbias = lse.new_empty(0) if qkv_bias is None else torch.empty_like(qkv_bias)
+    return torch.empty_like(qkv), dbias
 
 
 def _save(ctx, inputs, output):
-    qkv, cu_seqlens, ctx.max_seqlen, ctx.threshold, seed, ctx.stream, ctx.precision = inputs
-    ctx.save_for_backward(qkv, *output, cu_seqlens, seed)
+    qkv, bias, cu_seqlens, ctx.max_seqlen, ctx.threshold, seed, ctx.stream, ctx.precision = inputs
+    ctx.save_for_backward(qkv, bias, *output, cu_seqlens, seed)
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx, dout, dlse):
     nothing = (None,) * 6
     if dout is None:
-        return None, *nothing
-    qkv, out, lse, cu_seqlens, seed = ctx.saved_tensors
-    dqkv = _attention_backward(
-        dout.contiguous(), qkv, out, lse, cu_seqlens,
+        return None, None, *nothing
+    qkv, bias, out, lse, cu_seqlens, seed = ctx.saved_tensors
+    dqkv, dbias = _attention_backward(
+        dout.contiguous(), qkv, bias, out, lse, cu_seqlens,
         ctx.max_seqlen, ctx.threshold, seed, ctx.stream, ctx.precision,
     )  # fmt: skip
-    return dqkv, *nothing
+    return dqkv, None if bias is None else dbias, *nothing
 
 
 _attention.register_autograd(_gradient, setup_context=_save)
 
 
-def _case(
-    fn: Any,
-    label: str,
-    dtype: torch.dtype,
-    capability: int,
-    tiles: Tiles,
-    constexprs: dict[str, Any],
-) -> CompileCase:
-    fp32 = dict.fromkeys(("lse_ptr", "delta_ptr", "dq_ptr"), "*fp32")
-    return CompileCase(
-        name=fn.__name__,
-        configuration=label,
-        fn=fn,
-        signature=kernel_signature(fn, constexprs, dtype, cu_seqlens_ptr="*i32", **fp32),
-        constexprs=constexprs,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        needs_wgmma=dtype != torch.float32 and fn is not attention_delta_kernel,
-        archs=(capability,),
+# Some tokens ask
+
+
+@torch.library.custom_op("fastbert::attention_at", mutates_args=())
+def _attention_at(
+    q: Tensor,  # (R, A, D)
+    kv: Tensor,  # (T, 2, A, D)
+    qkv_bias: Tensor | None,
+    positions: Tensor,  # (R,) int64
+    cu_queries: Tensor,  # (N + 1,) int32
+    cu_seqlens: Tensor,  # (N + 1,) int32
+    max_seqlen: int,
+    threshold: int,
+    seed: Tensor,  # (3,) int64
+    stream: int,
+    precision: str,
+) -> tuple[Tensor, Tensor]:  # (R, A, D), (A, R) fp32
+    return _launch_forward(
+        q, kv, (positions, cu_queries), cu_seqlens, max_seqlen, threshold, seed, stream, precision
     )
 
 
-def compile_cases() -> list[CompileCase]:
-    """Every kernel in every configuration of the tables, with and without dropout."""
-    kernels = {
-        "forward": attention_forward_kernel,
-        "tile": attention_backward_kernel,
-        "head": attention_backward_kernel,
-        "columns": attention_backward_kernel,
-        "query": attention_backward_query_kernel,
-    }
-    cases = []
-    for capability, table in TABLES.items():
-        for kernel, configurations in table.items():
-            for ((D, half), tiles), threshold in product(configurations.items(), (230, 256)):
-                dtype = torch.bfloat16 if half else torch.float32
-                constexprs: dict[str, Any] = {
-                    "D": D,
-                    "BLOCK_M": tiles.block_m,
-                    "BLOCK_N": tiles.block_n,
-                    "THRESHOLD": threshold,
-                    "PRECISION": "ieee",
-                }
-                one_tile = {"forward": (False, True), "query": ()}.get(kernel, (kernel == "tile",))
-                if kernel not in ("forward", "query"):
-                    constexprs["WHOLE_HEAD"] = kernel == "head"
-                label = f"{kernel} {triton_name(dtype)} D={D} p={1 - threshold / 256:.1f}"
-                for one in one_tile or (None,):
-                    extra = {} if one is None else {"ONE_TILE": one}
-                    suffix = " one tile" if one and kernel == "forward" else ""
-                    cases.append(
-                        _case(kernels[kernel], label + suffix, dtype, capability, tiles,
-                              constexprs | extra)
-                    )  # fmt: skip
-        tiles = Tiles(DELTA_ROWS, 0, 4, 1)
-        for D in HEAD_SIZES:
-            constexprs = {"D": D, "THRESHOLD": 230, "BLOCK_M": DELTA_ROWS}
-            label = f"bf16 D={D}"
-            cases.append(
-                _case(attention_delta_kernel, label, torch.bfloat16, capability, tiles, constexprs)
-            )
-    return cases
+@_attention_at.register_fake
+def _(
+    q, kv, qkv_bias, positions, cu_queries, cu_seqlens, max_seqlen, threshold, seed, stream,
+    precision,
+):  # fmt: skip
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("fastbert::attention_at_backward", mutates_args=())
+def _attention_at_backward(
+    dout: Tensor,  # (R, A, D)
+    q: Tensor,
+    kv: Tensor,
+    qkv_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    positions: Tensor,
+    cu_queries: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    threshold: int,
+    seed: Tensor,
+    stream: int,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # dq, dkv, and the bias's gradient
+    dq, dkv = torch.empty_like(q), torch.empty_like(kv)
+    partials = _launch_backward(
+        dout, q, kv, out, lse, dq, dkv, (positions, cu_queries),
+        cu_seqlens, max_seqlen, threshold, seed, stream, precision,
+    )  # fmt: skip
+    return dq, dkv, _bias_gradient(partials, qkv_bias)
+
+
+@_attention_at_backward.register_fake
+def _(
+    dout, q, kv, qkv_bias, out, lse, positions, cu_queries, cu_seqlens, max_seqlen, threshold,
+    seed, stream, precision,
+):  # fmt: skip
+    dbias = lse.new_empty(0) if qkv_bias is None else torch.empty_like(qkv_bias)
+    return torch.empty_like(q), torch.empty_like(kv), dbias
+
+
+def _save_at(ctx, inputs, output):
+    q, kv, bias, *index, ctx.max_seqlen, ctx.threshold, seed, ctx.stream, ctx.precision = inputs
+    ctx.save_for_backward(q, kv, bias, *output, *index, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient_at(ctx, dout, dlse):
+    nothing = (None,) * 8
+    if dout is None:
+        return None, None, None, *nothing
+    q, kv, bias, out, lse, *index, seed = ctx.saved_tensors
+    dq, dkv, dbias = _attention_at_backward(
+        dout.contiguous(), q, kv, bias, out, lse, *index,
+        ctx.max_seqlen, ctx.threshold, seed, ctx.stream, ctx.precision,
+    )  # fmt: skip
+    return dq, dkv, None if bias is None else dbias, *nothing
+
+
+_attention_at.register_autograd(_gradient_at, setup_context=_save_at)
+
+
+# What the user calls
+
+
+def _check(
+    op: str,
+    q: Tensor,
+    cu_seqlens: Tensor,
+    tokens: int,
+    max_seqlen: int,
+    seed: Tensor,
+    stream: int,
+    qkv_bias: Tensor | None,
+    precision: str,
+) -> None:
+    """What both ops ask of their arguments."""
+    device, A, D = q.device, q.shape[-2], q.shape[-1]
+    require_tensor(op, "cu_seqlens", cu_seqlens, (None,), torch.int32, device)
+    require_seed(op, seed, device, stream)
+    require(D in HEAD_SIZES, f"{op}: head size {D}, expected one of {HEAD_SIZES}")
+    require(tokens > 0 and A > 0, f"{op}: no tokens or no heads: {tokens} tokens, {A} heads")
+    require(cu_seqlens.numel() > 1, f"{op}: cu_seqlens holds no sequence")
+    require(max_seqlen > 0, f"{op}: max_seqlen = {max_seqlen}, expected at least 1")
+    require(
+        precision in ("ieee", "tf32"),
+        f"{op}: precision = {precision!r}, expected 'ieee' or 'tf32'",
+    )
+    if qkv_bias is not None:
+        size, want = qkv_bias.numel(), 3 * A * D
+        require(size == want, f"{op}: qkv_bias has {size} elements, expected {want}")
 
 
 def attention(
@@ -732,6 +979,7 @@ def attention(
     seed: Tensor,  # (3,) int64
     stream: int,
     *,
+    qkv_bias: Tensor | None = None,  # (3 A D,) or (3, A, D)
     backend: str = "auto",
     precision: str = "ieee",
     check: bool = False,
@@ -748,6 +996,9 @@ def attention(
         dropout_p: in [0, 1), taken to the next multiple of 1/256.
         seed: the run's seed, the step, the layer, on the device.
         stream: which dropout of the layer.
+        qkv_bias: the bias that `qkv` contains already. It is not added; its gradient, the column
+            sums of dqkv, is made where dqkv is. That of the keys is exactly 0: a bias of all keys
+            moves all scores of a query alike, and softmax does not see it.
         backend: see `choose_backend`. All but "triton" draw dropout bits of their own.
         precision: of fp32 products: "ieee", or "tf32" (faster, 10 bits of mantissa).
         check: read `cu_seqlens` and verify it, which waits for a GPU; on a CPU always done.
@@ -763,21 +1014,134 @@ def attention(
     if chosen == "triton":
         require_launchable("attention", attention_forward_kernel, device)
     require_tensor("attention", "qkv", qkv, (None, 3, None, None), STORAGE_DTYPES, device)
-    require_tensor("attention", "cu_seqlens", cu_seqlens, (None,), torch.int32, device)
-    require_seed("attention", seed, device, stream)
-    T, _, A, D = qkv.shape
-    require(D in HEAD_SIZES, f"attention: qkv has head size {D}, expected one of {HEAD_SIZES}")
-    require(T > 0 and A > 0, f"attention: qkv is empty: shape {tuple(qkv.shape)}")
-    require(cu_seqlens.numel() > 1, "attention: cu_seqlens holds no sequence")
-    require(max_seqlen > 0, f"attention: max_seqlen = {max_seqlen}, expected at least 1")
-    require(
-        precision in ("ieee", "tf32"),
-        f"attention: precision = {precision!r}, expected 'ieee' or 'tf32'",
-    )
+    _check(
+        "attention", qkv, cu_seqlens, len(qkv), max_seqlen, seed, stream, qkv_bias, precision
+    )  # fmt: skip
     threshold = keep_threshold(dropout_p)
     if check:
-        sequence_lengths(cu_seqlens, max_seqlen, T)
+        sequence_lengths(cu_seqlens, max_seqlen, len(qkv))
     if chosen != "triton":
+        if qkv_bias is not None:
+            qkv = with_bias_gradient(qkv, qkv_bias)
         return attention_flash.attention(qkv, cu_seqlens, max_seqlen, dropout_p, chosen)
-    out, _ = _attention(qkv, cu_seqlens, max_seqlen, threshold, seed, stream, precision)
+    out, _ = _attention(qkv, qkv_bias, cu_seqlens, max_seqlen, threshold, seed, stream, precision)
     return out
+
+
+def attention_at(
+    q: Tensor,  # (R, A, D)
+    kv: Tensor,  # (T, 2, A, D)
+    positions: Tensor,  # (R,) int64
+    cu_queries: Tensor,  # (N + 1,) int32
+    cu_seqlens: Tensor,  # (N + 1,) int32
+    max_seqlen: int,
+    dropout_p: float,
+    seed: Tensor,  # (3,) int64
+    stream: int,
+    *,
+    qkv_bias: Tensor | None = None,  # (3 A D,) or (3, A, D)
+    backend: str = "auto",
+    precision: str = "ieee",
+) -> Tensor:  # (R, A, D)
+    """`attention` where only the tokens `positions` ask; all tokens of a sequence answer.
+
+    Meaning of `reference.attention_at`: the rows that `attention` gives at those tokens, dropout
+    bits included. What `attention` says of its arguments holds here.
+
+    Args:
+        q: of the tokens that ask.
+        kv: of all tokens.
+        positions: those tokens, each once and in order.
+        cu_queries: where each sequence's queries start, and the end; rows beyond it give 0.
+
+    Raises:
+        ValueError: a tensor of the wrong shape, dtype or device, or not contiguous; a backend that
+            cannot serve this call.
+    """
+    op, device = "attention_at", q.device
+    chosen = choose_backend(
+        backend, q.dtype, device.type, dropout_p, _capability(device), q.shape[-1], max_seqlen
+    )
+    if chosen == "triton":
+        require_launchable(op, attention_forward_kernel, device)
+    require_tensor(op, "q", q, (None, None, None), STORAGE_DTYPES, device)
+    require_tensor(op, "kv", kv, (None, 2, *q.shape[1:]), q.dtype, device)
+    require_tensor(op, "positions", positions, (len(q),), torch.int64, device)
+    require_tensor(op, "cu_queries", cu_queries, tuple(cu_seqlens.shape), torch.int32, device)
+    _check(op, q, cu_seqlens, len(kv), max_seqlen, seed, stream, qkv_bias, precision)
+    threshold = keep_threshold(dropout_p)
+    if chosen != "triton":
+        if qkv_bias is not None:
+            q_bias, kv_bias = qkv_bias.view(3, -1).split((1, 2))
+            q, kv = with_bias_gradient(q, q_bias), with_bias_gradient(kv, kv_bias)
+        return attention_flash.attention_at(
+            q, kv, cu_queries, cu_seqlens, max_seqlen, dropout_p, chosen
+        )
+    out, _ = _attention_at(
+        q, kv, qkv_bias, positions, cu_queries, cu_seqlens, max_seqlen, threshold,
+        seed, stream, precision,
+    )  # fmt: skip
+    return out
+
+
+# The compile report
+
+_HEADS = 12  # of BERT-base: a constant of the kernels, like the head's size
+
+_KERNELS = {
+    "forward": attention_forward_kernel,
+    "short": attention_forward_kernel,
+    "tile": attention_backward_kernel,
+    "head": attention_backward_kernel,
+    "columns": attention_backward_kernel,
+    "query": attention_backward_query_kernel,
+}
+
+
+def _case(
+    fn: Any, label: str, dtype: torch.dtype, capability: int, tiles: Tiles, **constexprs: Any
+) -> CompileCase:
+    constexprs = {"A": _HEADS, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n} | constexprs
+    constexprs = {name: value for name, value in constexprs.items() if name in fn.arg_names}
+    types = dict.fromkeys(("lse_ptr", "delta_ptr", "scratch_ptr"), "*fp32")
+    types |= dict.fromkeys(("cu_seqlens_ptr", "cu_queries_ptr"), "*i32")
+    return CompileCase(
+        name=fn.__name__,
+        configuration=label,
+        fn=fn,
+        signature=kernel_signature(fn, constexprs, dtype, positions_ptr="*i64", **types),
+        constexprs=constexprs,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        needs_wgmma=dtype != torch.float32 and fn is not attention_delta_kernel,
+        archs=(capability,),
+    )
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel in every configuration of the tables: with dropout; without it, a subset, for
+    BERT's heads of 64; and in half precision where only some tokens ask."""
+    cases = []
+    for capability, table in TABLES.items():
+        for kernel, configurations in table.items():
+            for (D, half), tiles in configurations.items():
+                dtype = torch.bfloat16 if half else torch.float32
+                variants = [(230, False)] + [(256, False)] * (D == 64) + [(230, True)] * half
+                for threshold, at in variants:
+                    label = f"{kernel} {triton_name(dtype)} D={D} p={1 - threshold / 256:.1f}"
+                    cases.append(
+                        _case(
+                            _KERNELS[kernel], label + " some" * at, dtype, capability, tiles,
+                            D=D, THRESHOLD=threshold, PRECISION="ieee", AT=at,
+                            ONE_TILE=kernel in ("short", "tile"), WHOLE_HEAD=kernel == "head",
+                        )
+                    )  # fmt: skip
+        tiles = Tiles(DELTA_ROWS, 0, 4, 1)
+        for D in HEAD_SIZES:
+            cases.append(
+                _case(
+                    attention_delta_kernel, f"bf16 D={D}", torch.bfloat16, capability, tiles,
+                    D=D, THRESHOLD=230,
+                )
+            )  # fmt: skip
+    return cases

@@ -44,24 +44,25 @@ def _by_size(
     }
 
 
-# "tile" and "head" are whole backwards of short sequences: where one has no row for a head size, it
-# would spill registers or lose wgmma. "columns" and "query" are the two halves of the backward for
-# any length.
+# "short" is a forward that holds all columns in one tile. "tile" and "head" are whole backwards of
+# short sequences: where one has no row for a head size, it would spill registers or lose wgmma.
+# "columns" and "query" are the two halves of the backward for any length.
 TABLES: dict[int, Table] = {
     90: {
         "forward": _by_size(
-            ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+            ((64, 128, 4, 2), (64, 128, 4, 2), (128, 64, 8, 2)),
             ((32, 32, 8, 1), (64, 32, 8, 1), (16, 32, 16, 1)),
         ),
+        "short": _by_size(((128, 128, 8, 2), (128, 128, 8, 2))),
         "tile": _by_size(((128, 128, 8, 1), (128, 128, 8, 1))),
-        "head": _by_size(((128, 64, 8, 2), (128, 64, 8, 1))),
+        "head": _by_size(((64, 64, 4, 1), (64, 64, 4, 1))),
         "columns": _by_size(
-            ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 1)),
+            ((64, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 1)),
             ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
         ),
         "query": _by_size(
-            ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
-            ((32, 32, 4, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+            ((64, 128, 4, 2), (64, 128, 4, 2), (128, 64, 8, 2)),
+            ((32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 16, 1)),
         ),
     },
     80: {
@@ -69,6 +70,7 @@ TABLES: dict[int, Table] = {
             ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)),
             ((32, 32, 8, 1), (16, 32, 8, 1), (32, 32, 16, 1)),
         ),
+        "short": _by_size(((128, 128, 8, 2), (128, 128, 8, 2))),
         "tile": _by_size(((128, 128, 8, 1),)),
         "head": _by_size(((64, 64, 4, 1), (32, 64, 4, 1))),
         "columns": _by_size(
@@ -76,8 +78,8 @@ TABLES: dict[int, Table] = {
             ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
         ),
         "query": _by_size(
-            ((128, 64, 8, 1), (128, 64, 8, 2), (64, 64, 8, 1)),
-            ((16, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1)),
+            ((128, 64, 8, 1), (128, 64, 8, 1), (64, 64, 8, 1)),
+            ((16, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
         ),
     },
 }
@@ -98,8 +100,15 @@ def backward_path(max_seqlen: int, D: int, dtype: torch.dtype, capability: int) 
     return "split"
 
 
+def forward_kernel(max_seqlen: int, D: int, dtype: torch.dtype, capability: int) -> str:
+    """ "short" or "forward"."""
+    tiles = table_for(capability)["short"].get((D, dtype != torch.float32))
+    fits = tiles is not None and max_seqlen <= min(tiles.block_m, tiles.block_n)
+    return "short" if fits else "forward"
+
+
 def choose_tiles(kernel: str, D: int, dtype: torch.dtype, capability: int) -> Tiles:
-    """Tiles of "forward", "tile", "head", "columns" or "query"."""
+    """Tiles of "forward", "short", "tile", "head", "columns" or "query"."""
     return table_for(capability)[kernel][D, dtype != torch.float32]
 
 

@@ -49,16 +49,53 @@ def attention(
     PyTorch dispatches forward and backward of a process to one FlashAttention: the last of "torch",
     "fa3" and "fa4" that was asked for. Do not mix them between a forward and its backward.
     """
-    tail = torch.arange(qkv.shape[0], device=qkv.device) >= cu_seqlens[-1]
-    qkv = _MaskGradient.apply(qkv, tail)
+    q, k, v = _without_tail(qkv, cu_seqlens).unbind(1)
+    return _attend(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, dropout_p, backend)
+
+
+def attention_at(
+    q: Tensor,  # (R, A, D)
+    kv: Tensor,  # (T, 2, A, D)
+    cu_queries: Tensor,  # (N + 1,) int32
+    cu_seqlens: Tensor,  # (N + 1,) int32
+    max_seqlen: int,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:  # (R, A, D)
+    """`attention` of some queries over all keys. Not yet run on a GPU."""
+    k, v = _without_tail(kv, cu_seqlens).unbind(1)
+    q = _without_tail(q, cu_queries)
+    return _attend(q, k, v, cu_queries, cu_seqlens, max_seqlen, dropout_p, backend)
+
+
+def _tail(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return torch.arange(x.shape[0], device=x.device) >= cu_seqlens[-1]
+
+
+def _without_tail(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    kept: Tensor = _MaskGradient.apply(x, _tail(x, cu_seqlens))
+    return kept
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_queries: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
     if backend != "flash_attn":
         _dispatch_to(backend)
-        q, k, v = qkv.unbind(1)
         out: Any = torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, False, False
+            q, k, v, cu_queries, cu_seqlens, max_seqlen, max_seqlen, dropout_p, False, False
         )[0]
     else:
         package = importlib.import_module("flash_attn")
-        out = package.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p)
-    masked: Tensor = out.masked_fill(tail[:, None, None], 0.0)
+        out = package.flash_attn_varlen_func(
+            q, k, v, cu_queries, cu_seqlens, max_seqlen, max_seqlen, dropout_p
+        )
+    masked: Tensor = out.masked_fill(_tail(q, cu_queries)[:, None, None], 0.0)
     return masked

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastbert_kernels import reference
 from fastbert_kernels.main_grad import embedding
-from fastbert_kernels.philox import keep_threshold, site_mask
+from fastbert_kernels.philox import keep_threshold, score_mask, site_mask
 
 
 class CpuOps:
@@ -40,21 +40,36 @@ class CpuOps:
         self._grouped: Tensor | None = None
         self._version = 0
         self._groups: list[_Group] = []
-        self._site_mask = fuse(site_mask)
+        self._site_mask, self._score_mask = fuse(site_mask), fuse(score_mask)
         self._dropout_add_layer_norm = fuse(_dropout_add_layer_norm)
         self._gelu_layer_norm = fuse(reference.gelu_layer_norm)
         self._softmax_gradient = fuse(_softmax_gradient)
 
     def _keep(
-        self, shape: tuple[int, ...], dropout_p: float, seed: Tensor, stream: int
+        self,
+        shape: tuple[int, ...],
+        dropout_p: float,
+        seed: Tensor,
+        stream: int,
+        rows: Tensor | None = None,
     ) -> Tensor | None:
         if dropout_p == 0.0:
             return None
-        mask = self._site_mask(shape, keep_threshold(dropout_p), seed, seed[2] * 4 + stream)
+        site = seed[2] * 4 + stream
+        mask = self._site_mask(shape, keep_threshold(dropout_p), seed, site, rows)
         # As bytes: compiled code converts bool element by element (1.25 ms against 0.21 for a
         # LayerNorm of 2109 x 256).
         keep: Tensor = mask.view(torch.uint8)
         return keep
+
+    def _keep_scores(
+        self, shape: tuple[int, ...], dropout_p: float, seed: Tensor, stream: int
+    ) -> Tensor | None:
+        if dropout_p == 0.0:
+            return None
+        site = seed[2] * 4 + stream
+        mask: Tensor = self._score_mask(shape, keep_threshold(dropout_p), seed, site)
+        return mask.view(torch.uint8)
 
     def attention(
         self,
@@ -64,16 +79,50 @@ class CpuOps:
         dropout_p: float,
         seed: Tensor,
         stream: int,
+        *,
+        qkv_bias: Tensor | None = None,
     ) -> Tensor:  # (T, A, D)
         """`reference.attention`, group by group."""
+        if qkv_bias is not None:
+            qkv = reference.with_bias_gradient(qkv, qkv_bias)
         N, A, S = cu_seqlens.numel() - 1, qkv.shape[2], max_seqlen
-        keep = self._keep((N, A, S, S), dropout_p, seed, stream)
+        keep = self._keep_scores((N, A, S, S), dropout_p, seed, stream)
+        groups = self._groups_of(cu_seqlens, S, qkv.shape[0])
+        out: Tensor = _Attention.apply(qkv, groups, dropout_p, keep)
+        return out
+
+    def attention_at(
+        self,
+        q: Tensor,  # (R, A, D)
+        kv: Tensor,  # (T, 2, A, D)
+        positions: Tensor,  # (R,)
+        cu_queries: Tensor,  # (N + 1,) int32
+        cu_seqlens: Tensor,  # (N + 1,) int32
+        max_seqlen: int,
+        dropout_p: float,
+        seed: Tensor,
+        stream: int,
+        *,
+        qkv_bias: Tensor | None = None,
+    ) -> Tensor:  # (R, A, D)
+        """`reference.attention_at`, group by group."""
+        if qkv_bias is not None:
+            q_bias, kv_bias = qkv_bias.view(3, -1).split((1, 2))
+            q = reference.with_bias_gradient(q, q_bias)
+            kv = reference.with_bias_gradient(kv, kv_bias)
+        N, A, S = cu_seqlens.numel() - 1, q.shape[1], max_seqlen
+        keep = self._keep_scores((N, A, S, S), dropout_p, seed, stream)
+        groups = self._groups_of(cu_seqlens, S, kv.shape[0])
+        asked = _with_queries(groups, positions, cu_queries, cu_seqlens)
+        out: Tensor = _AttentionAt.apply(q, kv, asked, dropout_p, keep)
+        return out
+
+    def _groups_of(self, cu_seqlens: Tensor, S: int, T: int) -> list["_Group"]:
         version = -1 if cu_seqlens.is_inference() else cu_seqlens._version  # not known there
         if self._grouped is not cu_seqlens or self._version != version or version < 0:
-            self._groups = _groups(cu_seqlens, S, qkv.shape[0])  # the same for every layer
+            self._groups = _groups(cu_seqlens, S, T)  # the same for every layer
             self._grouped, self._version = cu_seqlens, version
-        out: Tensor = _Attention.apply(qkv, self._groups, dropout_p, keep)
-        return out
+        return self._groups
 
     def dropout_add_layer_norm(
         self,
@@ -86,9 +135,11 @@ class CpuOps:
         dropout_p: float,
         seed: Tensor,
         stream: int,
+        *,
+        rows: Tensor | None = None,
     ) -> Tensor:  # (R, H)
         """`reference.dropout_add_layer_norm`."""
-        keep = self._keep((x.shape[0], x.shape[1]), dropout_p, seed, stream)
+        keep = self._keep((x.shape[0], x.shape[1]), dropout_p, seed, stream, rows)
         out: Tensor = self._dropout_add_layer_norm(
             x, bias, residual, weight, beta, eps, dropout_p, keep
         )
@@ -168,23 +219,86 @@ class _Group(NamedTuple):
 
 
 def _groups(cu_seqlens: Tensor, S: int, T: int) -> list[_Group]:
-    starts = cu_seqlens[:-1].long()
-    lengths = cu_seqlens[1:].long() - starts
     multiple = max(32, S // 16)  # at most 16 groups; 4 at S = 128, where 2 and 8 are slower
     by_length: dict[int, list[int]] = {}
     for sequence, length in enumerate(reference.sequence_lengths(cu_seqlens, S, T)):
         if length:
             padded = min(-(-length // multiple) * multiple, S)
             by_length.setdefault(padded, []).append(sequence)
-    groups = []
-    for padded, members in sorted(by_length.items()):
-        sequences = torch.tensor(members)
-        position = torch.arange(padded)
-        valid = position < lengths[sequences, None]
-        tokens = (starts[sequences, None] + position).clamp_(max=T - 1).view(-1)
-        slots = None if bool(valid.all()) else valid.view(-1).nonzero().squeeze(1)
-        groups.append(_Group(sequences, tokens, valid[:, None, None, :], slots))
-    return groups
+    return [
+        _group(torch.tensor(members), cu_seqlens, padded, T)
+        for padded, members in sorted(by_length.items())
+    ]
+
+
+def _group(sequences: Tensor, bounds: Tensor, padded: int, T: int) -> _Group:
+    starts, ends = bounds[:-1].long()[sequences, None], bounds[1:].long()[sequences, None]
+    tokens = starts + torch.arange(padded)
+    valid = tokens < ends
+    slots = None if bool(valid.all()) else valid.view(-1).nonzero().squeeze(1)
+    return _Group(sequences, tokens.clamp_(max=T - 1).view(-1), valid[:, None, None, :], slots)
+
+
+class _Queries(NamedTuple):
+    """Of a group's sequences, those there are: at most r of each."""
+
+    rows: _Group  # where they lie, as if they were tokens
+    places: Tensor  # (n, 1, r, 1) their rows in the sequence's matrix of scores
+
+
+def _with_queries(
+    groups: list[_Group], positions: Tensor, cu_queries: Tensor, cu_seqlens: Tensor
+) -> list[tuple[_Group, _Queries]]:
+    found = []
+    for group in groups:
+        longest = int(cu_queries.diff()[group.sequences].max())
+        if longest:
+            rows = _group(group.sequences, cu_queries, longest, len(positions))
+            places = positions[rows.tokens].view(-1, longest)
+            places = places - cu_seqlens[:-1].long()[group.sequences, None]
+            places = places.masked_fill_(~rows.valid[:, 0, 0], 0)
+            found.append((group, _Queries(rows, places[:, None, :, None])))
+    return found
+
+
+def _attend(
+    q: Tensor,  # (n A, r, D)
+    k: Tensor,  # (n A, s, D)
+    v: Tensor,  # (n A, s, D)
+    group: _Group,
+    kept: Tensor | None,  # (n, A, r, s)
+) -> tuple[Tensor, tuple[Any, ...]]:  # (n A, r, D), and what the gradient needs
+    n, s = group.sequences.numel(), group.valid.shape[-1]
+    q = q * k.shape[-1] ** -0.5
+    scores = torch.bmm(q, k.transpose(1, 2)).view(n, -1, q.shape[1], s)
+    if group.slots is not None:
+        floor = torch.zeros(n, 1, 1, s, dtype=scores.dtype)
+        scores += floor.masked_fill_(~group.valid, -torch.inf)
+    probabilities = torch.softmax(scores, dim=-1)
+    # A product, because masked_fill is not vectorised: 0.09 ms against 0.28 for 330k.
+    dropped = probabilities if kept is None else probabilities * kept
+    context = torch.bmm(dropped.view(-1, q.shape[1], s), v)
+    return context, (q, k, v, probabilities, dropped, kept)
+
+
+def _attend_backward(
+    dcontext: Tensor,  # (n A, r, D)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    probabilities: Tensor,
+    dropped: Tensor,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # dq (n A, r, D), dk (n A, s, D), dv (n A, s, D)
+    dprobabilities = torch.bmm(dcontext, v.transpose(1, 2)).view(probabilities.shape)
+    if kept is not None:
+        dprobabilities *= kept
+    dscores = torch.ops.aten._softmax_backward_data(
+        dprobabilities, probabilities, -1, probabilities.dtype
+    ).view(-1, *probabilities.shape[2:])
+    dq = torch.bmm(dscores, k) * k.shape[-1] ** -0.5
+    dk = torch.bmm(dscores.transpose(1, 2), q)
+    return dq, dk, torch.bmm(dropped.view(dscores.shape).transpose(1, 2), dcontext)
 
 
 class _Attention(torch.autograd.Function):
@@ -196,24 +310,13 @@ class _Attention(torch.autograd.Function):
         scale = 256 / keep_threshold(dropout_p)
         saved = []
         for group in groups:
-            n, s = group.sequences.numel(), group.valid.shape[-1]
-            heads = _take(flat, group).view(n, s, 3, A, D).permute(2, 0, 3, 1, 4)
-            q, k, v = heads.reshape(3, n * A, s, D).unbind(0)
-            q = q * D**-0.5
-            scores = torch.bmm(q, k.transpose(1, 2)).view(n, A, s, s)
-            if group.slots is not None:
-                floor = torch.zeros(n, 1, 1, s, dtype=scores.dtype)
-                scores += floor.masked_fill_(~group.valid, -torch.inf)
-            probabilities = torch.softmax(scores, dim=-1)
-            dropped, kept = probabilities, None
+            s, kept = group.valid.shape[-1], None
             if keep is not None:
-                # A product, because masked_fill is not vectorised: 0.09 ms against 0.28 for 330k.
                 kept = keep[:, :, :s, :s].index_select(0, group.sequences).to(qkv.dtype)
-                dropped = probabilities * kept
-            context = torch.bmm(dropped.view(n * A, s, s), v)
-            rows = context.view(n, A, s, D).transpose(1, 2).reshape(n * s, A * D)
-            _put(out, rows, group)
-            saved.append((group, q, k, v, probabilities, dropped, kept))
+            q, k, v = _take(flat, group, A, D)
+            context, state = _attend(q, k, v, group, kept)
+            _put(out, context[None], group, A)
+            saved.append((group, state))
         ctx.saved, ctx.shape, ctx.scale = saved, (T, A, D), scale
         return (out * scale if keep is not None else out).view(T, A, D)
 
@@ -221,44 +324,70 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         T, A, D = ctx.shape
         dout = dout.reshape(T, A * D)
-        dqkv = _rows_of(dout, 3 * A * D, [group for group, *_ in ctx.saved])
-        for group, q, k, v, probabilities, dropped, kept in ctx.saved:
-            n, s = group.sequences.numel(), group.valid.shape[-1]
-            dcontext = _take(dout, group)
-            if kept is not None:
+        dqkv = _rows_of(dout, 3 * A * D, [group for group, _ in ctx.saved])
+        for group, state in ctx.saved:
+            (dcontext,) = _take(dout, group, A, D)
+            if state[-1] is not None:
                 dcontext *= ctx.scale
-            dcontext = dcontext.view(n, s, A, D).transpose(1, 2).reshape(n * A, s, D)
-            dprobabilities = torch.bmm(dcontext, v.transpose(1, 2)).view(n, A, s, s)
-            if kept is not None:
-                dprobabilities *= kept
-            dscores = torch.ops.aten._softmax_backward_data(
-                dprobabilities, probabilities, -1, probabilities.dtype
-            ).view(n * A, s, s)
-            gradients = torch.stack(
-                (
-                    torch.bmm(dscores, k) * D**-0.5,
-                    torch.bmm(dscores.transpose(1, 2), q),
-                    torch.bmm(dropped.view(n * A, s, s).transpose(1, 2), dcontext),
-                )
-            )
-            rows = gradients.view(3, n, A, s, D).permute(1, 3, 0, 2, 4).reshape(n * s, 3 * A * D)
-            _put(dqkv, rows, group)
+            _put(dqkv, torch.stack(_attend_backward(dcontext, *state)), group, A)
         return dqkv.view(T, 3, A, D), None, None, None
 
 
-def _rows_of(like: Tensor, width: int, groups: list[_Group]) -> Tensor:
+class _AttentionAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, kv, groups, dropout_p, keep):  # type: ignore[no-untyped-def]
+        (R, A, D), T = q.shape, kv.shape[0]
+        q, kv = q.reshape(R, A * D), kv.reshape(T, 2 * A * D)
+        out = _rows_of(q, A * D, [queries.rows for _, queries in groups])
+        scale = 256 / keep_threshold(dropout_p)
+        saved = []
+        for group, (rows, places) in groups:
+            s, kept = group.valid.shape[-1], None
+            if keep is not None:
+                kept = keep[..., :s].index_select(0, group.sequences)
+                kept = kept.gather(2, places.expand(-1, A, -1, s)).to(q.dtype)
+            (own,), (k, v) = _take(q, rows, A, D), _take(kv, group, A, D)
+            context, state = _attend(own, k, v, group, kept)
+            _put(out, context[None], rows, A)
+            saved.append((group, rows, state))
+        ctx.saved, ctx.shape, ctx.scale = saved, (R, T, A, D), scale
+        return (out * scale if keep is not None else out).view(R, A, D)
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        R, T, A, D = ctx.shape
+        dout = dout.reshape(R, A * D)
+        dq = _rows_of(dout, A * D, [rows for _, rows, _ in ctx.saved])
+        dkv = _rows_of(dout, 2 * A * D, [group for group, *_ in ctx.saved], T)
+        for group, rows, state in ctx.saved:
+            (dcontext,) = _take(dout, rows, A, D)
+            if state[-1] is not None:
+                dcontext *= ctx.scale
+            own, *others = _attend_backward(dcontext, *state)
+            _put(dq, own[None], rows, A)
+            _put(dkv, torch.stack(others), group, A)
+        return dq.view(R, A, D), dkv.view(T, 2, A, D), None, None, None
+
+
+def _rows_of(like: Tensor, width: int, groups: list[_Group], T: int = 0) -> Tensor:
     """(T, width) to be filled by the groups: zeros only where they do not cover every token."""
     covered = sum(len(group.tokens if group.slots is None else group.slots) for group in groups)
-    T = like.shape[0]
+    T = T or like.shape[0]
     return like.new_empty(T, width) if covered == T else like.new_zeros(T, width)
 
 
-def _take(rows: Tensor, group: _Group) -> Tensor:  # (T, W) -> (n * s, W), zeros at padding
+def _take(rows: Tensor, group: _Group, A: int, D: int) -> Tensor:  # (T, c A D) -> (c, n A, s, D)
+    """c kinds of rows of each head of each sequence, zeros at padding."""
     taken = rows.index_select(0, group.tokens)
-    return taken if group.slots is None else taken.masked_fill_(~group.valid.view(-1, 1), 0.0)
+    if group.slots is not None:
+        taken = taken.masked_fill(~group.valid.view(-1, 1), 0.0)
+    n, s = group.sequences.numel(), group.valid.shape[-1]
+    return taken.view(n, s, -1, A, D).permute(2, 0, 3, 1, 4).reshape(-1, n * A, s, D)
 
 
-def _put(out: Tensor, rows: Tensor, group: _Group) -> None:
+def _put(out: Tensor, heads: Tensor, group: _Group, A: int) -> None:  # the inverse of `_take`
+    c, _, s, D = heads.shape
+    rows = heads.view(c, -1, A, s, D).permute(1, 3, 0, 2, 4).reshape(-1, c * A * D)
     if group.slots is None:
         out.index_copy_(0, group.tokens, rows)
     else:

@@ -9,11 +9,13 @@ the place in the model. Nothing depends on the order in which elements are visit
 backward and any tiling agree. The layer comes from a tensor, not a Python number, so that one
 compiled layer serves all of them.
 
-Columns are cut into tiles of 128, a tile into 8 groups: column c of a tile takes byte c // 8 of
-group c % 8. That is how a tensor core's accumulator lays a row over its threads (a thread holds
-columns 2t, 2t + 1 of every 8), so a kernel spends each counter in the thread that computed it; and
-on a CPU it keeps 8 neighbouring columns in one vector (0.16 ms against 0.50 ms for 16 consecutive
-columns per counter, 2250 x 256 elements, 2 cores).
+Where rows are whole (`keep_mask`), columns are cut into tiles of 128, a tile into 8 groups: column
+c of a tile takes byte c // 8 of group c % 8, which on a CPU keeps 8 neighbouring columns in one
+vector (0.16 ms against 0.50 ms for 16 consecutive columns per counter, 2250 x 256 elements, 2
+cores). Attention's scores (`score_mask`) are cut as a tensor core's accumulator lays them over its
+threads, which hold columns 2t, 2t + 1 of every 8 in two rows 8 apart: a counter serves the rows r
+and r + 8 of 16, and of 64 columns those of one group, bytes 0 to 7 the upper row. So a kernel
+spends each counter in the thread that computed it, in tiles of 64 columns too.
 """
 
 import math
@@ -21,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-TILE = 128
+TILE, SCORE_TILE = 128, 64
 GROUPS = 8
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -83,13 +85,14 @@ def keep_mask(
     dropout_p: float,
     seed: Tensor,  # (3,) int64: the run's seed, the step, the layer
     stream: int,  # 0..3: which dropout of the layer
+    numbers: Tensor | None = None,  # (rows,) int64, of the rows; None: 0, 1, 2, ...
 ) -> Tensor:
     """Boolean mask of `shape`, True where dropout keeps the element.
 
     The bit of an element depends on its plane, row, column, site, seed and step only: not on how
     many planes, rows or columns there are.
     """
-    return site_mask(shape, keep_threshold(dropout_p), seed, seed[2] * 4 + stream)
+    return site_mask(shape, keep_threshold(dropout_p), seed, seed[2] * 4 + stream, numbers)
 
 
 def site_mask(
@@ -97,19 +100,46 @@ def site_mask(
     threshold: int,
     seed: Tensor,  # (3,) int64
     site: Tensor,  # () int64
+    numbers: Tensor | None = None,  # (rows,) int64
 ) -> Tensor:
     """`keep_mask` by its threshold and site: one compiled function serves every dropout."""
     *planes, rows, columns = shape
     tiles = -(-columns // TILE)
-    device = seed.device
-    plane = torch.arange(math.prod(planes), device=device).view(-1, 1, 1)
-    row = torch.arange(rows, device=device).view(1, -1, 1)
-    group = torch.arange(tiles * GROUPS, device=device)
-    words = philox_4x32(
-        (row, group, plane, site), ((seed[0] ^ (seed[0] >> 32)) & _MASK32, seed[1] & _MASK32)
-    )
-    packed = torch.stack([word.to(torch.int32) for word in words], dim=2)  # (planes, rows, 4, 8 t)
+    row = torch.arange(rows, device=seed.device) if numbers is None else numbers
+    words = _words(math.prod(planes), row, tiles * GROUPS, seed, site)
+    packed = torch.stack(words, dim=2)  # (planes, rows, 4, 8 t)
     packed = packed.view(math.prod(planes), rows, 4, tiles, GROUPS).transpose(2, 3).unsqueeze(4)
-    shift = torch.tensor((0, 8, 16, 24), dtype=torch.int32, device=device).view(4, 1)
-    byte = (packed >> shift) & 0xFF  # (planes, rows, tiles, 4 words, 4 bytes, 8 groups)
+    byte = _bytes(packed)  # (planes, rows, tiles, 4 words, 4 bytes, 8 groups)
     return (byte < threshold).reshape(*planes, rows, tiles * TILE)[..., :columns]
+
+
+def score_mask(
+    shape: tuple[int, ...],  # (..., queries, keys)
+    threshold: int,
+    seed: Tensor,  # (3,) int64
+    site: Tensor,  # () int64: 4 · layer + stream
+) -> Tensor:
+    """Boolean mask of attention's probabilities, True where dropout keeps one; see `keep_mask`."""
+    *planes, rows, columns = shape
+    blocks, tiles = -(-rows // 16), -(-columns // SCORE_TILE)
+    row = torch.arange(blocks * 8, device=seed.device)
+    words = _words(math.prod(planes), row, tiles * GROUPS, seed, site)
+    packed = torch.stack(words, dim=3).view(-1, blocks, 8, tiles, GROUPS, 2, 2)
+    # (planes, blocks, 2 halves, 8 rows, tiles, 2 words, 1, 8 groups)
+    packed = packed.permute(0, 1, 5, 2, 3, 6, 4).unsqueeze(6)
+    keep = (_bytes(packed) < threshold).reshape(*planes, blocks * 16, tiles * SCORE_TILE)
+    return keep[..., :rows, :columns]
+
+
+def _words(planes: int, row: Tensor, groups: int, seed: Tensor, site: Tensor) -> list[Tensor]:
+    """Four int32 tensors (planes, rows, groups)."""
+    plane = torch.arange(planes, device=seed.device).view(-1, 1, 1)
+    group = torch.arange(groups, device=seed.device)
+    key = ((seed[0] ^ (seed[0] >> 32)) & _MASK32, seed[1] & _MASK32)
+    counter = (row.view(1, -1, 1), group, plane, site)
+    return [word.to(torch.int32) for word in philox_4x32(counter, key)]
+
+
+def _bytes(packed: Tensor) -> Tensor:  # (..., 1, 8 groups) int32 -> (..., 4, 8 groups)
+    shift = torch.tensor((0, 8, 16, 24), dtype=torch.int32, device=packed.device).view(4, 1)
+    return (packed >> shift) & 0xFF

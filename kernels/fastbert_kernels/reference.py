@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert_kernels.philox import keep_mask, keep_threshold
+from fastbert_kernels.philox import keep_mask, keep_threshold, score_mask
 
 
 def accumulate(x: Tensor) -> Tensor:
@@ -20,11 +20,25 @@ def accumulate(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def dropout(x: Tensor, dropout_p: float, seed: Tensor, stream: int) -> Tensor:
-    """x · keep / P(keep), elementwise; `x` is (..., rows, columns)."""
+def dropout(
+    x: Tensor,  # (..., rows, columns)
+    dropout_p: float,
+    seed: Tensor,
+    stream: int,
+    rows: Tensor | None = None,  # (rows,) int64: their numbers, if not 0, 1, 2, ...
+) -> Tensor:
+    """x · keep / P(keep), elementwise."""
     if dropout_p == 0.0:
         return x
-    return apply_keep(x, keep_mask(tuple(x.shape), dropout_p, seed, stream), dropout_p)
+    return apply_keep(x, keep_mask(tuple(x.shape), dropout_p, seed, stream, rows), dropout_p)
+
+
+def dropout_scores(p: Tensor, dropout_p: float, seed: Tensor, stream: int) -> Tensor:
+    """`dropout` of attention's probabilities (..., queries, keys), whose bits lie otherwise."""
+    if dropout_p == 0.0:
+        return p
+    keep = score_mask(tuple(p.shape), keep_threshold(dropout_p), seed, seed[2] * 4 + stream)
+    return apply_keep(p, keep, dropout_p)
 
 
 def apply_keep(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
@@ -82,6 +96,27 @@ def sequence_lengths(
     return lengths
 
 
+class _BiasGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):  # type: ignore[no-untyped-def]
+        ctx.like_bias = bias.shape, bias.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):  # type: ignore[no-untyped-def]
+        shape, dtype = ctx.like_bias
+        return dx, dx.sum(0).view(shape).to(dtype)
+
+
+def with_bias_gradient(
+    x: Tensor,  # (T, ...)
+    bias: Tensor,  # any shape of so many elements as a row has
+) -> Tensor:  # (T, ...)
+    """x, which contains `bias` already: whose gradient is the sum of dx over the rows, in fp32."""
+    out: Tensor = _BiasGradient.apply(x, bias)
+    return out
+
+
 def attention(
     qkv: Tensor,  # (T, 3, A, D)
     cu_seqlens: Tensor,  # (N + 1,) int32
@@ -89,14 +124,19 @@ def attention(
     dropout_p: float,
     seed: Tensor,
     stream: int,
+    *,
+    qkv_bias: Tensor | None = None,  # (3 A D,) or (3, A, D)
 ) -> Tensor:  # (T, A, D)
     """softmax(Q Kᵀ / √D) V within each sequence, dropout on the probabilities.
 
     Vaswani et al. 2017, equation 1. A sequence sees itself only; rows beyond cu_seqlens[-1] are 0.
+    A `qkv_bias` is in `qkv` already and not added: it gets its gradient here, where dqkv is made.
 
     Raises:
         ValueError: on a CPU, where looking is free, sequences that do not fit.
     """
+    if qkv_bias is not None:
+        qkv = with_bias_gradient(qkv, qkv_bias)
     T, _, A, D = qkv.shape
     N, S = cu_seqlens.numel() - 1, max_seqlen
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -116,9 +156,40 @@ def attention(
     scores = accumulate((q * D**-0.5) @ k.transpose(-1, -2))  # (N, A, S, S)
     # A finite floor instead of -inf: an empty sequence has no key, and must not make NaN.
     scores = scores.masked_fill(~slot_valid[:, None, None, :], -1e30)
-    probabilities = dropout(torch.softmax(scores, dim=-1), dropout_p, seed, stream)
+    probabilities = dropout_scores(torch.softmax(scores, dim=-1), dropout_p, seed, stream)
     context = probabilities.to(qkv.dtype) @ v  # (N, A, S, D)
     return _Gather.apply(context.transpose(1, 2).reshape(N * S, A, D), *to_packed)
+
+
+def attention_at(
+    q: Tensor,  # (R, A, D)
+    kv: Tensor,  # (T, 2, A, D)
+    positions: Tensor,  # (R,) int64, ascending, each once; T in the unused tail
+    cu_queries: Tensor,  # (N + 1,) int32
+    cu_seqlens: Tensor,  # (N + 1,) int32
+    max_seqlen: int,
+    dropout_p: float,
+    seed: Tensor,
+    stream: int,
+    *,
+    qkv_bias: Tensor | None = None,  # (3 A D,) or (3, A, D)
+) -> Tensor:  # (R, A, D)
+    """The rows of `attention` at `positions`, and no other: the same values, the same dropout.
+
+    `q` holds the queries of the tokens at `positions`; those of sequence n are its rows
+    cu_queries[n] to cu_queries[n + 1]. Rows beyond cu_queries[-1] are 0.
+
+    Raises:
+        ValueError: as `attention` does.
+    """
+    if qkv_bias is not None:
+        q_bias, kv_bias = qkv_bias.view(3, -1).split((1, 2))
+        q, kv = with_bias_gradient(q, q_bias), with_bias_gradient(kv, kv_bias)
+    T, _, A, D = kv.shape
+    everywhere = q.new_zeros(T + 1, A, D).index_copy(0, positions, q)
+    qkv = torch.cat((everywhere[:T, None], kv), dim=1)
+    out = attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream)
+    return F.pad(out, (0, 0, 0, 0, 0, 1)).index_select(0, positions)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -138,9 +209,14 @@ def dropout_add_layer_norm(
     dropout_p: float,
     seed: Tensor,
     stream: int,
+    *,
+    rows: Tensor | None = None,  # (R,) int64
 ) -> Tensor:  # (R, H)
-    """LayerNorm(dropout(x + bias) + residual)."""
-    dropped = dropout(accumulate(x) + accumulate(bias), dropout_p, seed, stream)
+    """LayerNorm(dropout(x + bias) + residual).
+
+    `rows` are the numbers of the rows of which these were chosen: they draw the same dropout.
+    """
+    dropped = dropout(accumulate(x) + accumulate(bias), dropout_p, seed, stream, rows)
     return layer_norm(dropped + accumulate(residual), weight, beta, eps).to(x.dtype)
 
 
@@ -175,6 +251,24 @@ def linear_gelu(
 ) -> Tensor:  # (R, F)
     """GELU(x Wᵀ + b)."""
     return gelu(F.linear(x, weight, bias), approximate)
+
+
+def qkv_linear_at(
+    x: Tensor,  # (T, H)
+    positions: Tensor,  # (R,) int64; T or more: unused
+    weight: Tensor,  # (3 F, H)
+    bias: Tensor,  # (3 F,)
+) -> tuple[Tensor, Tensor, Tensor]:  # (R, F), (T, 2 F), (R, H)
+    """Queries of the tokens at `positions`, keys and values of all; x at `positions`.
+
+    What belongs to unused positions is some other token's.
+    """
+    F3 = weight.shape[0]
+    (q_weight, kv_weight), (q_bias, kv_bias) = (
+        whole.split((F3 // 3, F3 - F3 // 3)) for whole in (weight, bias)
+    )
+    rows = x.index_select(0, positions.clamp(max=x.shape[0] - 1))
+    return F.linear(rows, q_weight, q_bias), F.linear(x, kv_weight, kv_bias), rows
 
 
 def linear_gelu_residual(

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from fastbert_kernels import attention as attention_module
 from fastbert_kernels import attention_config, attention_flash, reference
-from fastbert_kernels.attention import attention, compile_cases
+from fastbert_kernels.attention import attention, attention_at, compile_cases
 from fastbert_kernels.attention_config import backward_path, choose_backend
-from fastbert_kernels.philox import keep_mask
+from fastbert_kernels.philox import keep_threshold, score_mask
 
 SEED = torch.tensor([2**40 + 12345, 7, 3])
 
@@ -28,10 +28,30 @@ def both_ways(op, qkv: Tensor, dout: Tensor, *rest) -> tuple[Tensor, Tensor]:  #
     return out.detach(), dqkv
 
 
-def assert_near(found: Tensor, torch_own: Tensor, want: Tensor) -> None:
+def assert_near(found: Tensor, torch_own: Tensor, want: Tensor, times: int = 2) -> None:
     """Not worse than twice PyTorch's own error in the same dtype."""
     error, allowed = ((x.double() - want).abs().max() for x in (found, torch_own))
-    assert error <= 2 * allowed + 1e-6, f"{error:.2e} against {allowed:.2e}"
+    assert error <= times * allowed + 1e-6, f"{error:.2e} against {allowed:.2e}"
+
+
+def gradients(op, tensors: list[Tensor], dout: Tensor, *rest) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """Output, the gradients of `tensors`, and that of the bias they contain."""
+    bias = torch.zeros(3, *tensors[0].shape[-2:], dtype=tensors[0].dtype).requires_grad_()
+    tensors = [tensor.clone().requires_grad_() for tensor in tensors]
+    out = op(*tensors, *rest, qkv_bias=bias)
+    return [out.detach(), *torch.autograd.grad(out, (*tensors, bias), dout.to(out.dtype))]
+
+
+def agree(op, oracle, tensors: list[Tensor], dout: Tensor, *rest) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    found = gradients(op, tensors, dout, *rest)
+    torch_own = gradients(oracle, tensors, dout, *rest)
+    want = gradients(oracle, [tensor.double() for tensor in tensors], dout, *rest)
+    # What errors the rows of dqkv have in common adds up in the bias's gradient.
+    for f, o, w, times in zip(found, torch_own, want, [2] * len(tensors) + [2, 4], strict=True):
+        assert f.dtype == tensors[0].dtype
+        assert_near(f, o, w, times)
+    assert not found[-1][1].any()  # of the keys' bias, exactly
+    return found
 
 
 def compare(
@@ -40,13 +60,28 @@ def compare(
     T = sum(lengths) + unused
     qkv, dout = inputs(T, A, D, dtype)
     rest = (bounds(lengths), S, p, SEED, 1)
-    found = both_ways(attention, qkv, dout, *rest)
-    torch_own = both_ways(reference.attention, qkv, dout, *rest)
-    want = both_ways(reference.attention, qkv.double(), dout, *rest)
-    for f, o, w in zip(found, torch_own, want, strict=True):
-        assert f.dtype == dtype
-        assert_near(f, o, w)
-        assert not f[T - unused :].any()
+    for found in agree(attention, reference.attention, [qkv], dout, *rest)[:-1]:
+        assert not found[T - unused :].any()
+
+
+def compare_some(
+    lengths: list[int], S: int, A: int, D: int, p: float, dtype: torch.dtype, asked: list[int]
+) -> None:
+    """`asked` tokens of each sequence ask; one token belongs to none, two queries are unused."""
+    T, unused = sum(lengths) + 1, 2
+    starts = bounds(lengths)[:-1].tolist()
+    chosen = [
+        start + torch.randperm(length)[:count].sort().values
+        for start, length, count in zip(starts, lengths, asked, strict=True)
+    ]
+    positions = torch.cat([*chosen, torch.full((unused,), T)])
+    qkv, dout = inputs(T, A, D, dtype)
+    q, kv = qkv[positions.clamp(max=T - 1), 0], qkv[:, 1:].contiguous()
+    dout = dout[positions.clamp(max=T - 1)]
+    index = (positions, bounds(asked), bounds(lengths))
+    rest = (*index, S, p, SEED, 1)
+    out, dq, dkv, _ = agree(attention_at, reference.attention_at, [q, kv], dout, *rest)
+    assert not out[-unused:].any() and not dq[-unused:].any() and not dkv[-1].any()
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -87,6 +122,22 @@ def test_single_precision(lengths: list[int], S: int, D: int, p: float) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("lengths", "asked", "S", "D", "dtype"),
+    [
+        ([7, 1, 100, 128, 0, 33], [2, 1, 0, 128, 0, 20], 128, 32, torch.float16),
+        ([129, 40, 3], [70, 0, 1], 200, 64, torch.float16),
+        ([300, 5], [65, 5], 600, 64, torch.float16),
+        ([65, 20], [40, 3], 80, 32, torch.float32),
+    ],
+)
+def test_some_tokens_ask(
+    lengths: list[int], asked: list[int], S: int, D: int, dtype: torch.dtype
+) -> None:
+    compare_some(lengths, S, 2, D, 0.1, dtype, asked)
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("D", [32, 64, 128])
 def test_tiles_of_sm_80(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_module, "_capability", lambda device: 80)
@@ -111,7 +162,8 @@ def test_dropout_draws_the_bits_of_the_reference(
         out = attention(qkv, bounds([length, length]), length, p, SEED, 2)
         kept.append(out.view(2, length, A, D).transpose(1, 2) > 0)
     found = torch.cat(kept, dim=-1)[..., :length]
-    assert torch.equal(found, keep_mask((2, A, length, length), p, SEED, 2))
+    want = score_mask((2, A, length, length), keep_threshold(p), SEED, SEED[2] * 4 + 2)
+    assert torch.equal(found, want)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the others compute with NaN
@@ -148,13 +200,23 @@ def test_dropout_that_keeps_every_value_is_none() -> None:
 
 def test_registration() -> None:
     qkv, _ = inputs(20, 1, 32, torch.float32)
-    arguments = (qkv.requires_grad_(), bounds([12, 8]), 12, 230, SEED, 0, "ieee")
-    torch.library.opcheck(torch.ops.fastbert.attention.default, arguments)
-    out, lse = torch.ops.fastbert.attention(*arguments)
+    bias = torch.zeros(96)
+    rest = (bounds([12, 8]), 12, 230, SEED, 0, "ieee")
+    ops = torch.ops.fastbert
     torch.library.opcheck(
-        torch.ops.fastbert.attention_backward.default,
-        (out.detach(), qkv.detach(), out.detach(), lse.detach(), *arguments[1:]),
+        ops.attention.default, (qkv.requires_grad_(), bias.requires_grad_(), *rest)
     )
+    with torch.no_grad():
+        saved = (qkv.detach(), bias.detach(), *ops.attention(qkv, bias, *rest))
+    torch.library.opcheck(ops.attention_backward.default, (saved[2], *saved, *rest))
+    q, kv = qkv.detach()[:3, 0].clone().requires_grad_(), qkv.detach()[:, 1:].clone()
+    at = (torch.tensor([0, 5, 14]), bounds([2, 1]))
+    kv.requires_grad_()
+    torch.library.opcheck(ops.attention_at.default, (q, kv, bias, *at, *rest))
+    with torch.no_grad():
+        found = ops.attention_at(q, kv, bias, *at, *rest)
+    saved = (q.detach(), kv.detach(), bias.detach(), *found)
+    torch.library.opcheck(ops.attention_at_backward.default, (saved[3], *saved, *at, *rest))
 
 
 def test_compiles_into_one_graph() -> None:
@@ -183,7 +245,8 @@ GOOD = {
     [
         ({"qkv": torch.zeros(9, 2, 2, 32)}, r"qkv has shape \(9, 2, 2, 32\)"),
         ({"qkv": torch.zeros(9, 3, 2, 48)}, "head size 48"),
-        ({"qkv": torch.zeros(0, 3, 2, 32)}, "qkv is empty"),
+        ({"qkv": torch.zeros(0, 3, 2, 32)}, "no tokens or no heads"),
+        ({"qkv_bias": torch.zeros(64)}, "qkv_bias has 64 elements, expected 192"),
         ({"seed": SEED[:2]}, "seed has shape"),
         ({"stream": 4}, "stream = 4"),
         ({"dropout_p": 1.0}, "dropout_p = 1.0"),
@@ -196,6 +259,24 @@ GOOD = {
 def test_wrong_arguments(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention(**(GOOD | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv": torch.zeros(9, 3, 2, 32)}, r"kv has shape \(9, 3, 2, 32\)"),
+        ({"positions": torch.zeros(3)}, r"positions has shape \(3,\)"),
+        ({"cu_queries": bounds([1, 1])}, r"cu_queries has shape \(3,\)"),
+        ({"max_seqlen": 0}, "attention_at: max_seqlen = 0"),
+    ],
+)
+def test_wrong_arguments_where_some_ask(change: dict[str, object], message: str) -> None:
+    good = {key: value for key, value in GOOD.items() if key != "qkv"} | {
+        "q": torch.zeros(2, 2, 32), "kv": torch.zeros(9, 2, 2, 32),
+        "positions": torch.tensor([0, 3]), "cu_queries": bounds([2]),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        attention_at(**(good | change))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("check", [False, True])
@@ -233,6 +314,9 @@ def test_flash_attention_of_torch_takes_our_arguments(p: float) -> None:
     (dqkv,) = torch.autograd.grad(out.sum(), qkv)
     assert out.shape == (50, 2, 64)
     assert dqkv.shape == qkv.shape
+    q, kv = qkv[:7, 0], qkv[:, 1:]
+    some = attention_flash.attention_at(q, kv, cu_seqlens, cu_seqlens, 32, p, "torch")
+    assert some.shape == q.shape
 
 
 def test_every_configuration_is_reported() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbert_kernels.philox import ROUNDS, keep_mask, keep_threshold, philox_4x32
+from fastbert_kernels.philox import ROUNDS, keep_mask, keep_threshold, philox_4x32, score_mask
 from fastbert_kernels.reference import dropout
 
 ONES = 0xFFFFFFFF
@@ -66,6 +66,27 @@ def seed(run: int = 1, step: int = 0, layer: int = 0) -> Tensor:
     return torch.tensor([run, step, layer])
 
 
+def scores(
+    shape: tuple[int, ...], p: float, seed: Tensor, stream: int
+) -> Tensor:  # keep_mask's signature
+    return score_mask(shape, keep_threshold(p), seed, seed[2] * 4 + stream)
+
+
+both = pytest.mark.parametrize("mask_of", [keep_mask, scores])
+
+
+def test_a_mask_of_scores_by_its_definition() -> None:
+    run, step, layer, stream = 2**40 + 12345, 7, 3, 2
+    mask = scores((2, 3, 37, 150), 0.3, seed(run, step, layer), stream)
+    key = [(run ^ (run >> 32)) % 2**32, step]
+    for n, a, row, column in itertools.product(range(2), range(3), range(37), range(0, 150, 7)):
+        counter = [row // 16 * 8 + row % 8, column // 64 * 8 + column % 8, n * 3 + a]
+        numbers = philox_in_python([*counter, 4 * layer + stream], key, ROUNDS)
+        byte = row // 8 % 2 * 8 + column % 64 // 8
+        value = numbers[byte // 4] >> (8 * (byte % 4)) & 0xFF
+        assert bool(mask[n, a, row, column]) == (value < round(256 * 0.7))
+
+
 def test_a_mask_by_its_definition() -> None:
     run, step, layer, stream, p = 2**40 + 12345, 7, 3, 2, 0.3
     mask = keep_mask((2, 3, 5, 300), p, seed(run, step, layer), stream)
@@ -78,14 +99,15 @@ def test_a_mask_by_its_definition() -> None:
         assert bool(mask[n, a, row, column]) == (value < round(256 * 0.7))
 
 
-def test_a_bit_does_not_know_the_extent_of_its_tensor() -> None:
-    large = keep_mask((6, 40, 400), 0.5, seed(), 1)
+@both
+def test_a_bit_does_not_know_the_extent_of_its_tensor(mask_of) -> None:  # type: ignore[no-untyped-def]
+    large = mask_of((6, 40, 400), 0.5, seed(), 1)
     for planes, rows, columns in [(1, 1, 1), (2, 7, 100), (6, 40, 128), (3, 40, 129), (5, 1, 399)]:
-        small = keep_mask((planes, rows, columns), 0.5, seed(), 1)
+        small = mask_of((planes, rows, columns), 0.5, seed(), 1)
         assert small.shape == (planes, rows, columns)
         assert torch.equal(small, large[:planes, :rows, :columns])
-    assert torch.equal(keep_mask((40, 400), 0.5, seed(), 1), large[0])
-    assert torch.equal(keep_mask((2, 3, 40, 400), 0.5, seed(), 1).view(6, 40, 400), large)
+    assert torch.equal(mask_of((40, 400), 0.5, seed(), 1), large[0])
+    assert torch.equal(mask_of((2, 3, 40, 400), 0.5, seed(), 1).view(6, 40, 400), large)
 
 
 SHAPE = (4, 64, 512)
@@ -93,11 +115,12 @@ SIZE = math.prod(SHAPE)
 
 
 @pytest.mark.parametrize("p", [0.004, 0.1, 0.15, 0.5, 0.9])
-def test_keep_rate(p: float) -> None:
+@both
+def test_keep_rate(p: float, mask_of) -> None:  # type: ignore[no-untyped-def]
     keep = keep_threshold(p) / 256
     assert abs(keep - (1 - p)) <= 1 / 512
     error = math.sqrt(keep * (1 - keep))
-    mask = keep_mask(SHAPE, p, seed(), 0).double()
+    mask = mask_of(SHAPE, p, seed(), 0).double()
     assert abs(mask.mean() - keep) < 4 * error / math.sqrt(SIZE)
     for dim in range(3):  # every plane, row and column by itself; 5 errors, as there are hundreds
         others = [d for d in range(3) if d != dim]
@@ -112,29 +135,31 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(stacked)[0, 1].abs()) * math.sqrt(a.numel())
 
 
-def test_different_sites_steps_and_seeds_are_independent() -> None:
+@both
+def test_different_sites_steps_and_seeds_are_independent(mask_of) -> None:  # type: ignore[no-untyped-def]
     masks = {
-        "first": keep_mask(SHAPE, 0.5, seed(), 0),
-        "stream 1": keep_mask(SHAPE, 0.5, seed(), 1),
-        "stream 3": keep_mask(SHAPE, 0.5, seed(), 3),
-        "layer 1": keep_mask(SHAPE, 0.5, seed(layer=1), 0),
-        "layer 2": keep_mask(SHAPE, 0.5, seed(layer=2), 0),
-        "step 1": keep_mask(SHAPE, 0.5, seed(step=1), 0),
-        "step 10^6": keep_mask(SHAPE, 0.5, seed(step=10**6), 0),
-        "seed 2": keep_mask(SHAPE, 0.5, seed(run=2), 0),
-        "seed 2^34": keep_mask(SHAPE, 0.5, seed(run=2**34), 1),
-        "seed 2^63 - 1": keep_mask(SHAPE, 0.5, seed(run=2**63 - 1), 0),
+        "first": mask_of(SHAPE, 0.5, seed(), 0),
+        "stream 1": mask_of(SHAPE, 0.5, seed(), 1),
+        "stream 3": mask_of(SHAPE, 0.5, seed(), 3),
+        "layer 1": mask_of(SHAPE, 0.5, seed(layer=1), 0),
+        "layer 2": mask_of(SHAPE, 0.5, seed(layer=2), 0),
+        "step 1": mask_of(SHAPE, 0.5, seed(step=1), 0),
+        "step 10^6": mask_of(SHAPE, 0.5, seed(step=10**6), 0),
+        "seed 2": mask_of(SHAPE, 0.5, seed(run=2), 0),
+        "seed 2^34": mask_of(SHAPE, 0.5, seed(run=2**34), 1),
+        "seed 2^63 - 1": mask_of(SHAPE, 0.5, seed(run=2**63 - 1), 0),
     }
     for (name, a), (other, b) in itertools.combinations(masks.items(), 2):
         assert not torch.equal(a, b)
         assert correlation(a, b) < 4.5, (name, other)  # 45 pairs
 
 
-def test_neighbours_are_independent() -> None:
-    mask = keep_mask(SHAPE, 0.5, seed(), 0)
-    for shift in (1, 2, 7, 8, 16, 64, 128):
+@both
+def test_neighbours_are_independent(mask_of) -> None:  # type: ignore[no-untyped-def]
+    mask = mask_of(SHAPE, 0.5, seed(), 0)
+    for shift in (1, 2, 7, 8, 16, 32, 64, 128):
         assert correlation(mask[..., :-shift], mask[..., shift:]) < 4.5, f"columns {shift} apart"
-    for shift in (1, 2, 32):
+    for shift in (1, 2, 8, 16, 32):
         assert correlation(mask[:, :-shift], mask[:, shift:]) < 4.5, f"rows {shift} apart"
     for plane, other in itertools.combinations(mask, 2):
         assert correlation(plane, other) < 4.5

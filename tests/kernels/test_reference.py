@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import REFERENCE, Ops, choose_ops
-from fastbert_kernels.philox import keep_mask, keep_threshold
+from fastbert_kernels.philox import keep_mask, keep_threshold, score_mask
 
 BUNDLES = {"reference": REFERENCE, "cpu": choose_ops("cpu", False)}
 LENGTHS = {
@@ -51,7 +51,9 @@ def bounds(lengths: list[int]) -> Tensor:
 
 def naive_attention(qkv: Tensor, lengths: list[int], p: float, stream: int) -> Tensor:
     out = torch.zeros(qkv.shape[0], A, D, dtype=qkv.dtype)
-    drop = factors((len(lengths), A, S, S), p, stream)
+    threshold = keep_threshold(p)
+    drop = score_mask((len(lengths), A, S, S), threshold, seed(), seed()[2] * 4 + stream)
+    drop = drop.double() * 256 / threshold
     start = 0
     for n, length in enumerate(lengths):
         rows = slice(start, start + length)
@@ -98,6 +100,55 @@ def test_tokens_beyond_the_last_sequence_are_zero(ops: Ops) -> None:
     assert torch.equal(found[8:], torch.zeros(4, A, D, dtype=torch.float64))
     found.sum().backward()
     assert qkv.grad is not None and not qkv.grad[8:].any()
+
+
+@pytest.mark.parametrize("shape", [(3 * A * D,), (3, A, D)])
+def test_attention_gives_the_bias_in_qkv_its_gradient(ops: Ops, shape: tuple[int, ...]) -> None:
+    product, bias = double(12, 3, A, D), double(*shape)
+    dout = torch.randn(12, A, D, dtype=torch.float64)
+    rest = (bounds([5, 3]), S, 0.3, seed(), 1)
+    added = product + bias.view(3, A, D)
+    want = torch.autograd.grad(ops.attention(added, *rest), (product, bias), dout)
+    added = product + bias.detach().view(3, A, D)
+    found = torch.autograd.grad(
+        ops.attention(added, *rest, qkv_bias=bias), (product, bias), dout
+    )
+    for a, b in zip(found, want, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+CHOSEN = {
+    "some of each": ([5, 1, 9, 3], [0, 2, 5, 6, 13, 14, 17]),
+    "none of some": ([5, 1, 9, 3, 0], [3, 4, 16]),
+    "all": ([4, 7, 0, 0], list(range(11))),
+    "tokens of no sequence": ([5, 3], [1, 6, 8, 10]),
+}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("lengths", "chosen"), CHOSEN.values(), ids=CHOSEN)
+def test_attention_at_some_tokens(
+    ops: Ops, lengths: list[int], chosen: list[int], p: float
+) -> None:
+    T, spare, cu_seqlens = max(sum(lengths), chosen[-1] + 2), 3, bounds(lengths)
+    qkv, bias = double(T, 3, A, D), double(3, A, D)
+    positions = torch.tensor(chosen + [T] * spare)
+    cu_queries = torch.searchsorted(torch.tensor(chosen), cu_seqlens).int()
+    whole = qkv + bias
+    want = naive_attention(whole, lengths, p, 1)[chosen]
+    here = whole - bias + bias.detach()
+    q = torch.cat((here[chosen, 0], double(spare, A, D)))
+    found = ops.attention_at(
+        q, here[:, 1:], positions, cu_queries, cu_seqlens, S, p, seed(), 1, qkv_bias=bias
+    )
+    assert torch.allclose(found[: len(chosen)], want, rtol=1e-12, atol=1e-12)
+    assert not found[len(chosen) :].any()
+    dout = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, (qkv, bias, q), dout)
+    wanted = torch.autograd.grad(want, (qkv, bias), dout[: len(chosen)])
+    for a, b in zip(gradients, wanted, strict=False):
+        assert torch.allclose(a, b, rtol=1e-11, atol=1e-11)
+    assert not gradients[2][len(chosen) :].any()
 
 
 def naive_layer_norm(x: Tensor, weight: Tensor, beta: Tensor, eps: float) -> Tensor:
@@ -266,7 +317,9 @@ GRADCHECKS: dict[str, Callable[[Ops], tuple[Callable[..., Tensor], tuple[Tensor,
         (double(5, 3, 2, 3),),
     ),
     "dropout_add_layer_norm": lambda ops: (
-        lambda *args: ops.dropout_add_layer_norm(*args, 1e-5, 0.3, seed(), 1),
+        lambda *args: ops.dropout_add_layer_norm(
+            *args, 1e-5, 0.3, seed(), 1, rows=torch.tensor([7, 2, 9])
+        ),
         (double(3, 5), double(5), double(3, 5), double(5), double(5)),
     ),
     "linear_gelu_residual": lambda ops: (
