@@ -1,10 +1,11 @@
 """One op alone: `fastbert profile kernel NAME`.
 
 Its time over several sizes beside what it must move and compute, a roofline picture, and for each
-of its Triton kernels in the configuration chosen for the shape: registers, shared memory, spills
-and occupancy, compiled ahead of time, which needs no GPU. Without a GPU the times are those of the
-op as a CPU runs it, in plain PyTorch. Where Nsight Compute (`ncu`) is installed beside a GPU, its
-counters of one call; `python -m benchmarks.profile_kernel NAME SHAPE` is that call.
+of its Triton kernels in the configuration chosen for the shape: registers, shared memory, spills,
+occupancy, and the bound that its machine code sets (`benchmarks.sass`), compiled ahead of time,
+which needs no GPU. Without a GPU the times are those of the op as a CPU runs it, in plain PyTorch.
+Where Nsight Compute (`ncu`) is installed beside a GPU, its counters of one call; `python -m
+benchmarks.profile_kernel NAME SHAPE` is that call.
 
 Letters of sizes are those of `benchmarks.kernels`.
 """
@@ -17,12 +18,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import kernel_timings, result, timing
+from benchmarks import kernel_timings, result, sass, timing
 from benchmarks.compile_report import cases_of, compile_case
 from benchmarks.kernel_timings import (
     DROPOUT_P,
@@ -46,13 +48,6 @@ from fastbert_kernels.compile_cases import CompileCase
 POINTS, STEP_BETWEEN = 4, 4
 ROUNDS, SECONDS = 20, 0.5
 ARCHS = (80, 90)
-
-# Of a multiprocessor (CUDA C++ Programming Guide, technical specifications by compute capability):
-# registers, warps, programs, bytes of shared memory. A program pays 1 KiB more than it asks for;
-# registers belong to four quarters, which give them to warps in units of 256.
-REGISTERS, WARPS, PROGRAMS, QUARTERS = 65_536, 64, 32, 4
-SHARED = {80: 164 * 1024, 90: 228 * 1024}
-RESERVED, SHARED_UNIT, REGISTER_UNIT = 1024, 128, 256
 
 # Op -> modules of the kernel library, and names of its kernels there.
 _KERNELS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -188,30 +183,6 @@ def measure(workload: Workload, device: torch.device) -> Iterator[tuple[str, dic
 # Kernels
 
 
-def _rounded_up(amount: int, unit: int) -> int:
-    return -(-amount // unit) * unit
-
-
-def occupancy(registers: int, shared: int, warps: int, arch: int) -> tuple[float, str]:
-    """Share of a multiprocessor's warps that can be in flight, and what limits it.
-
-    Args:
-        registers: of a thread.
-        shared: bytes that a program asks for.
-        warps: of a program.
-        arch: 80 or 90.
-    """
-    of_a_warp = _rounded_up(registers * 32, REGISTER_UNIT)
-    limits = {
-        "warps": WARPS // warps,
-        "programs": PROGRAMS,
-        "registers": QUARTERS * (REGISTERS // QUARTERS // of_a_warp) // warps,
-        "shared memory": SHARED[arch] // _rounded_up(shared + RESERVED, SHARED_UNIT),
-    }
-    limit = min(limits, key=lambda name: limits[name])
-    return limits[limit] * warps / WARPS, limit
-
-
 def fits(case: CompileCase, sizes: Mapping[str, int]) -> bool:
     """Whether a case is that of training in bf16 at these sizes."""
     if case.configuration.startswith("grad "):
@@ -230,11 +201,12 @@ def chosen(case: CompileCase, sizes: Mapping[str, int], arch: int) -> bool:
     """Whether the op takes this kernel at these sizes, by its module's own rules."""
     from fastbert_kernels import attention_config, linear
 
+    if {"some", "rows"} & set(case.configuration.split()):  # of the last layer, at few tokens
+        return False
     if case.name.startswith("attention"):
         S, D, kind = sizes["S"], sizes["H"] // sizes["A"], case.configuration.split()[0]
-        if kind == "forward":
-            tiles = attention_config.choose_tiles("forward", D, torch.bfloat16, arch)
-            return ("one tile" in case.configuration) == (tiles.block_n >= S)
+        if kind in ("forward", "short"):
+            return kind == attention_config.forward_kernel(S, D, torch.bfloat16, arch)
         path = attention_config.backward_path(S, D, torch.bfloat16, arch)
         return kind == path if kind in ("tile", "head") else path == "split"
     return case.name != "linear_gelu" or linear.AUTO == "triton"
@@ -261,31 +233,36 @@ def compiled_kernels(
             if not any(fits(case, sizes) for case in shipped):
                 have = ", ".join(dict.fromkeys(case.configuration for case in shipped))
                 missing.append({"name": name, "why": f"no case at this shape: there are {have}"})
-            rows += [
-                _kernel_row(case, sizes, arch)
-                for case in shipped
-                for arch in archs
-                if arch in case.archs and fits(case, sizes)
-            ]
+            for case, arch in product(shipped, archs):
+                if arch in case.archs and fits(case, sizes):
+                    row, failures = _kernel_row(case, sizes, arch)
+                    rows.append(row)
+                    missing += [{"name": f"sound code of {name}", "why": why} for why in failures]
     return rows, missing
 
 
-def _kernel_row(case: CompileCase, sizes: Mapping[str, int], arch: int) -> dict[str, Any]:
+def _kernel_row(
+    case: CompileCase, sizes: Mapping[str, int], arch: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     row: dict[str, Any] = {
         "kernel": case.name, "configuration": case.configuration, "arch": arch,
         "warps": case.num_warps, "stages": case.num_stages,
         "tiles": {key: value for key, value in case.constexprs.items() if "BLOCK" in key},
         "chosen": chosen(case, sizes, arch),
     }  # fmt: skip
-    if row["chosen"]:
-        found = compile_case(case, arch)
-        share, limit = occupancy(found.registers, found.shared, case.num_warps, arch)
-        row |= {
-            "registers": found.registers, "shared": found.shared, "spills": found.spills,
-            "stack": found.stack, "hmma": found.hmma, "hgmma": found.hgmma,
-            "instructions": found.instructions, "occupancy": share, "limited_by": limit,
-        }  # fmt: skip
-    return row
+    if not row["chosen"]:
+        return row, ()
+    found = compile_case(case, arch)
+    _, limit = sass.programs(found.registers, found.shared, case.num_warps, arch)
+    row |= {
+        "registers": found.registers, "shared": found.shared, "spills": found.spills,
+        "stack": found.stack, "hmma": found.hmma, "hgmma": found.hgmma,
+        "instructions": found.instructions, "programs": found.held,
+        "occupancy": found.held * case.num_warps / sass.WARPS, "limited_by": limit,
+    }  # fmt: skip
+    if found.main and found.cost:
+        row |= {"main": dataclasses.asdict(found.main), "cost": dataclasses.asdict(found.cost)}
+    return row, found.failures
 
 
 # ncu
@@ -391,6 +368,18 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 # The command
 
 
+def measured(op: str, kernel: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:
+    """FLOPs or bytes a second that the op reached at its largest size, as the kernel's bound is.
+
+    Those of all its kernels in that direction together, and by what the op must compute and move.
+    """
+    name = kernel["kernel"].split()[0]
+    ways = {row["direction"]: row for row in rows}  # later rows are larger
+    forward = name in (op, "bias_gelu") or "forward" in name
+    row = ways.get("forward" if forward else "backward") or rows[-1]
+    return row["tflops"] * 1e12 if kernel["cost"]["flops"] else row["gbps"] * 1e9
+
+
 def run(op: str, config: ProfileKernelConfig) -> dict[str, Any]:
     """Measures and compiles what `config` says and returns the result."""
     device = choose_device(config.device)
@@ -416,12 +405,17 @@ def run(op: str, config: ProfileKernelConfig) -> dict[str, Any]:
                         **figures(times["ms"] / 1e3, moved, flops, 1, found),
                     }
                 )
+    here = (90 if torch.cuda.get_device_capability(device) >= (9, 0) else 80) if cuda else None
+    archs = ARCHS if here is None else (here,)
+    if config.arch != "auto":
+        archs = (int(config.arch.removeprefix("sm_")),)
+    kernels, missing = compiled_kernels(op, sizes_of(op, shape, cuda=True), archs)
+    for row in kernels:
+        if row["arch"] == here and "cost" in row:
+            row["measured"] = measured(op, row, rows)
     if cuda:
-        capability = 90 if torch.cuda.get_device_capability(device) >= (9, 0) else 80
-        kernels, missing = compiled_kernels(op, sizes, (capability,))
         ncu, why = counters(op, config.shape)
     else:
-        kernels, missing = compiled_kernels(op, sizes_of(op, shape, cuda=True), ARCHS)
         missing.append({"name": "times of our Triton kernels", "why": "they need a GPU"})
         ncu, why = [], "it needs a GPU"
     if why:
@@ -469,10 +463,35 @@ def table(found: Mapping[str, Any]) -> str:
                 f"  {row['limited_by']}"
             )
         lines.append(line + ("" if row["chosen"] else "  shipped, not chosen at this shape"))
+    lines += bounds(found["kernels"])
     for one in found["ncu"]:
         lines.append("ncu: " + ", ".join(f"{name} {value}" for name, value in one.items()))
     lines += [f"missing: {one['name']}: {one['why']}" for one in found["missing"]]
     return "\n".join(lines)
+
+
+def bounds(kernels: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the machine code asks of each pipe, as text."""
+    counted = [row for row in kernels if "cost" in row]
+    if counted:
+        yield (
+            "machine code, cycles of a multiprocessor for a pass through the main loop "
+            "(attention: 128 x 128 scores)"
+        )
+        yield (
+            f"{'kernel':<36}{'configuration':<38}{'arch':<6}{'programs':>9}{'spills':>7}"
+            + "".join(f"{pipe:>7}" for pipe in ("issue", "ALU", "FMA", "MUFU", "tensor", "shared"))
+            + f"{'memory':>7}{'bars':>5}{'KB':>7}{'cycles':>7}  bound"
+        )
+    for row in counted:
+        cost, main = sass.Cost(**row["cost"]), row["main"]
+        reached = f"; the op reached {row['measured'] / 1e12:.3g}" if "measured" in row else ""
+        yield (
+            f"{row['kernel']:<36}{row['configuration']:<38}sm_{row['arch']:<3}{row['programs']:>9}"
+            f"{main['spills']:>4}/{row['spills']:<2}"
+            + "".join(f"{cycles:>7.0f}" for cycles in cost.cycles.values())
+            + f"{main['barriers']:>5}{cost.bytes / 1024:>7.1f}{cost.total:>7.0f}  {cost}{reached}"
+        )
 
 
 def main(op: str, config: ProfileKernelConfig) -> None:

@@ -1054,6 +1054,12 @@ class ProfileKernelConfig:
         "profile",
     )
     device: str = _setting("auto", "device (auto = the GPU if there is one)", "profile", **_DEVICES)
+    arch: str = _setting(
+        "auto",
+        "which GPU's machine code is counted (auto = the GPU's, or both without one)",
+        "profile",
+        choices=("auto", "sm_80", "sm_90"),
+    )
     json: str = _setting("", "file to write the measurements to", "profile")
     png: str = _setting("", "file to draw the roofline into", "profile")
 

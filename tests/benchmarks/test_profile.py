@@ -277,7 +277,7 @@ def test_a_graphs_kernels_take_the_places_of_the_eager_steps():
 
 def test_one_kernel_over_sizes_compiled_and_drawn(tmp_path):
     command = "import sys; from fastbert.cli import main; sys.exit(main())"
-    options = ["--device", "cpu", "--shape", "T=64,S=16"]
+    options = ["--device", "cpu", "--shape", "T=64,S=16", "--arch", "sm_90"]
     options += ["--json", str(tmp_path / "k.json"), "--png", str(tmp_path / "k.png")]
     done = run_python("-c", command, "profile", "kernel", "attention", *options)
     assert done.returncode == 0, done.stderr
@@ -294,12 +294,15 @@ def test_one_kernel_over_sizes_compiled_and_drawn(tmp_path):
         for row in result["kernels"] if row["chosen"]
     }  # fmt: skip
     assert chosen == {
-        ("attention_forward_kernel", "forward", 80), ("attention_forward_kernel", "forward", 90),
-        ("attention_backward_kernel", "head", 80), ("attention_backward_kernel", "tile", 90),
+        ("attention_forward_kernel", "short", 90), ("attention_backward_kernel", "tile", 90)
     }  # fmt: skip
     for row in result["kernels"]:
         if row["chosen"]:
             assert row["registers"] > 16 and row["spills"] == 0 and 0 < row["occupancy"] <= 1
+            # 128 x 128 scores of heads of 64: two products forward, five backward.
+            products = 5 if "backward" in row["kernel"] else 2
+            assert row["cost"]["flops"] == products * 2 * 128 * 128 * 64
+            assert f"TFLOP/s by {row['cost']['limit']}" in done.stdout
         assert row["kernel"] in done.stdout
     why = {one["name"]: one["why"] for one in result["missing"]}
     assert why["counters of ncu"] == "it needs a GPU"
@@ -329,20 +332,21 @@ def test_the_interpreter_is_not_asked_to_compile(monkeypatch):
     assert rows == [] and "TRITON_INTERPRET" in missing[0]["why"]
 
 
-@pytest.mark.parametrize(
-    ("registers", "shared", "warps", "arch", "share", "limit"),
-    [
-        (32, 0, 8, 90, 1.0, "warps"),
-        (253, 81_920, 8, 90, 1 / 8, "registers"),
-        # 134 x 32 registers are given as 4,352, of which a quarter of the file holds 3.
-        (134, 0, 1, 80, 12 / 64, "registers"),
-        (64, 100_000, 4, 80, 1 * 4 / 64, "shared memory"),
-        (64, 100_000, 4, 90, 2 * 4 / 64, "shared memory"),
-        (24, 0, 1, 90, 0.5, "programs"),
-    ],
-)
-def test_occupancy(registers, shared, warps, arch, share, limit):
-    assert profile_kernel.occupancy(registers, shared, warps, arch) == (share, limit)
+def test_what_was_measured_stands_beside_the_bound():
+    rows = [
+        {"direction": way, "tflops": tflops, "gbps": gbps}
+        for tflops, gbps in ((1, 10), (2, 20))  # the larger size comes last
+        for way, tflops, gbps in (("forward", tflops, gbps), ("backward", 3 * tflops, 3 * gbps))
+    ]
+
+    def reached(op, kernel, flops, rows=rows):
+        return profile_kernel.measured(op, {"kernel": kernel, "cost": {"flops": flops}}, rows)
+
+    assert reached("attention", "attention_forward_kernel", 1) == 2e12
+    assert reached("attention", "attention_backward_query_kernel", 1) == 6e12
+    assert reached("embed_layer_norm", "embed_layer_norm p=0.1", 0) == 20e9
+    assert reached("embed_layer_norm", "reduce_rows", 0) == 60e9
+    assert reached("adamw", "prepare", 0, [{"direction": "step", "tflops": 0, "gbps": 5}]) == 5e9
 
 
 def test_counters_of_ncu_or_why_there_are_none(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Compile reports of several Tritons side by side."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,18 @@ import pytest
 from benchmarks import compile_compare, kernels
 from benchmarks.compile_report import shipped_cases
 
-KEYS = [*compile_compare.SHOWN, ("other", "fp32")]
+KEYS = [*dict.fromkeys(compile_compare.SHOWN + compile_compare.COUNTED), ("other", "fp32")]
+TRITON = version("triton")
 
 
 def report(triton: str, failures: tuple[str, ...] = (), **instructions: int) -> dict[str, Any]:
     """One in which every kernel has 500 instructions, or those of its name."""
-    row = {"registers": 64, "failures": []}
+    pipes = ("issue", "ALU", "FMA", "MUFU", "tensor", "shared", "L2")
+    cost = {
+        "cycles": {pipe: i for i, pipe in enumerate(pipes, 1)}, "flops": 1, "bytes": 2048,
+        "total": 14, "limit": "L2", "rate": 3e14,
+    }  # fmt: skip
+    row = {"registers": 64, "failures": [], "held": 1, "tiles": [128, 64, 8, 2], "cost": cost}
     return {
         "triton": triton, "ptxas": {"sm_80": "12.8.93", "sm_90": "12.8.93"}, "date": "2026-01-02",
         "asked": 2 * len(KEYS), "failures": list(failures),
@@ -61,25 +68,52 @@ def test_what_fails_shows() -> None:
 
 def test_every_kernel_of_the_table_is_shipped() -> None:
     shipped = {(case.name, case.configuration) for case in shipped_cases() if 90 in case.archs}
-    assert shipped.issuperset(compile_compare.SHOWN)
+    assert shipped.issuperset(KEYS[:-1])
+
+
+def test_what_the_machine_code_asks_for_shows() -> None:
+    older, (name, configuration) = report("3.6.0"), compile_compare.COUNTED[0]
+    mine = [row for row in older["compiled"] if row["configuration"] == configuration]
+    mine[1]["cost"] = mine[1]["cost"] | {"rate": 2.5e14}
+    head, _, first, *rest = compile_compare.cost_lines([older, report(TRITON)], TRITON)
+    assert head.endswith(f" KB | bound, Triton {TRITON} | 3.6.0 |")
+    assert first == (
+        f"| `{name}` {configuration} | 128 x 64, 8, 2 | 64 | 1 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 2 | "
+        "300 to 600 TFLOP/s by L2 | 250 |"
+    )
+    assert len(rest) == len(compile_compare.COUNTED) - 1
+    with pytest.raises(ValueError, match=f"no report is of Triton {TRITON}"):
+        list(compile_compare.cost_lines([older], TRITON))
+    older["compiled"].remove(mine[1])
+    with pytest.raises(ValueError, match=rf"Triton 3\.6\.0 has no counts of {name}"):
+        list(compile_compare.cost_lines([older, report(TRITON)], TRITON))
 
 
 def test_the_readme_is_rewritten_between_its_marks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert kernels.README.read_text(encoding="utf-8").count(compile_compare.BEGIN) == 1
+    marks = [
+        (compile_compare.BEGIN, compile_compare.END),
+        (compile_compare.COSTS_BEGIN, compile_compare.COSTS_END),
+    ]
+    for begin, _ in marks:
+        assert kernels.README.read_text(encoding="utf-8").count(begin) == 1
     readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{compile_compare.BEGIN}\nold\n{compile_compare.END}\nbelow\n")
+    readme.write_text("\n".join(f"above\n{begin}\nold\n{end}\nbelow" for begin, end in marks))
     monkeypatch.setattr(compile_compare, "README", readme)
     files = [tmp_path / "a.json", tmp_path / "b.json"]
-    reports = [report("3.6.0"), report("3.9.0")]
+    reports = [report("3.6.0"), report(TRITON)]
     for file, made in zip(files, reports, strict=True):
         file.write_text(json.dumps(made))
     assert compile_compare.main([*map(str, files), "--readme"]) == 0
-    lines = compile_compare.table_lines(reports)
-    assert readme.read_text() == "\n".join(
-        ("above", compile_compare.BEGIN, *lines, compile_compare.END, "below\n")
-    )
+    tables = [
+        compile_compare.table_lines(reports), compile_compare.cost_lines(reports, TRITON)
+    ]  # fmt: skip
+    assert readme.read_text().splitlines() == [
+        line
+        for (begin, end), table in zip(marks, tables, strict=True)
+        for line in ("above", begin, *table, end, "below")
+    ]
 
 
 @pytest.mark.parametrize(
