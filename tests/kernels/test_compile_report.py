@@ -84,7 +84,7 @@ def test_what_is_well_passes(tmp_path: Path) -> None:
     ]  # fmt: skip
     for row in table:
         assert row["registers"] > 0 and row["instructions"] > 10
-        assert row["spills"] == row["stack"] == 0 and row["failures"] == []
+        assert row["spills"] <= compile_report.FEW_SPILLS and row["failures"] == []
     assert table[0]["wide_accesses"] == table[0]["accesses"] == 2  # 8 elements of bf16: 16 bytes
     assert table[2]["hgmma"] > 0 and table[2]["shared"] >= 64 * 64 * 2
     # Neither has a loop: what is counted is all that must be computed and moved.
