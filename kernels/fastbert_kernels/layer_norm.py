@@ -99,7 +99,7 @@ def add_rows(
     return total + tl.sum(tl.reshape(addend, (TURNS, SUM_R, BLOCK_H)), axis=0)
 
 
-@triton.jit(do_not_specialize=["seed_ptr", "R", "stream"])
+@triton.jit(do_not_specialize=["seed_ptr", "rows_ptr", "R", "stream"])
 def _forward_kernel(
     x_ptr,  # (R, H)
     bias_ptr,  # (H,)
@@ -107,6 +107,7 @@ def _forward_kernel(
     weight_ptr,  # (H,)
     beta_ptr,  # (H,)
     seed_ptr,  # (3,) int64
+    rows_ptr,  # (R,) int64, or any pointer: a row then has its own number
     y_ptr,  # (R, H)
     z_ptr,  # (R, H)
     mean_ptr,  # (R,) fp32
@@ -115,6 +116,7 @@ def _forward_kernel(
     stream,
     eps,
     THRESHOLD: tl.constexpr,  # of 256 bytes, how many keep; 256: no dropout
+    HAS_ROWS: tl.constexpr,
     H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -133,7 +135,8 @@ def _forward_kernel(
     if THRESHOLD < 256:
         key0, key1, site = dropout_key(seed_ptr, stream)
         plane = tl.zeros((), tl.uint32)
-        keep = keep_columns(row, 0, plane, site, key0, key1, THRESHOLD, BLOCK_H // 128)
+        number = tl.load(rows_ptr + row, row < R, other=0) if HAS_ROWS else row
+        keep = keep_columns(number, 0, plane, site, key0, key1, THRESHOLD, BLOCK_H // 128)
         z = tl.where(keep, z * (256 / THRESHOLD), 0.0)
     z += residual
     mean, rstd, xhat = normalize(z, mask, eps, H)
@@ -144,7 +147,7 @@ def _forward_kernel(
     tl.store(rstd_ptr + row, rstd, row < R)
 
 
-@triton.jit(do_not_specialize=["seed_ptr", "R", "stream"])
+@triton.jit(do_not_specialize=["seed_ptr", "rows_ptr", "R", "stream"])
 def _backward_kernel(
     dy_ptr,  # (R, H)
     z_ptr,  # (R, H)
@@ -152,12 +155,14 @@ def _backward_kernel(
     mean_ptr,  # (R,) fp32
     rstd_ptr,  # (R,) fp32
     seed_ptr,  # (3,) int64
+    rows_ptr,  # (R,) int64, or any pointer
     dx_ptr,  # (R, H); not touched without dropout
     dresidual_ptr,  # (R, H)
     partials_ptr,  # (P, 3, H) fp32: of dbias, dweight, dbeta
     R,
     stream,
     THRESHOLD: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SUM_R: tl.constexpr,
@@ -186,7 +191,8 @@ def _backward_kernel(
         dz = normalize_gradient(dy * weight[None, :], xhat, rstd, H)
         tl.store(dresidual_ptr + offset, dz.to(dresidual_ptr.dtype.element_ty), mask)
         if THRESHOLD < 256:
-            keep = keep_columns(row, 0, plane, site, key0, key1, THRESHOLD, BLOCK_H // 128)
+            number = tl.load(rows_ptr + row, row < R, other=0) if HAS_ROWS else row
+            keep = keep_columns(number, 0, plane, site, key0, key1, THRESHOLD, BLOCK_H // 128)
             dz = tl.where(keep, dz * (256 / THRESHOLD), 0.0)
             tl.store(dx_ptr + offset, dz.to(dx_ptr.dtype.element_ty), mask)
         dbias = add_rows(dbias, dz)
@@ -238,6 +244,7 @@ def _forward(
     dropout_p: float,
     seed: Tensor,
     stream: int,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y, z, mean, rstd
     R, H = x.shape
     y, z = torch.empty_like(x), torch.empty_like(x)
@@ -245,14 +252,15 @@ def _forward(
     BLOCK_R, num_warps = forward_config(H)
     if R:
         _forward_kernel[(triton.cdiv(R, BLOCK_R),)](
-            x, bias, residual, weight, beta, seed, y, z, mean, rstd, R, stream, eps,
-            keep_threshold(dropout_p), H, BLOCK_R, block_width(H), num_warps=num_warps,
+            x, bias, residual, weight, beta, seed, seed if rows is None else rows,
+            y, z, mean, rstd, R, stream, eps, keep_threshold(dropout_p), rows is not None,
+            H, BLOCK_R, block_width(H), num_warps=num_warps,
         )  # fmt: skip
     return y, z, mean, rstd
 
 
 @_forward.register_fake
-def _(x, bias, residual, weight, beta, eps, dropout_p, seed, stream):
+def _(x, bias, residual, weight, beta, eps, dropout_p, seed, stream, rows):
     statistics = x.new_empty(x.shape[0], dtype=torch.float32)
     return torch.empty_like(x), torch.empty_like(x), statistics, torch.empty_like(statistics)
 
@@ -267,6 +275,7 @@ def _backward(
     dropout_p: float,
     seed: Tensor,
     stream: int,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx (empty without dropout), dresidual, (3, H) parameters
     R, H = z.shape
     threshold = keep_threshold(dropout_p)
@@ -276,35 +285,38 @@ def _backward(
     programs = backward_programs(z.device, R, H)
     partials = torch.empty(programs, 3, H, dtype=torch.float32, device=z.device)
     _backward_kernel[(programs,)](
-        dy, z, weight, mean, rstd, seed, dx, dresidual, partials, R, stream,
-        threshold, H, BLOCK_R, SUM_R, block_width(H), num_warps=num_warps,
+        dy, z, weight, mean, rstd, seed, seed if rows is None else rows,
+        dx, dresidual, partials, R, stream, threshold, rows is not None,
+        H, BLOCK_R, SUM_R, block_width(H), num_warps=num_warps,
     )  # fmt: skip
     return dx, dresidual, reduce_rows(partials, weight.dtype)
 
 
 @_backward.register_fake
-def _(dy, z, weight, mean, rstd, dropout_p, seed, stream):
+def _(dy, z, weight, mean, rstd, dropout_p, seed, stream, rows):
     R, H = z.shape
     dx = z.new_empty(R if keep_threshold(dropout_p) < 256 else 0, H)
     return dx, torch.empty_like(z), weight.new_empty(3, H)
 
 
 def _save(ctx, inputs, output):
-    _, _, _, weight, _, _, ctx.dropout_p, seed, ctx.stream = inputs
+    _, _, _, weight, _, _, ctx.dropout_p, seed, ctx.stream, rows = inputs
     _, z, mean, rstd = output
     ctx.set_materialize_grads(False)  # zeros for z: 100 MB, 33 us at 65,536 x 768 in bf16
-    ctx.save_for_backward(z, weight, mean, rstd, seed)
+    ctx.save_for_backward(z, weight, mean, rstd, seed, rows)
 
 
 def _gradients(ctx, dy, *_):
     if dy is None:
-        return (None,) * 9
-    *saved, seed = ctx.saved_tensors
-    dx, dresidual, dparameters = _backward(dy.contiguous(), *saved, ctx.dropout_p, seed, ctx.stream)
+        return (None,) * 10
+    *saved, seed, rows = ctx.saved_tensors
+    dx, dresidual, dparameters = _backward(
+        dy.contiguous(), *saved, ctx.dropout_p, seed, ctx.stream, rows
+    )
     if keep_threshold(ctx.dropout_p) == 256:
         dx = dresidual
     dbias, dweight, dbeta = dparameters.unbind(0)
-    return dx, dbias, dresidual, dweight, dbeta, None, None, None, None
+    return dx, dbias, dresidual, dweight, dbeta, *(None,) * 5
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -320,9 +332,12 @@ def dropout_add_layer_norm(
     dropout_p: float,
     seed: Tensor,  # (3,) int64
     stream: int,
+    *,
+    rows: Tensor | None = None,  # (R,) int64
 ) -> Tensor:  # (R, H)
     """LayerNorm(dropout(x + bias) + residual).
 
+    `rows` are the numbers of the rows of which these were chosen: they draw the same dropout.
     fp32, fp16 or bf16, statistics and sums in fp32. Parameters may be wider than x. H is a
     multiple of 8 up to 4096.
 
@@ -334,8 +349,11 @@ def dropout_add_layer_norm(
     require_tensor(op, "residual", residual, tuple(x.shape), x.dtype, x.device)
     require_parameters(op, x, bias=bias, weight=weight, beta=beta)
     require_seed(op, seed, x.device, stream)
-    keep_threshold(dropout_p)
-    out: Tensor = _forward(x, bias, residual, weight, beta, eps, dropout_p, seed, stream)[0]
+    if rows is not None:
+        require_tensor(op, "rows", rows, (x.shape[0],), torch.int64, x.device)
+    if keep_threshold(dropout_p) == 256:
+        rows = None
+    out: Tensor = _forward(x, bias, residual, weight, beta, eps, dropout_p, seed, stream, rows)[0]
     return out
 
 
@@ -345,16 +363,21 @@ def compile_cases() -> list[CompileCase]:
     # Without dropout a kernel is a subset of the one with it: one width stands for all.
     kinds = [(torch.bfloat16, H, 0.1) for H in (128, 256, 384, 512, 768, 1024, 4096)]
     more = [(torch.bfloat16, 0.0), (torch.float16, 0.1), (torch.float32, 0.1)]
-    for dtype, H, dropout_p in [*kinds, *((dtype, 768, p) for dtype, p in more)]:
+    every = [(*kind, False) for kind in [*kinds, *((dtype, 768, p) for dtype, p in more)]]
+    every += [(torch.bfloat16, H, 0.1, True) for H in (768, 1024)]
+    for dtype, H, dropout_p, has_rows in every:
         BLOCK_R, num_warps = forward_config(H)
         BACK_R, SUM_R, back_warps = backward_config(H)
-        row = {"THRESHOLD": keep_threshold(dropout_p), "H": H, "BLOCK_H": block_width(H)}
+        row = {
+            "THRESHOLD": keep_threshold(dropout_p), "HAS_ROWS": has_rows, "H": H,
+            "BLOCK_H": block_width(H),
+        }  # fmt: skip
         back = row | {"BLOCK_R": BACK_R, "SUM_R": SUM_R}
         for name, kernel, constexprs, warps in (
             ("dropout_add_layer_norm", _forward_kernel, row | {"BLOCK_R": BLOCK_R}, num_warps),
             ("dropout_add_layer_norm_backward", _backward_kernel, back, back_warps),
         ):
-            signature = kernel_signature(kernel, constexprs, dtype)
-            label = f"{triton_name(dtype)} H={H} p={dropout_p}"
+            signature = kernel_signature(kernel, constexprs, dtype, rows_ptr="*i64")
+            label = f"{triton_name(dtype)} H={H} p={dropout_p}" + " rows" * has_rows
             cases.append(CompileCase(name, label, kernel, signature, constexprs, warps))
     return cases

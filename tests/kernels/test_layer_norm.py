@@ -73,6 +73,22 @@ def test_dropout_bits_are_those_of_the_reference() -> None:
     assert torch.equal(dx != 0, keep)
 
 
+def test_chosen_rows_draw_the_bits_of_the_whole() -> None:
+    R, H, seed = 13, 264, torch.tensor(SEED)
+    rows = torch.tensor([2, 3, 7, 12, 13])
+    tensors = [tensor.requires_grad_() for tensor in inputs(R + 1, H, torch.float32)]
+    x, bias, residual, weight, beta = tensors
+    args = (weight, beta, 1e-5, 0.3, seed, 2)
+    whole = dropout_add_layer_norm(x, bias, residual, *args)[rows]
+    for op in (dropout_add_layer_norm, reference.dropout_add_layer_norm):
+        some = op(x[rows], bias, residual[rows], *args, rows=rows)
+        assert (some - whole).abs().max() < 1e-5
+        dout = torch.randn(5, H)
+        found, want = (torch.autograd.grad(y, tensors, dout, True) for y in (some, whole))
+        for ours, theirs in zip(found, want, strict=True):
+            assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
 def test_parameters_may_be_wider_than_activations() -> None:
     tensors = inputs(6, 64, torch.float16)
     x, residual = tensors[0].requires_grad_(), tensors[2].requires_grad_()
@@ -104,10 +120,10 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_opcheck_and_compile(p: float) -> None:
     tensors = [tensor.requires_grad_() for tensor in inputs(5, 128, torch.float32)]
-    args = (*tensors, 1e-12, p, torch.tensor(SEED), 1)
-    torch.library.opcheck(torch.ops.fastbert.dropout_add_layer_norm.default, args)
+    args, rows = (*tensors, 1e-12, p, torch.tensor(SEED), 1), torch.arange(5) * 2
+    torch.library.opcheck(torch.ops.fastbert.dropout_add_layer_norm.default, (*args, rows))
     compiled = torch.compile(dropout_add_layer_norm, fullgraph=True, backend="aot_eager")
-    y, want = compiled(*args), dropout_add_layer_norm(*args)
+    y, want = compiled(*args, rows=rows), dropout_add_layer_norm(*args, rows=rows)
     dy = torch.randn_like(y)
     assert torch.equal(y, want)
     for ours, theirs in zip(
@@ -136,6 +152,7 @@ def test_refusals() -> None:
         ({"x": torch.randn(4, 60)}, "60 columns, expected a multiple of 8 up to 4096"),
         ({"x": torch.randn(4, 4104)}, "4104 columns"),
         ({"dropout_p": 1.0}, "dropout_p = 1.0"),
+        ({"rows": torch.arange(3)}, r"rows has shape \(3,\), expected \(4\)"),
     ):
         with pytest.raises(ValueError, match=message):
             call(**changed)  # type: ignore[arg-type]
