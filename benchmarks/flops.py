@@ -30,10 +30,14 @@ def executed_flops_per_token(
     lengths: np.ndarray,  # (B,)
     masked: int,
 ) -> float:
-    """What our step computes of `flops_per_token`: beyond its attention, the last layer runs only
-    at the `masked` and the B [CLS] positions. Recomputation inside attention is not counted."""
+    """What our step computes of `flops_per_token`: of the last layer keys and values everywhere,
+    the rest (60 of 72 H² a token, and attention's 12 H s) only at the `masked` and the B [CLS]
+    positions. Recomputation inside attention is not counted."""
     T, H = float(lengths.sum()), sizes.hidden_size
-    skipped = 54 * H**2 * max(0.0, T - masked - len(lengths)) / T
+    s = float((lengths.astype(float) ** 2).sum() / T)
+    tokens = max(0.0, T - masked - len(lengths))
+    attended = max(0.0, s * (T - masked) - T)  # a [CLS] attends to its sequence: T in all
+    skipped = (60 * H**2 * tokens + 12 * H * attended) / T
     return flops_per_token(sizes, lengths) - skipped
 
 

@@ -237,8 +237,8 @@ def _products(sizes: ModelConfig, batch: Batch) -> list[tuple[int, int, int]]:
         sizes.hidden_size, sizes.intermediate_size, sizes.num_hidden_layers, sizes.vocab_size,
     )  # fmt: skip
     T, M = batch.num_tokens, batch.masked_labels.numel()
-    last = M + batch.num_sequences  # rows of the last layer beyond its attention
-    shapes = [(T, H, 3 * H)] * L
+    last = M + batch.num_sequences  # rows of the last layer beyond its keys and values
+    shapes = [(T, H, 3 * H)] * (L - 1) + [(T, H, 2 * H), (last, H, H)]
     for rows in [T] * (L - 1) + [last]:
         shapes += [(rows, H, H), (rows, H, F), (rows, F, H)]
     return [*shapes, (M, H, H), (M, H, V + -V % 64)]

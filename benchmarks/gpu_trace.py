@@ -128,14 +128,14 @@ def family_of(kernel: Kernel, cuda: bool, library: Library) -> str:
         return _product_family(kernel)
     if not kernel.name.startswith("aten::"):
         return OTHER
+    if backward and op in ("linear", "attention") and kernel.name == "aten::sum":
+        return QKV_BIAS
     if op == "attention":
         return ATTENTION_BACKWARD if backward else ATTENTION_FORWARD
     if kernel.place.layer == "optimizer":
         return OPTIMIZER
     if backward and kernel.name in ("aten::add", "aten::add_"):
         return RESIDUAL_ADDS
-    if backward and op == "linear" and kernel.name == "aten::sum":
-        return QKV_BIAS
     return PASSES if op in _PASS_OPS else OTHER
 
 
@@ -145,7 +145,7 @@ def _family_on_gpu(kernel: Kernel, library: Library) -> str:
     in_layer = place.layer.startswith("layer ")
     if name in library:
         found = library[name]
-        # The only sums of a linear's gradient are those for a bias.
+        # The only sums of a linear's and of attention's gradient are those for a bias.
         sums = found == PASSES and backward and op in ("linear", "attention")
         return QKV_BIAS if sums else found
     if _PEERS_ATTENTION.search(name):
@@ -157,7 +157,7 @@ def _family_on_gpu(kernel: Kernel, library: Library) -> str:
         return RESIDUAL_ADDS if _HALF_ADD.search(name) else OTHER
     if in_layer and backward and _ADD.search(name):
         return RESIDUAL_ADDS
-    if in_layer and backward and op == "linear" and _SUM.search(name):
+    if in_layer and backward and op in ("linear", "attention") and _SUM.search(name):
         return QKV_BIAS
     if place.layer == "optimizer" and _FUSED_UPDATE.search(name):
         return OPTIMIZER

@@ -207,7 +207,8 @@ class _Recorder(TorchDispatchMode):
         """Stands for `JITFunction.run`."""
         names = kernel.arg_names
         args = (*args, *(options.pop(name) for name in names[len(args) :]))
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        # Each once: what a kernel does not use stands in for itself as some other tensor.
+        tensors = list({id(arg): arg for arg in args if isinstance(arg, Tensor)}.values())
         args = tuple(_stand_in(arg) for arg in args)
         launch = Launch(kernel, args, tuple(sorted(options.items())), tuple(grid))
         read = [tensor for tensor in tensors if _address(tensor) not in self._fresh]

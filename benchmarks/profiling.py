@@ -66,8 +66,8 @@ def _announced(call: Call, name: Callable[..., str]) -> Call:
     return announced
 
 
-def _sizes_of_calls(S: int) -> dict[str, Callable[..., dict[str, int]]]:
-    """Op -> its sizes, from its first arguments."""
+def _sizes_of_calls(S: int) -> dict[str, tuple[str, Callable[..., dict[str, int]]]]:
+    """Field of the ops -> the op it is, and its sizes from its first arguments."""
 
     def rows(x: Any, *_: Any) -> dict[str, int]:
         return {"T": x.shape[0], "H": x.shape[1]}
@@ -75,9 +75,12 @@ def _sizes_of_calls(S: int) -> dict[str, Callable[..., dict[str, int]]]:
     def linear(x: Any, weight: Any, *_: Any) -> dict[str, int]:
         return {"T": x.shape[0], "H": x.shape[1], "F": weight.shape[0]}
 
-    def attention(qkv: Any, *_: Any) -> dict[str, int]:
-        T, _, A, D = qkv.shape
-        return {"T": T, "S": S, "H": A * D, "A": A}
+    def qkv_linear(x: Any, positions: Any, weight: Any, *_: Any) -> dict[str, int]:
+        return linear(x, weight)
+
+    def attention(q: Any, *_: Any) -> dict[str, int]:  # (T, 3, A, D), or (R, A, D)
+        A, D = q.shape[-2:]
+        return {"T": q.shape[0], "S": S, "H": A * D, "A": A}
 
     def embed(ids: Any, types: Any, positions: Any, word: Any, *_: Any) -> dict[str, int]:
         return {"T": ids.shape[0], "H": word.shape[1], "V": word.shape[0]}
@@ -86,26 +89,28 @@ def _sizes_of_calls(S: int) -> dict[str, Callable[..., dict[str, int]]]:
         return {"M": x.shape[0], "H": x.shape[1], "V": word.shape[0]}
 
     return {
-        "attention": attention,
-        "dropout_add_layer_norm": rows,
-        "gelu_layer_norm": rows,
-        "linear": linear,
-        "linear_residual": linear,
-        "linear_gelu_residual": linear,
-        "embed_layer_norm": embed,
-        "linear_cross_entropy": cross_entropy,
+        "attention": ("attention", attention),
+        "attention_at": ("attention", attention),
+        "dropout_add_layer_norm": ("dropout_add_layer_norm", rows),
+        "gelu_layer_norm": ("gelu_layer_norm", rows),
+        "linear": ("linear", linear),
+        "linear_residual": ("linear", linear),
+        "qkv_linear_at": ("linear", qkv_linear),
+        "linear_gelu_residual": ("linear_gelu", linear),
+        "embed_layer_norm": ("embed_layer_norm", embed),
+        "linear_cross_entropy": ("linear_cross_entropy", cross_entropy),
     }
 
 
 def _announced_ops(ops: Ops, S: int) -> Ops:
-    def named(op: str, sizes: Callable[..., dict[str, int]]) -> Call:
+    def named(field: str, op: str, sizes: Callable[..., dict[str, int]]) -> Call:
         def name(*args: Any, **_: Any) -> str:
-            parts = (f"{key}={n}" for key, n in sizes(*args).items())
-            return " ".join((op.removesuffix("_residual"), *parts))
+            return " ".join((op, *(f"{key}={n}" for key, n in sizes(*args).items())))
 
-        return _announced(getattr(ops, op), name)
+        return _announced(getattr(ops, field), name)
 
-    changed: dict[str, Any] = {op: named(op, sizes) for op, sizes in _sizes_of_calls(S).items()}
+    calls = _sizes_of_calls(S).items()
+    changed: dict[str, Any] = {field: named(field, op, sizes) for field, (op, sizes) in calls}
     return dataclasses.replace(ops, **changed)
 
 

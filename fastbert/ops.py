@@ -26,10 +26,12 @@ class Ops:
 
     name: str
     attention: Op
+    attention_at: Op
     dropout_add_layer_norm: Op
     linear: Op
     linear_residual: OpAndResidual
     linear_gelu_residual: OpAndResidual
+    qkv_linear_at: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gelu_layer_norm: Op
     embed_layer_norm: Op
     linear_cross_entropy: Op
@@ -42,10 +44,12 @@ class Ops:
 REFERENCE = Ops(
     name="plain PyTorch",
     attention=reference.attention,
+    attention_at=reference.attention_at,
     dropout_add_layer_norm=reference.dropout_add_layer_norm,
     linear=main_grad.linear,
     linear_residual=main_grad.linear_residual,
     linear_gelu_residual=main_grad.linear_gelu_residual,
+    qkv_linear_at=main_grad.qkv_linear_at,
     gelu_layer_norm=reference.gelu_layer_norm,
     embed_layer_norm=reference.embed_layer_norm,
     linear_cross_entropy=reference.linear_cross_entropy,
@@ -62,10 +66,12 @@ def cpu_ops(compiled: bool) -> Ops:
     return Ops(
         name="plain PyTorch for a CPU" + (", pointwise chains compiled" if compiled else ""),
         attention=ops.attention,
+        attention_at=ops.attention_at,
         dropout_add_layer_norm=ops.dropout_add_layer_norm,
         linear=main_grad.linear,
         linear_residual=main_grad.linear_residual,
         linear_gelu_residual=main_grad.linear_gelu_residual,
+        qkv_linear_at=main_grad.qkv_linear_at,
         gelu_layer_norm=ops.gelu_layer_norm,
         embed_layer_norm=ops.embed_layer_norm,
         linear_cross_entropy=ops.linear_cross_entropy,
@@ -98,13 +104,16 @@ def triton_ops(attn_implementation: str = "auto", precision: str = "ieee") -> Op
         settings["table"] = lamb_table(tuple(spans), buffers[0].device)
         optimizer.lamb_step(*buffers, **settings)
 
+    chosen: Any = {"backend": attn_implementation, "precision": precision}
     return Ops(
         name="Triton kernels",
-        attention=partial(attention.attention, backend=attn_implementation, precision=precision),
+        attention=partial(attention.attention, **chosen),
+        attention_at=partial(attention.attention_at, **chosen),
         dropout_add_layer_norm=layer_norm.dropout_add_layer_norm,
         linear=main_grad.linear,
         linear_residual=main_grad.linear_residual,
         linear_gelu_residual=linear_gelu_residual,
+        qkv_linear_at=main_grad.qkv_linear_at,
         gelu_layer_norm=gelu.gelu_layer_norm,
         embed_layer_norm=embedding.embed_layer_norm,
         linear_cross_entropy=cross_entropy.linear_cross_entropy,

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import ModelConfig
 from fastbert.model.embeddings import Embeddings
-from fastbert.model.encoder import Layer
+from fastbert.model.encoder import Layer, Queries, distinct
 from fastbert.model.heads import MaskedLanguageHead, NextSentenceHead, Pooler
 from fastbert.ops import REFERENCE, Ops
 
@@ -41,8 +41,9 @@ class Bert(nn.Module):
         pooler, mlm, next_sentence: which parts stand on the encoder.
         gradient_checkpointing: keep only the layers' inputs and compute the rest again in the
             backward (Chen et al. 2016); dropout draws the same bits again from its counters.
-        last_layer_masked_only: beyond its attention, run the last layer only at the positions that
-            a loss reads. Exact; it saves some 6% of BERT-base's FLOPs.
+        last_layer_masked_only: beyond its keys and values, run the last layer only at the positions
+            that a loss reads. Exact, dropout included: its bits belong to tokens. It saves 5.8% of
+            BERT-base's FLOPs and 2.9% of BERT-large's at 512 tokens.
     """
 
     dropout_state: Tensor
@@ -104,12 +105,13 @@ class Bert(nn.Module):
         x = self.embeddings(input_ids, token_type_ids, position_ids, seeds[0])
         for layer, seed in zip(self.layers[:-1], seeds[1:-1], strict=True):
             x = self._run(layer, x, cu_seqlens, max_seqlen, seed)
-        if self.last_layer_masked_only or rows is None:
-            return self._run(self.layers[-1], x, cu_seqlens, max_seqlen, seeds[-1], rows)
-        x = self._run(self.layers[-1], x, cu_seqlens, max_seqlen, seeds[-1])
-        return x.index_select(0, rows)
+        queries, inverse = None, rows
+        if self.last_layer_masked_only and rows is not None:
+            queries, inverse = distinct(rows, cu_seqlens, input_ids.numel())
+        x = self._run(self.layers[-1], x, cu_seqlens, max_seqlen, seeds[-1], queries)
+        return x if inverse is None else x.index_select(0, inverse)
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | int | None) -> Tensor:
+    def _run(self, layer: nn.Module, *inputs: Tensor | int | Queries | None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # No generator has a state to restore: dropout's bits come from counters.
             out: Tensor = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -1,5 +1,7 @@
 """One Transformer encoder layer, post-LayerNorm (Vaswani et al. 2017; Devlin et al. 2019)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,26 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features))
+
+
+class Queries(NamedTuple):
+    """Tokens whose output is wanted, each once, in the order in which they lie."""
+
+    positions: Tensor  # (R,) int64; T in the unused tail
+    cu_queries: Tensor  # (N + 1,) int32, where each sequence's begin in `positions`
+
+
+def distinct(
+    rows: Tensor,  # (R,) int64, any order, repeats
+    cu_seqlens: Tensor,  # (N + 1,) int32
+    T: int,
+) -> tuple[Queries, Tensor]:  # and (R,) where each of `rows` is among the queries
+    """The tokens of `rows` without repeats: no sort, no shape that the values decide."""
+    flags = rows.new_zeros(T + 1).index_fill_(0, rows + 1, 1)
+    before = flags.cumsum(0)  # before[i]: how many of the tokens 0 to i - 1
+    inverse = before.index_select(0, rows)
+    positions = rows.new_full(rows.shape, T).scatter_(0, inverse, rows)  # repeats write the same
+    return Queries(positions, before.index_select(0, cu_seqlens).int()), inverse
 
 
 class Layer(nn.Module):
@@ -45,22 +67,34 @@ class Layer(nn.Module):
         cu_seqlens: Tensor,  # (N + 1,) int32
         max_seqlen: int,
         seed: Tensor,  # (3,)
-        rows: Tensor | None = None,  # (R,) the tokens whose output is wanted; None for all
+        queries: Queries | None = None,  # the tokens whose output is wanted; None for all
     ) -> Tensor:  # (T or R, H)
+        ops, heads = self.ops, (self.heads, self.head_size)
+        weight, bias, rows = self.qkv.weight, self.qkv.bias, None
         attention_p = self.attention_dropout_p if self.training else 0.0
         hidden_p = self.hidden_dropout_p if self.training else 0.0
-        qkv, x = self.ops.linear_residual(x, self.qkv.weight, self.qkv.bias)
-        qkv = qkv.view(-1, 3, self.heads, self.head_size)
-        context = self.ops.attention(qkv, cu_seqlens, max_seqlen, attention_p, seed, 0).flatten(1)
-        if rows is not None:
-            # Nothing after attention mixes tokens: what no loss reads need not be computed.
-            context, x = context.index_select(0, rows), x.index_select(0, rows)
-        x = self.ops.dropout_add_layer_norm(
-            self.ops.linear(context, self.attention_out.weight), self.attention_out.bias, x,
+        # The bias gets its gradient from attention, which can sum dqkv where it makes it.
+        if queries is None:
+            qkv, x = ops.linear_residual(x, weight, bias.detach())
+            context = ops.attention(
+                qkv.view(-1, 3, *heads), cu_seqlens, max_seqlen, attention_p, seed, 0,
+                qkv_bias=bias,
+            )  # fmt: skip
+        else:
+            # Of a token that no loss reads, the others need key and value only.
+            rows = queries.positions
+            q, kv, x = ops.qkv_linear_at(x, rows, weight, bias.detach())
+            context = ops.attention_at(
+                q.view(-1, *heads), kv.view(-1, 2, *heads), *queries, cu_seqlens, max_seqlen,
+                attention_p, seed, 0, qkv_bias=bias,
+            )  # fmt: skip
+        x = ops.dropout_add_layer_norm(
+            ops.linear(context.flatten(1), self.attention_out.weight), self.attention_out.bias, x,
             self.attention_norm_weight, self.attention_norm_bias, self.eps, hidden_p, seed, 1,
+            rows=rows,
         )  # fmt: skip
-        up, x = self.ops.linear_gelu_residual(x, self.up.weight, self.up.bias, self.approximate)
-        return self.ops.dropout_add_layer_norm(
-            self.ops.linear(up, self.down.weight), self.down.bias, x,
-            self.norm_weight, self.norm_bias, self.eps, hidden_p, seed, 2,
+        up, x = ops.linear_gelu_residual(x, self.up.weight, self.up.bias, self.approximate)
+        return ops.dropout_add_layer_norm(
+            ops.linear(up, self.down.weight), self.down.bias, x,
+            self.norm_weight, self.norm_bias, self.eps, hidden_p, seed, 2, rows=rows,
         )  # fmt: skip

@@ -27,6 +27,14 @@ class MainGrad:
     def __init__(self, buffer: Tensor) -> None:
         self.buffer, self.empty = buffer, True
 
+    def split(self, rows: tuple[int, ...]) -> list["MainGrad"]:
+        """Parts of so many rows, which get the next gradient in place of the whole."""
+        parts = [MainGrad(buffer) for buffer in self.buffer.split(rows)]
+        for part in parts:
+            part.empty = self.empty
+        self.empty = False
+        return parts
+
     def _filled(self) -> int:
         """0 before the first gradient, 1 from then on."""
         filled, self.empty = int(not self.empty), False
@@ -100,15 +108,21 @@ class _Linear(torch.autograd.Function):
         dy = dy.contiguous()
         ctx.main_grad.add_product(dy, x)
         dx = dbias = None
-        if ctx.needs_input_grad[0] and dresidual is None:
-            dx = dy @ weight
-        elif ctx.needs_input_grad[0]:
-            shared = dresidual.data_ptr() == dy.data_ptr()
-            dx = dresidual.clone() if shared else dresidual.contiguous()
-            torch.addmm(dx, dy, weight, out=dx)
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight if dresidual is None else _plus_product(dresidual, dy, weight)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         return dx, None, dbias, None
+
+
+def _plus_product(
+    dresidual: Tensor,  # (R, H)
+    dy: Tensor,  # (R, F)
+    weight: Tensor,  # (F, H)
+) -> Tensor:  # (R, H)
+    """dresidual + dy W, in place of dresidual."""
+    own = dresidual.clone() if dresidual.data_ptr() == dy.data_ptr() else dresidual.contiguous()
+    return torch.addmm(own, dy, weight, out=own)
 
 
 def linear(
@@ -147,6 +161,51 @@ def linear_gelu_residual(
     """GELU(x Wᵀ + b), and x as from `linear_residual`."""
     product, residual = linear_residual(x, weight, bias)
     return reference.gelu(product, approximate), residual
+
+
+class _QkvLinearAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, positions, weight, bias, main_grad):  # type: ignore[no-untyped-def]
+        q, kv, rows = reference.qkv_linear_at(x, positions, weight, bias)
+        ctx.save_for_backward(x, rows, positions, weight)
+        ctx.main_grad = main_grad
+        return q, kv, rows
+
+    @staticmethod
+    def backward(ctx, dq, dkv, drows):  # type: ignore[no-untyped-def]
+        x, rows, positions, weight = ctx.saved_tensors
+        dq, dkv = dq.contiguous(), dkv.contiguous()
+        (for_q, for_kv), (q_weight, kv_weight) = (
+            whole.split((dq.shape[1], dkv.shape[1])) for whole in (ctx.main_grad, weight)
+        )
+        for_q.add_product(dq, rows)
+        for_kv.add_product(dkv, x)
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = dkv @ kv_weight
+            # Unused positions, which stand for the last token here, have gradients of 0.
+            at = positions.clamp(max=len(x) - 1)
+            dx.index_add_(0, at, _plus_product(drows, dq, q_weight))
+        if ctx.needs_input_grad[3]:
+            dbias = torch.cat((dq.sum(0), dkv.sum(0)))
+        return dx, None, None, dbias, None
+
+
+def qkv_linear_at(
+    x: Tensor,  # (T, H)
+    positions: Tensor,  # (R,) int64; T or more: unused
+    weight: Tensor,  # (3 F, H)
+    bias: Tensor,  # (3 F,)
+) -> tuple[Tensor, Tensor, Tensor]:  # (R, F), (T, 2 F), (R, H)
+    """Queries of the tokens at `positions`, keys and values of all; x at `positions`.
+
+    As in `linear_residual`, a product adds the gradient of the last, and overwrites it.
+    """
+    main_grad = main_grad_of(weight)
+    if main_grad is None:
+        return reference.qkv_linear_at(x, positions, weight, bias)
+    q, kv, rows = _QkvLinearAt.apply(x, positions, weight, bias, main_grad)
+    return q, kv, rows
 
 
 class _Embedding(torch.autograd.Function):

@@ -347,11 +347,11 @@ def test_a_step_recorded_on_a_cpu(recorded):
     assert found["launched"] == "eager" and found["notes"] == []
     assert found["real_tokens"] in range(249, 257)
     adds_up(found["rows"], found["total"])
-    measured = {row["name"] for row in found["rows"] if "below" not in row and row["ms"] > 0}
-    assert measured == {*FAMILIES, gpu_trace.OTHER}
-    calls = {row["name"]: row["calls"] for row in found["rows"] if "below" not in row}
-    assert calls["residual-gradient adds"] == 2 * SMALL.num_hidden_layers + 1  # and the rows kept
-    assert calls["sum of dy, QKV bias"] == SMALL.num_hidden_layers
+    calls = {row["name"]: row["calls"] for row in found["rows"]
+             if "below" not in row and "calls" in row}  # fmt: skip
+    # Products add the gradients of residuals; where some tokens ask, q and kv have a sum each.
+    assert calls.keys() == {*FAMILIES, gpu_trace.OTHER} - {"residual-gradient adds"}
+    assert calls["sum of dy, QKV bias"] == SMALL.num_hidden_layers + 1
     assert calls["MLM products"] == 6
     assert printed.splitlines() == gpu_trace.table(found)
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastbert_kernels.main_grad import MainGrad, linear, linear_residual
+from fastbert_kernels.main_grad import MainGrad, linear, linear_residual, qkv_linear_at
 
-R, H = 6, 4
+R, H, T = 6, 4, 9
 Consumer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, y, residual), all (R, H)
 
 
@@ -108,3 +108,28 @@ def test_a_frozen_input_and_a_frozen_product() -> None:
     with torch.no_grad():
         y, residual = linear_residual(x, w)
     assert residual is x and torch.equal(y, x @ w.t())
+
+
+@pytest.mark.parametrize("positions", [[0, 2, 3, 7, 8, 9], [1, 2, 9, 9, 9, 9], [9] * 6])
+def test_queries_of_some_tokens_and_keys_of_all(positions: list[int]) -> None:
+    x, at = torch.randn(T, H, dtype=torch.float64, requires_grad=True), torch.tensor(positions)
+    w = torch.randn(3 * H, H, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3 * H, dtype=torch.float64, requires_grad=True)
+    used = (at < T)[:, None]
+
+    def gradients() -> tuple[Tensor, ...]:
+        q, kv, rows = qkv_linear_at(x, at, w, bias)
+        assert rows.shape == (R, H) and torch.equal(rows[used[:, 0]], x[at[used[:, 0]]])
+        out = Norm.apply(linear(torch.tanh(q) + kv.sum() / T, OTHER), rows).sin()
+        dx, dbias = torch.autograd.grad((out * used).sum(), (x, bias), retain_graph=True)
+        (out * used).sum().backward()
+        return dx, dbias
+
+    want = gradients()
+    dweight, x.grad, w.grad = w.grad, None, None
+    w.main_grad = MainGrad(torch.full((3 * H, H), torch.nan, dtype=torch.float64))  # type: ignore[attr-defined]
+    found = gradients()
+    assert w.grad is None and dweight is not None
+    assert torch.allclose(w.main_grad.buffer, 2 * dweight, rtol=1e-12)  # type: ignore[attr-defined]
+    for a, b in zip(found, want, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12)

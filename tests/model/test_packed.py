@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastbert.config import ModelConfig
 from fastbert.model.bert import Bert
-from fastbert.model.encoder import Layer
+from fastbert.model.encoder import Layer, distinct
 from fastbert.ops import REFERENCE, Ops, choose_ops
 
 BUNDLES = {"reference": REFERENCE, "cpu": choose_ops("cpu", False)}
@@ -175,8 +175,15 @@ def test_nothing_to_predict_gives_zero(model: Bert) -> None:
         assert parameter.grad is None or not parameter.grad.any()
 
 
-def test_rows_of_the_last_layer_are_those_of_the_whole(model: Bert) -> None:
-    documents = Documents([9, 16, 1, 7])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_rows_of_the_last_layer_are_those_of_the_whole(model: Bert, p: float) -> None:
+    """Dropout's bits too."""
+    model.train()
+    model.embeddings.dropout_p = p
+    for layer in model.layers:
+        layer.hidden_dropout_p = layer.attention_dropout_p = p
+    model.seed_dropout(5, 1)
+    documents = Documents([9, 16, 1, 7, 0, 0])
     whole = model.encode(*documents.tokens)
     rows = torch.tensor([0, 3, 9, 8, 25, 26, 32, 3, 0])  # any order, repeats
     some = model.encode(*documents.tokens, rows)
@@ -190,6 +197,17 @@ def test_rows_of_the_last_layer_are_those_of_the_whole(model: Bert) -> None:
     want = torch.autograd.grad(whole[rows], parameters, dout)
     for a, b in zip(mine, want, strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max().clamp(min=1e-2)
+
+
+@pytest.mark.parametrize("rows", [[7, 0, 3, 7, 0, 0, 9, 8], [5], [9] * 12])
+def test_distinct_rows_by_sequence(rows: list[int]) -> None:
+    cu_seqlens = torch.tensor([0, 4, 4, 8, 8], dtype=torch.int32)  # 8 and 9 are in no sequence
+    (positions, cu_queries), inverse = distinct(torch.tensor(rows), cu_seqlens, 10)
+    once = sorted(set(rows))
+    assert positions.tolist() == once + [10] * (len(rows) - len(once))
+    assert positions[inverse].tolist() == rows
+    assert cu_queries.dtype == torch.int32
+    assert cu_queries.tolist() == [sum(row < end for row in once) for end in cu_seqlens.tolist()]
 
 
 def test_predict_gives_the_logits_behind_the_losses(model: Bert) -> None:
