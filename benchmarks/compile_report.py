@@ -4,9 +4,9 @@ Needs no GPU. Compiles each case of each op module with Triton's own ptxas and r
 code: registers, spills, shared memory, tensor-core and bulk-copy instructions, and what the main
 loop asks of each pipe (`benchmarks.sass`). Exits 1 where a kernel spills in its main loop or much
 outside it, keeps a stack, wants more shared memory than a multiprocessor lends, does a dot without
-wgmma that was meant to use it, or passes its committed counts by more than 5% (`benchmarks.counts`):
-the ways in which a change or a Triton upgrade ruins a kernel silently. `--accept` commits the counts
-that were found; `--match`, `--tiles` and `--maxnreg` try others.
+wgmma that was meant to use it, or passes its committed counts by over 5% (`benchmarks.counts`):
+the ways in which a change or a Triton upgrade ruins a kernel silently. `--accept` commits the
+counts that were found; `--match`, `--tiles` and `--maxnreg` try others.
 `benchmarks.compile_compare` lays the reports of several Tritons side by side.
 """
 
