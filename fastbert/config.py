@@ -524,7 +524,9 @@ class PretrainConfig:
         False, "compute layers again in the backward: less memory, a third more time", "train"
     )
     last_layer_masked_only: bool = _setting(
-        True, "run the last layer's second half only where a loss reads it (exact)", "train"
+        True,
+        "run the last layer, keys and values aside, only where a loss reads it (exact)",
+        "train",
     )
 
     logging_steps: int = _setting(10, "steps between log lines", "logs", at_least=1)
