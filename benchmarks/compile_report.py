@@ -30,9 +30,9 @@ import fastbert_kernels
 from benchmarks import counts, sass
 from fastbert_kernels.compile_cases import CompileCase
 
-# What one program may ask for: CUDA C++ Programming Guide, table of compute capabilities.
-# Outside the loop, once a block of columns: beside the 4,000 instructions of the loop, nothing.
+# Outside the main loop, once a block of columns: nothing beside the 4,000 instructions of the loop.
 FEW_SPILLS = 12
+# What one program may ask for: CUDA C++ Programming Guide, table of compute capabilities.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 HEADER = (
     f"{'kernel':<34} {'configuration':<32} {'arch':<6} {'regs':>4} {'shared':>7} {'spills':>6} "
