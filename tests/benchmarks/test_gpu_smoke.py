@@ -35,11 +35,16 @@ def test_what_is_right_passes(name):
 def wrong_op(monkeypatch, name, change):
     ops = cpu_ops(False)
     op = getattr(ops, name)
-    wrong = dataclasses.replace(ops, **{name: lambda *args: change(op(*args))})
+
+    def changed(*args, **named):
+        out = op(*args, **named)
+        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+    wrong = dataclasses.replace(ops, **{name: changed})
     monkeypatch.setattr(gpu_smoke, "triton_ops", lambda: wrong)
 
 
-@pytest.mark.parametrize("name", ["attention", "linear_gelu", "gelu_layer_norm"])
+@pytest.mark.parametrize("name", ["attention", "linear_gelu_residual", "gelu_layer_norm"])
 def test_a_gradient_that_is_off_is_caught(name, monkeypatch):
     """10% too small in the backward alone: the losses do not show it."""
     wrong_op(monkeypatch, name, lambda out: out * 0.9 + out.detach() * 0.1)
@@ -86,7 +91,7 @@ def test_bits_that_change_are_caught(monkeypatch):
         calls.append(1)
         return out * (1 + 1e-2 * len(calls))
 
-    wrong_op(monkeypatch, "linear_gelu", jitter)
+    wrong_op(monkeypatch, "linear_gelu_residual", jitter)
     found = verdicts("graph")
     assert found["1 eager steps twice: the same bits"] is False
     assert found["backward twice: the same bits"] is False

@@ -93,7 +93,7 @@ def test_one_tile_a_head(D: int, p: float) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("lengths", "S"), [([129, 1, 512], 512), ([511], 512), ([130, 130], 130)])
+@pytest.mark.parametrize(("lengths", "S"), [([129, 1, 512], 512), ([130, 130], 130)])
 def test_several_tiles_a_head(lengths: list[int], S: int) -> None:
     assert backward_path(S, 64, torch.float16, 90) == "head"
     compare(lengths, S, 1, 64, 0.1, torch.float16)
@@ -113,8 +113,7 @@ def test_long_sequences() -> None:
         ([63, 7, 0], 63, 64, 0.1),
         ([65, 1], 128, 128, 0.1),
         ([127, 129], 129, 64, 0.0),
-        ([511], 511, 32, 0.0),
-        ([512], 512, 32, 0.0),
+        ([321], 321, 32, 0.0),
     ],
 )
 def test_single_precision(lengths: list[int], S: int, D: int, p: float) -> None:
