@@ -29,7 +29,7 @@ Op = Callable[..., Tensor]
 
 TINY = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 EPS = 1e-12
-REPEATS = 20
+REPEATS = 50
 
 
 @dataclasses.dataclass(frozen=True)

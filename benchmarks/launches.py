@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastbert_kernels
-from benchmarks import gpu_smoke, gpu_step, kernel_checks, processes
+from benchmarks import gpu_smoke, gpu_step, kernel_checks, processes, sass
 from benchmarks.contenders import make_batches, make_recipe
 from fastbert.config import ModelConfig, model_config
 from fastbert.model.bert import Bert
@@ -39,7 +39,6 @@ from fastbert.ops import triton_ops
 from fastbert.train.step import TrainStep, model_inputs
 
 ALIGNMENT = 16  # bytes: what Triton asks of a pointer
-MULTIPROCESSORS = {80: 108, 90: 132}  # of an A100 and an H100 SXM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +287,7 @@ def recorded(arch: int) -> Iterator[_Recorder]:
     """
     import triton
 
-    recorder = _Recorder()
+    recorder, machine = _Recorder(), sass.MACHINES.get(arch, sass.MACHINES[90])
     with contextlib.ExitStack() as stack:
         patch = mock.patch.object
         stack.enter_context(patch(Tensor, "normal_", lambda tensor, *_, **__: tensor))
@@ -298,7 +297,7 @@ def recorded(arch: int) -> Iterator[_Recorder]:
         stubs = {
             "require_launchable": lambda *_: None,
             "_capability": lambda _: arch,
-            "multiprocessors": lambda _: MULTIPROCESSORS.get(arch, 132),
+            "multiprocessors": lambda _: machine.multiprocessors,
         }
         for module, (name, stub) in itertools.product(_modules(), stubs.items()):
             if hasattr(module, name):

@@ -7,6 +7,17 @@ block.
 
 from fastbert_kernels.triton_import import tl, triton
 
+# $1 a pair of p, $2 and $3 the words that drop its two elements, $4 and $5 their selectors. The
+# interpreter has no assembly: tests/kernels/test_philox.py reckons it instruction by instruction.
+_DROP_PAIR = tl.constexpr("""{
+    .reg .b32 low, high, mask;
+    and.b32 low, $4, 0xFF;
+    and.b32 high, $5, 0xFF00;
+    or.b32 mask, low, high;
+    prmt.b32 mask, $2, $3, mask;
+    lop3.b32 $0, $1, mask, mask, 0x30;
+}""")
+
 
 @triton.jit
 def dropout_key(
@@ -136,21 +147,13 @@ def drop_scores(
     PAIRS: tl.constexpr,  # p has 16 bits, and this is not the interpreter
 ):
     """p, zero where dropped. Two elements at once: `prmt` makes of a sign bit each a mask of 16
-    bits, `lop3` applies them (forward, 128 x 128: 1,430 instructions a warp against 1,734)."""
+    bits, `lop3` applies them (forward, 128 x 128: 1,446 to issue against 1,734)."""
     byte = (tl.arange(0, p.shape[1]) // 8 % 4)[None, :]
     if PAIRS:
         # A pair's selectors are constants, and so is what is made of them.
         select = tl.broadcast_to(0xCC88 + byte * 0x1111, p.shape)
         return tl.inline_asm_elementwise(
-            """{
-                .reg .b32 low, high, mask;
-                and.b32 low, $4, 0xFF;
-                and.b32 high, $5, 0xFF00;
-                or.b32 mask, low, high;
-                prmt.b32 mask, $2, $3, mask;
-                lop3.b32 $0, $1, mask, mask, 0x30;
-            }""",
-            "=r,r,r,r,r,r", [p, dropped, select], p.dtype, is_pure=True, pack=2,
-        )  # fmt: skip
+            _DROP_PAIR, "=r,r,r,r,r,r", [p, dropped, select], p.dtype, is_pure=True, pack=2
+        )
     bit = tl.full((), 0x80, tl.uint32) << (byte * 8).to(tl.uint32)
     return tl.where((dropped & bit) == 0, p, 0.0)

@@ -117,6 +117,16 @@ def with_bias_gradient(
     return out
 
 
+def with_bias_gradients(
+    q: Tensor,  # (R, A, D)
+    kv: Tensor,  # (T, 2, A, D)
+    qkv_bias: Tensor,  # (3 A D,) or (3, A, D)
+) -> tuple[Tensor, Tensor]:
+    """`with_bias_gradient` of queries, and of keys and values, that have one bias."""
+    q_bias, kv_bias = qkv_bias.view(3, -1).split((1, 2))
+    return with_bias_gradient(q, q_bias), with_bias_gradient(kv, kv_bias)
+
+
 def attention(
     qkv: Tensor,  # (T, 3, A, D)
     cu_seqlens: Tensor,  # (N + 1,) int32
@@ -183,8 +193,7 @@ def attention_at(
         ValueError: as `attention` does.
     """
     if qkv_bias is not None:
-        q_bias, kv_bias = qkv_bias.view(3, -1).split((1, 2))
-        q, kv = with_bias_gradient(q, q_bias), with_bias_gradient(kv, kv_bias)
+        q, kv = with_bias_gradients(q, kv, qkv_bias)
     T, _, A, D = kv.shape
     everywhere = q.new_zeros(T + 1, A, D).index_copy(0, positions, q)
     qkv = torch.cat((everywhere[:T, None], kv), dim=1)

@@ -87,6 +87,47 @@ def test_a_mask_of_scores_by_its_definition() -> None:
         assert bool(mask[n, a, row, column]) == (value < round(256 * 0.7))
 
 
+def run_ptx(text: str, registers: dict[str, int]) -> int:
+    """$0 of a few PTX instructions on 32 bits (PTX ISA, sections "prmt" and "lop3")."""
+    values = dict(registers)
+    for line in text.strip("{} \n").split(";"):
+        opcode, *operands = line.replace(",", " ").split() or [""]
+        if not opcode or opcode == ".reg":
+            continue
+        a, b, *rest = (values[one] if one in values else int(one, 0) for one in operands[1:])
+        if opcode == "prmt.b32":
+            data = (b << 32 | a).to_bytes(8, "little")
+            found = 0
+            for i in range(4):
+                select = rest[0] >> 4 * i & 15
+                byte = data[select & 7]
+                found |= ((byte >> 7) * 0xFF if select & 8 else byte) << 8 * i
+        elif opcode == "lop3.b32":
+            found = sum(
+                (rest[1] >> (a >> i & 1) * 4 + (b >> i & 1) * 2 + (rest[0] >> i & 1) & 1) << i
+                for i in range(32)
+            )
+        else:
+            found = {"and.b32": a & b, "or.b32": a | b}[opcode]
+        values[operands[0]] = found
+    return values["$0"]
+
+
+def test_a_pair_is_masked_as_its_elements_are() -> None:
+    """What the interpreter cannot run: two elements of 16 bits, of any two bytes of two words."""
+    from fastbert_kernels.philox_triton import _DROP_PAIR
+
+    for low, high in itertools.product(range(4), range(4)):
+        for words in torch.randint(0, 2**32, (20, 2)).tolist():
+            pair, junk = 0x3F8040A1, 0x12340000  # above 16 bits a selector says nothing
+            inputs = [pair, *words, *(junk | 0xCC88 + byte * 0x1111 for byte in (low, high))]
+            found = run_ptx(_DROP_PAIR.value, {f"${i}": n for i, n in enumerate(inputs, 1)})
+            chosen = zip(words, (low, high), strict=True)
+            drops = [word >> 8 * byte + 7 & 1 for word, byte in chosen]
+            kept = (0 if drops[0] else 0xFFFF) | (0 if drops[1] else 0xFFFF0000)
+            assert found == pair & kept
+
+
 def test_a_mask_by_its_definition() -> None:
     run, step, layer, stream, p = 2**40 + 12345, 7, 3, 2, 0.3
     mask = keep_mask((2, 3, 5, 300), p, seed(run, step, layer), stream)
