@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from fastbert.ops import MainGrad
 
 _ALIGNMENT = 64  # elements: every parameter starts on a 128-byte boundary even in bf16
+_ROWS = 8  # of a matrix: behind 30,522 words lie 6 rows of zeros, which products may take along
+
+
+def _rounded_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 class FlatParameters:
@@ -48,9 +53,10 @@ class FlatParameters:
         self._parameters = [named[name] for name in self.names]
         self.spans: list[tuple[int, int]] = []
         end = self.decay_end = 0
-        for parameter in self._parameters:
+        rows = [_rounded_up(len(p), _ROWS if p.dim() > 1 else 1) for p in self._parameters]
+        for parameter, padded in zip(self._parameters, rows, strict=True):
             self.spans.append((end, end + parameter.numel()))
-            end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            end += _rounded_up(parameter[0].numel() * padded, _ALIGNMENT)
             if parameter.dim() > 1:
                 self.decay_end = end
         device = self._parameters[0].device
@@ -58,7 +64,7 @@ class FlatParameters:
         self.grad = torch.zeros(end, device=device, dtype=gradient_dtype)
         self.weights = self.master if dtype == torch.float32 else self.master.to(dtype)
         views = [self.views(flat).values() for flat in (self.master, self.weights, self.grad)]
-        self._main_grads = [MainGrad(view) for view in views[2]]
+        self._main_grads = list(map(MainGrad, views[2], rows))
         with torch.no_grad():
             for parameter, master, weight, main_grad in zip(
                 self._parameters, views[0], views[1], self._main_grads, strict=True

@@ -26,7 +26,7 @@ from fastbert_kernels.checks import (
     triton_name,
 )
 from fastbert_kernels.compile_cases import CompileCase
-from fastbert_kernels.main_grad import main_grad_of
+from fastbert_kernels.main_grad import main_grad_of, with_rows
 from fastbert_kernels.triton_import import tl, triton
 
 CHUNK_ROWS = 4096
@@ -196,15 +196,15 @@ def _losses_and_gradient(
     logits: Tensor,  # (rows, V_PADDED): scratch, then the gradient
     losses: Tensor,  # (rows,)
     x: Tensor,  # (rows, H)
-    weight: Tensor,
-    padded_bias: Tensor,
+    weight: Tensor,  # (V or more, H): what the rows behind give is overwritten
+    padded_bias: Tensor,  # (V_PADDED,)
+    V: int,
     labels: Tensor,  # (rows,)
     label_smoothing: float,
     z_loss: float,
     gradient: bool,
 ) -> None:
-    V = weight.shape[0]
-    torch.mm(x, weight.t(), out=logits[:, :V])
+    torch.mm(x, weight.t(), out=logits[:, : weight.shape[0]])
     block, num_warps = _block(V)
     _softmax_gradient_kernel[(x.shape[0],)](
         logits, padded_bias, labels, losses, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss,
@@ -235,22 +235,22 @@ def _whole(
     chunk_rows: int,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # () loss, (M, V_PADDED) dlogits
-    M, V_padded = x.shape[0], _padded(weight.shape[0])
+    M, V_padded = x.shape[0], _padded(bias.numel())
     losses = torch.empty(M, device=x.device, dtype=torch.float32)
     logits = torch.empty(chunk_rows, V_padded, device=x.device, dtype=x.dtype)
     padded_bias = F.pad(bias, (0, V_padded - bias.numel()))
     for start in range(0, M, chunk_rows):
         rows = slice(start, min(start + chunk_rows, M))
         _losses_and_gradient(
-            logits[: rows.stop - start], losses[rows], x[rows], weight, padded_bias, labels[rows],
-            label_smoothing, z_loss, gradient,
+            logits[: rows.stop - start], losses[rows], x[rows], weight, padded_bias, bias.numel(),
+            labels[rows], label_smoothing, z_loss, gradient,
         )  # fmt: skip
     return losses.sum(), logits if gradient else torch.empty(0, device=x.device, dtype=x.dtype)
 
 
 @_whole.register_fake
 def _(x, weight, bias, labels, label_smoothing, z_loss, chunk_rows, gradient):
-    shape = (x.shape[0], _padded(weight.shape[0])) if gradient else (0,)
+    shape = (x.shape[0], _padded(bias.shape[0])) if gradient else (0,)
     return x.new_empty((), dtype=torch.float32), x.new_empty(shape)
 
 
@@ -262,7 +262,7 @@ def _whole_backward(
     weight: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dweight = dlogits[:, : weight.shape[0]].t() @ _scaled(x, dloss)
-    dx, dbias = _small_gradients(dloss, dlogits, x, weight)
+    dx, dbias = _small_gradients(dloss, dlogits, x, weight, weight.shape[0])
     return dx, dweight, dbias
 
 
@@ -281,29 +281,33 @@ def _scaled(x: Tensor, dloss: Tensor) -> Tensor:
 
 
 def _small_gradients(
-    dloss: Tensor, dlogits: Tensor, x: Tensor, weight: Tensor
+    dloss: Tensor, dlogits: Tensor, x: Tensor, weight: Tensor, V: int
 ) -> tuple[Tensor, Tensor]:  # dx, dbias
-    V = weight.shape[0]
     # dx is a sum over V terms: in fp32, because cuBLAS splits it over programs and would otherwise
     # add their parts in the storage type.
-    dx = torch.mul(_mm_fp32(dlogits[:, :V], weight), dloss, out=torch.empty_like(x))
+    dx = torch.mul(_mm_fp32(dlogits[:, : len(weight)], weight), dloss, out=torch.empty_like(x))
     return dx, (_column_sums(dlogits, V) * dloss).to(x.dtype)
 
 
 class _IntoMainGrad(torch.autograd.Function):
-    """The whole loss in one chunk, dW added to its place in the flat buffer."""
+    """The whole loss in one chunk, dW added to its place in the flat buffer.
+
+    All three products take the rows of zeros that lie behind W and behind its gradient: V = 30,522
+    is no multiple of 8 elements, the 16 bytes of the accesses that cuBLAS likes, 30,528 is.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, labels, label_smoothing, z_loss, main_grad):
+        weight = with_rows(weight, main_grad.rows)
         loss, dlogits = _whole(x, weight, bias, labels, label_smoothing, z_loss, x.shape[0], True)
         ctx.save_for_backward(dlogits, x, weight)
-        ctx.main_grad = main_grad
+        ctx.main_grad, ctx.V = main_grad, bias.numel()
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         dlogits, x, weight = ctx.saved_tensors
-        dx, dbias = _small_gradients(dloss, dlogits, x, weight)
+        dx, dbias = _small_gradients(dloss, dlogits, x, weight, ctx.V)
         ctx.main_grad.add_product(dlogits[:, : weight.shape[0]], _scaled(x, dloss))
         return dx, None, dbias, *(None,) * 4
 
@@ -343,7 +347,7 @@ def _chunked(
         rows = slice(start, min(start + chunk_rows, M))
         dlogits = logits[: rows.stop - start]
         _losses_and_gradient(
-            dlogits, losses[rows], x[rows], weight, padded_bias, labels[rows],
+            dlogits, losses[rows], x[rows], weight, padded_bias, bias.numel(), labels[rows],
             label_smoothing, z_loss, True,
         )  # fmt: skip
         dz = dlogits[:, : weight.shape[0]]

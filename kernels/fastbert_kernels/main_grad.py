@@ -20,12 +20,14 @@ class MainGrad:
     Attributes:
         buffer: a view of the flat buffer in the parameter's shape; fp32, or the weights' dtype.
         empty: whether the next gradient overwrites what the buffer holds instead of adding to it.
+        rows: of the parameter and of the buffer, with the rows of zeros that lie behind either.
     """
 
-    __slots__ = ("buffer", "empty")
+    __slots__ = ("buffer", "empty", "rows")
 
-    def __init__(self, buffer: Tensor) -> None:
+    def __init__(self, buffer: Tensor, rows: int | None = None) -> None:
         self.buffer, self.empty = buffer, True
+        self.rows = buffer.shape[0] if rows is None else rows
 
     def split(self, rows: tuple[int, ...]) -> list["MainGrad"]:
         """Parts of so many rows, which get the next gradient in place of the whole."""
@@ -43,11 +45,11 @@ class MainGrad:
     @torch.no_grad()
     def add_product(
         self,
-        dy: Tensor,  # (R, F)
+        dy: Tensor,  # (R, F), or more columns: of zeros, for the rows behind
         x: Tensor,  # (R, H)
     ) -> None:
         """Adds dyᵀ x, accumulated in fp32."""
-        buffer, rows = self.buffer, dy.t()
+        buffer, rows = with_rows(self.buffer, dy.shape[1]), dy.t()
         if buffer.dtype == x.dtype:
             torch.addmm(buffer, rows, x, beta=self._filled(), out=buffer)
         elif buffer.is_cuda:
@@ -57,7 +59,7 @@ class MainGrad:
         else:
             # A CPU has no product of bf16 into fp32, and one in fp32 takes four times as long where
             # bf16 is in hardware (95 against 430 GFLOP/s a core): rounded twice, as by autograd.
-            self.add(rows @ x)
+            self.add((rows @ x)[: self.buffer.shape[0]])
 
     @torch.no_grad()
     def add(self, gradient: Tensor) -> None:
@@ -78,6 +80,16 @@ class MainGrad:
         if not self._filled():
             self.buffer.zero_()
         self.buffer.index_add_(0, index, rows.to(self.buffer.dtype))
+
+
+def with_rows(
+    matrix: Tensor,  # (V, H), contiguous
+    rows: int,
+) -> Tensor:  # (rows, H)
+    """A matrix with what lies behind it in its buffer."""
+    if rows == matrix.shape[0]:
+        return matrix
+    return matrix.detach().as_strided((rows, matrix.shape[1]), matrix.stride())
 
 
 def main_grad_of(parameter: Tensor) -> MainGrad | None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastbert_kernels import cross_entropy, reference
 from fastbert_kernels.cross_entropy import linear_cross_entropy
+from fastbert_kernels.main_grad import MainGrad
 
 DTYPES = [torch.float32, torch.float16]
 NAMES = ("x", "weight", "bias")
@@ -52,6 +53,32 @@ def test_against_double_precision(
         # One rounding of the largest value on top: the few rows here may be lucky in PyTorch.
         limit = 2 * (b - c).abs().max() + torch.finfo(dtype).eps * c.abs().max()
         assert (a - c).abs().max() <= limit, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("V", "rows"), [(7, 8), (129, 136), (130, 192), (64, 64)])
+@pytest.mark.usefixtures("poisoned")
+def test_rows_of_zeros_behind_the_words(dtype: torch.dtype, V: int, rows: int) -> None:
+    """Products take them along: gradients as without, zeros for them, nothing behind them."""
+    M, H, behind = 40, 32, 3
+    tensors, labels = inputs(M, V, H, dtype)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    want = gradients(reference.linear_cross_entropy(*wide, labels, 0.1, 1e-3), wide)
+    plain = gradients(linear_cross_entropy(*tensors, labels, 0.1, 1e-3), tensors)
+    table = torch.full((rows + behind, H), torch.nan, dtype=dtype)
+    table[:V], table[V:rows] = tensors[1].detach(), 0.0
+    word = table[:V].requires_grad_()
+    flat = torch.full((rows + behind, H), torch.nan, dtype=dtype)
+    word.main_grad = MainGrad(flat[:V], rows)  # type: ignore[attr-defined]
+    leaves = [tensors[0], tensors[2]]
+    for times in (1, 2):  # the second gradient adds to the first
+        loss = linear_cross_entropy(tensors[0], word, tensors[2], labels, 0.1, 1e-3)
+        dx, dbias = torch.autograd.grad(loss * 0.37, leaves)
+        found = [loss, dx, flat[:V] / times, dbias]
+        for name, a, b, c in zip(("loss", *NAMES), found, plain, want, strict=True):
+            limit = 2 * (b - c).abs().max() + times * torch.finfo(dtype).eps * c.abs().max()
+            assert (a - c).abs().max() <= limit, name
+        assert not flat[V:rows].any() and flat[rows:].isnan().all()
 
 
 @pytest.mark.usefixtures("poisoned")

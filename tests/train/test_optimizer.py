@@ -115,6 +115,20 @@ def test_bf16_weights_are_the_rounded_masters() -> None:
     assert torch.equal(optimizer.flat.weights, optimizer.flat.master.bfloat16())
 
 
+def test_rows_behind_a_matrix_are_seen_by_nobody() -> None:
+    optimizer = build(CONFIG)
+    flat, parameters = optimizer.flat, dict(Bert(SIZES).named_parameters())
+    start, stop = flat.spans[flat.names.index("embeddings.word")]
+    following = min(begin for begin, _ in flat.spans if begin > start)
+    assert stop - start == 97 * 16 and following - start == 104 * 16
+    for found in (flat.views(flat.master), flat.views(flat.grad)):
+        assert {n: v.shape for n, v in found.items()} == {n: p.shape for n, p in parameters.items()}
+    assert optimizer.state_dict()["exp_avg.embeddings.word"].shape == (97, 16)
+    random_gradients(optimizer, torch.Generator().manual_seed(1))
+    assert update(optimizer, 1e-3)
+    assert not flat.master[stop:following].any() and flat.master[start:stop].all()
+
+
 def poison_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """NaN in the gradient of these steps, counted from 1."""
     update = TrainStep.update
