@@ -1,12 +1,12 @@
 """What a pre-training will take, before anyone pays for it: `fastbert estimate`.
 
-A roofline model: a step's ops one after the other, each the larger of its bytes over the bandwidth
-and its FLOPs over the rate, by the costs of `benchmarks.kernels` and the shapes of the model. Where
-a step of that model was measured on that device, the file under benchmarks/results/ replaces the
-model's time, and the model only carries it to another batch (Williams et al. 2009, "Roofline").
+A step is every launch of it, one after the other, priced by `benchmarks.step_cost`; printed by
+family, between the best and the worst that is likely. Where a step of that model was measured on
+that device, the file under benchmarks/results/ replaces the model's time, and the model only
+carries it to another batch.
 
 T tokens and N sequences of a batch, s the mean length of the sequence that a token stands in,
-M masked tokens, H hidden size, F intermediate size, A heads, L layers, V vocabulary, P parameters.
+H hidden size.
 """
 
 import dataclasses
@@ -22,8 +22,26 @@ import torch
 
 from benchmarks import result
 from benchmarks.contenders import file_lengths, lengths_asked
-from benchmarks.flops import MLM_PROBABILITY, PEAK_FLOPS, flops_per_token
-from benchmarks.kernels import A100, H100, RESULTS, ROOT, Ceilings, cost_of
+from benchmarks.flops import (
+    MLM_PROBABILITY,
+    PEAK_FLOPS,
+    executed_flops_per_token,
+    flops_per_token,
+)
+from benchmarks.kernels import A100, H100, RESULTS, ROOT, Ceilings
+from benchmarks.launch_list import sizes_of
+from benchmarks.sass import MACHINES
+from benchmarks.step_cost import (
+    AMPERE,
+    CPU,
+    HOPPER,
+    SHORTEST,
+    TRITON,
+    Lengths,
+    Moods,
+    StepCost,
+    step_cost,
+)
 from fastbert.config import EstimateConfig, ModelConfig, model_config
 from fastbert.errors import RunError, UserError
 
@@ -35,6 +53,7 @@ INFINIBAND = 400e9 / 8
 LINK_SHARE = 0.8
 """Of a link's datasheet rate that an all-reduce reaches."""
 USABLE_MEMORY = 0.9
+POWER_SHARE = 0.85
 LARGEST_KNOWN_BATCH = 65_536
 """Sequences: LAMB's published recipes end here (You et al. 2020)."""
 BERT_TOKENS = 1e6 * 256 * 512
@@ -46,10 +65,7 @@ DRAWN = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a device reaches at best, and which shares of that a step's ops reach.
-
-    None of the shares was measured on a GPU yet.
-    """
+    """What a device reaches at best, and which shares of that a step's kernels reach."""
 
     names: str
     """Regular expression: how its driver names it."""
@@ -57,77 +73,48 @@ class Device:
     source: str
     """Where the ceilings come from."""
     memory_bytes: float
-    product_share: float
-    attention_share: float
-    bandwidth_share: float
-    gap_seconds: float
-    """Between one op and the next."""
-    peak_flops: float | None
-    power_watts: float | None
+    moods: Moods
+    arch: int | None
+    """Whose counts price its kernels: 80 or 90; None for a CPU."""
+    peak_flops: float | None = None
+    power_watts: float | None = None
     """Power limit of the part."""
-    power_share: float
-    nvlink: float
+    nvlink: float = 0.0
     """Bytes a second and direction; 0: no link."""
-    writes_scores: bool = False
-    """Whether attention writes its scores to memory."""
+
+    def step(self, sizes: ModelConfig, tokens: float, lengths: Lengths) -> StepCost:
+        """The model of a step on it."""
+        return step_cost(sizes, tokens, lengths, self.ceilings, self.moods, self.arch)
 
 
-def _gpu(
-    names: str, ceilings: Ceilings, source: str, gib: int, peak: float, watts: float, nvlink: float,
-    attention_share: float,
-) -> Device:  # fmt: skip
-    return Device(
-        names, ceilings, source, gib * GIB,
-        product_share=0.8, attention_share=attention_share, bandwidth_share=0.85,
-        gap_seconds=1.5e-6, peak_flops=peak, power_watts=watts, power_share=0.85, nvlink=nvlink,
-    )  # fmt: skip
-
-
-_DATASHEET = "assumed: 90% of the datasheet's bandwidth, 85% of its bf16 rate"
-# The SXM parts. Attention on Hopper as FlashAttention 3 publishes it at head size 64, length 512:
-# 333 TFLOP/s forward and 272 backward, 287 of 798 together. Its share on an A100 is a guess.
+_DATASHEET = "assumed: 90% of the data sheet's bandwidth"
+# The SXM parts.
 DEVICES = {
-    "h100": _gpu(
-        "H100 80GB HBM3", H100, "measured: a device copy, a bf16 product of 8192 x 8192 x 8192",
-        79, PEAK_FLOPS["H100"], 700, 450e9, 0.36,
+    "h100": Device(
+        "H100 80GB HBM3", H100, "measured: a device copy",
+        79 * GIB, HOPPER, 90, PEAK_FLOPS["H100"], 700, 450e9,
     ),
-    "h200": _gpu(
-        r"\bH200$", Ceilings(0.9 * 4.8e12, H100.matrix),
-        "assumed: 90% of the datasheet's bandwidth, and an H100's measured bf16 rate",
-        139, PEAK_FLOPS["H200"], 700, 450e9, 0.36,
+    "h200": Device(
+        r"\bH200$", Ceilings(0.9 * 4.8e12, H100.matrix), _DATASHEET,
+        139 * GIB, HOPPER, 90, PEAK_FLOPS["H200"], 700, 450e9,
     ),
-    "a100-80gb": _gpu(
-        "A100-SXM4-80GB", A100, _DATASHEET, 79, PEAK_FLOPS["A100"], 400, 300e9, 0.6
+    "a100-80gb": Device(
+        "A100-SXM4-80GB", A100, _DATASHEET, 79 * GIB, AMPERE, 80, PEAK_FLOPS["A100"], 400, 300e9
     ),
-    "a100-40gb": _gpu(
+    "a100-40gb": Device(
         "A100-SXM4-40GB", Ceilings(0.9 * 1.555e12, A100.matrix), _DATASHEET,
-        39, PEAK_FLOPS["A100"], 400, 300e9, 0.6,
+        39 * GIB, AMPERE, 80, PEAK_FLOPS["A100"], 400, 300e9,
     ),
     # The 2 cores of benchmarks/results/amd-epyc-2-cores. Products at the model's shapes reach 445
     # GFLOP/s in bf16 on one core. The bandwidth is no copy's (39 GB/s on one core) but what the
-    # passes of a whole step reach: several passes for one of the table, dispatch, page faults; it
+    # passes of a whole step reach: several passes for one of the list, dispatch, page faults; it
     # is the one number fitted to the committed steps.
     "cpu": Device(
         "^AMD EPYC$", Ceilings(8.0e9, 2 * 445e9),
-        "2 cores of an AMD EPYC: the rate measured, the bandwidth fitted to the committed steps",
-        23 * GIB, product_share=1.0, attention_share=0.5, bandwidth_share=1.0, gap_seconds=0.0,
-        peak_flops=None, power_watts=None, power_share=1.0, nvlink=0.0, writes_scores=True,
+        "2 cores of an AMD EPYC: the bandwidth fitted to the committed steps, 890 GFLOP/s measured",
+        23 * GIB, CPU, None,
     ),
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Lengths:
-    """What the lengths of the sequences come down to."""
-
-    mean: float
-    attended: float
-    """s: by tokens, not by sequences."""
-
-    @classmethod
-    def of(cls, lengths: np.ndarray) -> "Lengths":  # (B,)
-        lengths = lengths.astype(float)
-        return cls(float(lengths.mean()), float((lengths**2).sum() / lengths.sum()))
 
 
 def drawn_lengths(config: EstimateConfig) -> np.ndarray:  # (B,)
@@ -142,105 +129,13 @@ def drawn_lengths(config: EstimateConfig) -> np.ndarray:  # (B,)
     return np.minimum(file_lengths(config.lengths), S)
 
 
-# One step on one device
-
-
 def parameters(sizes: ModelConfig) -> int:
     """Of the encoder, the pooler and both heads; the output matrix is the embedding."""
-    L, H, F, V = (
-        sizes.num_hidden_layers, sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size,
-    )  # fmt: skip
-    embeddings = _embedding_rows(sizes) * H + 2 * H
-    layers = L * (4 * H * H + 2 * H * F + 9 * H + F)
-    heads = (H * H + H) + (H * H + 3 * H + V) + (2 * H + 2)
-    return embeddings + layers + heads
+    return sizes_of(sizes, 0, 0, 0)["P"]
 
 
 def _embedding_rows(sizes: ModelConfig) -> int:
     return sizes.vocab_size + sizes.max_position_embeddings + sizes.type_vocab_size
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """`count` calls of one op of the step."""
-
-    part: str
-    """What the time is booked under: products, attention, passes or optimizer."""
-    direction: str
-    count: float
-    bytes: float
-    flops: float = 0.0
-    name: str = "linear"
-    """As in `benchmarks.kernels`, or what the model calls it."""
-
-    def seconds(self, device: Device) -> float:
-        """Of all calls."""
-        share = device.attention_share if self.part == "attention" else device.product_share
-        reached = Ceilings(
-            device.ceilings.bandwidth * device.bandwidth_share, device.ceilings.matrix * share
-        )
-        return self.count * (reached.floor(self.bytes, self.flops) + device.gap_seconds)
-
-
-def step_ops(
-    sizes: ModelConfig, tokens: float, lengths: Lengths, writes_scores: bool = False
-) -> list[Op]:
-    """Every op of a step of AdamW on `tokens` real tokens.
-
-    Only masked and [CLS] tokens go through the last layer beyond its attention.
-    """
-    L, H, F, V = (
-        sizes.num_hidden_layers, sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size,
-    )  # fmt: skip
-    A, T, s = sizes.num_attention_heads, tokens, lengths.attended
-    M = MLM_PROBABILITY * T
-    last = M + T / lengths.mean
-    found: list[Op] = []
-
-    def table(op: str, part: str, count: float, rows: float, *directions: str) -> None:
-        here = {
-            "T": rows, "S": s, "H": H, "A": A, "F": F, "V": V, "M": M, "P": parameters(sizes),
-        }  # fmt: skip
-        for direction in directions:
-            cost = cost_of(op, direction)
-            # The formulas are written for whole numbers.
-            whole = {name: round(size) for name, size in here.items()}
-            moved, flops = cost.bytes_of(whole), cost.flops_of(whole)
-            found.append(Op(part, direction, count, moved, flops, op))
-
-    def product(count: float, rows: float, k: int, n: int, name: str = "linear") -> None:
-        flops, kept = 2 * rows * k * n, 2 * rows * (k + n)
-        found.append(Op("products", "forward", count, kept + 2 * k * n, flops, name))
-        found.append(Op("products", "backward", count, kept + 2 * k * n, flops, name))  # dx
-        # dW in fp32
-        found.append(Op("products", "backward", count, kept + 4 * k * n, flops, name))
-
-    both = ("forward", "backward")
-    table("embed_layer_norm", "passes", 1, T, *both)
-    table("attention", "attention", L, T, *both)
-    product(L, T, H, 3 * H)
-    for count, rows in ((L - 1, T), (1, last)):
-        for k, n in ((H, H), (H, F), (F, H)):
-            product(count, rows, k, n)
-        table("dropout_add_layer_norm", "passes", 2 * count, rows, *both)
-        table("bias_gelu", "passes", count, rows, *both)
-    product(1, M, H, H, "transform")
-    table("gelu_layer_norm", "passes", 1, M, *both)
-    table("linear_cross_entropy", "products", 1, T, "both")
-    # Read, overwritten by their gradient, and read for the bias's.
-    found.append(Op("passes", "forward", 1, 6 * M * V, name="softmax"))
-    if writes_scores:
-        # bf16: 23 bytes a score for product, mask, softmax, dropout, product, and 20 back.
-        found.append(Op("attention", "forward", L, 23 * A * T * s, name="attention"))
-        found.append(Op("attention", "backward", L, 20 * A * T * s, name="attention"))
-    table("adamw", "optimizer", 1, T, "step")
-    return found
-
-
-def step_seconds(sizes: ModelConfig, tokens: float, lengths: Lengths, device: Device) -> float:
-    """The model's time of a step on one device."""
-    ops = step_ops(sizes, tokens, lengths, device.writes_scores)
-    return sum(op.seconds(device) for op in ops)
 
 
 # Memory
@@ -310,7 +205,7 @@ class Measured:
 
     def factor(self, device: Device) -> float:
         """How many times as long the step took as the model says."""
-        return self.seconds / step_seconds(self.model, self.tokens, self.lengths, device)
+        return self.seconds / device.step(self.model, self.tokens, self.lengths).seconds
 
 
 def measurements(device: Device, results: Path = RESULTS) -> list[Measured]:
@@ -396,6 +291,9 @@ class Plan:
     tokens_per_batch: int
     """On each."""
     step_seconds: float
+    low_seconds: float
+    """Of the step, all at its best; a measured step has no range."""
+    high_seconds: float
     exposed_seconds: float
     sequences_per_step: float
     optimizer_steps: int
@@ -403,6 +301,9 @@ class Plan:
     efficiency: float
     """Throughput over that of as many GPUs that need not talk."""
     mfu: float | None
+    """By the FLOPs of the model."""
+    mfu_executed: float | None
+    """By those that are executed: the last layer's skipped rows are not counted."""
     days: float
     dollars: float | None
     kilowatt_hours: float | None
@@ -422,8 +323,8 @@ class Estimate:
     source: str
     watts: float | None
     watts_from: str
-    shares: dict[str, float]
-    """Part of the step -> its share of the modelled time."""
+    cost: StepCost
+    """The modelled step of one device."""
     plans: list[Plan]
 
 
@@ -442,26 +343,32 @@ def estimate(config: EstimateConfig, results: Path = RESULTS) -> Estimate:
     measured = nearest(committed, sizes, T, lengths)
     factor = measured.factor(device) if measured else 1.0
     watts, watts_from = _watts(device, measured)
-    flops, tokens = flops_per_token(sizes, drawn), tokens_asked(config)
-    price = config.price_per_hour
+    masked = round(MLM_PROBABILITY * float(drawn.sum()))
+    flops = flops_per_token(sizes, drawn), executed_flops_per_token(sizes, drawn, masked)
+    tokens, price = tokens_asked(config), config.price_per_hour
 
     def plan(gpus: int, micro: int) -> Plan:
-        ops = step_ops(sizes, micro, lengths, device.writes_scores)
-        alone = factor * sum(op.seconds(device) for op in ops)
-        backward = factor * sum(op.seconds(device) for op in ops if op.direction == "backward")
-        exposed = exposed_seconds(sizes, gpus, backward, device)
+        cost = device.step(sizes, micro, lengths)
+        alone = factor * cost.seconds
+        exposed = exposed_seconds(sizes, gpus, factor * cost.backward_seconds, device)
         rate = micro * gpus / (alone + exposed)
         hours = tokens / rate / 3600
+        shares = [
+            one * rate / gpus / device.peak_flops if device.peak_flops else None for one in flops
+        ]
         return Plan(
             gpus=gpus,
             tokens_per_batch=micro,
             step_seconds=alone + exposed,
+            low_seconds=(alone if measured else cost.low) + exposed,
+            high_seconds=(alone if measured else cost.high) + exposed,
             exposed_seconds=exposed,
             sequences_per_step=micro * gpus / lengths.mean,
             optimizer_steps=math.ceil(tokens / (micro * gpus)),
             tokens_per_second=rate,
             efficiency=alone / (alone + exposed),
-            mfu=flops * rate / gpus / device.peak_flops if device.peak_flops else None,
+            mfu=shares[0],
+            mfu_executed=shares[1],
             days=hours / 24,
             dollars=None if price is None else hours * price * gpus,
             kilowatt_hours=None if watts is None else hours * watts * gpus / 1e3,
@@ -473,14 +380,9 @@ def estimate(config: EstimateConfig, results: Path = RESULTS) -> Estimate:
         most = int(LARGEST_KNOWN_BATCH * lengths.mean / gpus)
         if most < T:
             plans.append(plan(gpus, most))
-    ops = step_ops(sizes, T, lengths, device.writes_scores)
-    seconds = dict.fromkeys(("products", "attention", "passes", "optimizer"), 0.0)
-    for op in ops:
-        seconds[op.part] += op.seconds(device)
-    shares = {part: spent / sum(seconds.values()) for part, spent in seconds.items()}
     return Estimate(
         config, sizes, device, lengths, tokens, T, memory, _source(measured, T, bool(committed)),
-        watts, watts_from, shares, plans,
+        watts, watts_from, device.step(sizes, T, lengths), plans,
     )  # fmt: skip
 
 
@@ -508,23 +410,42 @@ def _watts(device: Device, measured: Measured | None) -> tuple[float | None, str
         return watts, "measured in that file"
     if device.power_watts is None:
         return None, "not known for this device"
-    told = f"assumed: {device.power_share:.0%} of the part's limit of {device.power_watts:.0f} W"
-    return device.power_watts * device.power_share, told
+    told = f"assumed: {POWER_SHARE:.0%} of the part's limit of {device.power_watts:.0f} W"
+    return device.power_watts * POWER_SHARE, told
 
 
 def assumptions(found: Estimate) -> list[str]:
     """What the figures rest on, one line each."""
     device, config = found.device, found.config
-    lines = [
-        f"ceilings: {device.ceilings.bandwidth / 1e9:,.4g} GB/s, "
-        f"{device.ceilings.matrix / 1e12:.3g} TFLOP/s ({device.source})",
-        f"shares of them that ops reach, assumed: products {device.product_share:.0%}, attention "
-        f"{device.attention_share:.0%}, memory-bound passes {device.bandwidth_share:.0%}; "
-        f"{device.gap_seconds * 1e6:g} µs between ops",
+    lines = [f"bandwidth: {device.ceilings.bandwidth / 1e9:,.4g} GB/s ({device.source})"]
+    if device.arch:
+        machine, (likely, best, worst) = MACHINES[device.arch], device.moods
+        reached = [
+            f"{what} {a:.0%} ({c:.0%} to {b:.0%})"
+            for what, a, b, c in (
+                ("products", likely.product, best.product, worst.product),
+                ("attention", likely.attention, best.attention, worst.attention),
+                ("passes", likely.bandwidth, best.bandwidth, worst.bandwidth),
+            )
+        ]
+        lines += [
+            f"{machine.multiprocessors} multiprocessors at {machine.clock / 1e9:g} GHz: attention "
+            f"by the counts of benchmarks/counts.json for Triton {TRITON}, products by tiles in "
+            "whole waves, all else by its bytes",
+            f"what is reached of that, assumed: {', '.join(reached)}; "
+            f"{likely.gap_seconds * 1e6:g} µs between kernels of a CUDA graph, "
+            f"{SHORTEST * 1e6:g} µs for the shortest",
+        ]
+    else:
+        lines.append(
+            f"products: {device.ceilings.matrix / 1e9:,.0f} GFLOP/s; attention "
+            f"{device.moods.likely.attention:.0%} of that, and its scores written to memory"
+        )
+    lines += [
         f"step: bf16, AdamW, {MLM_PROBABILITY:.0%} of tokens masked, one micro-batch a step, the "
         "last layer on masked and [CLS] tokens only, data never waits; no evaluation, no failures",
-        "bytes and FLOPs of each op: the table of kernels/README.md; model FLOPs for MFU, real "
-        "tokens only",
+        "launches, bytes and FLOPs: benchmarks/launch_list.json; MFU by the model's FLOPs of real "
+        "tokens, and by those executed: the last layer skips rows",
         "memory: 18 bytes a parameter (bf16 weights 2, masters 4, gradients 4, moments 8), 8 H + "
         f"2 F values a token and layer, bf16 logits; {USABLE_MEMORY:.0%} of the device usable",
         f"lengths: mean {found.lengths.mean:.0f}, by tokens {found.lengths.attended:.0f}",
@@ -589,7 +510,7 @@ def as_result(found: Estimate) -> dict[str, Any]:
         state_bytes=found.memory.state_bytes,
         bytes_per_token=found.memory.bytes_per_token,
         largest_tokens_per_batch=found.memory.most_tokens(found.config.max_seq_length),
-        shares=found.shares,
+        families=[family._asdict() for family in found.cost.families],
         warnings=warnings(found),
         assumptions=assumptions(found),
     )  # fmt: skip
@@ -602,26 +523,50 @@ def table(found: Estimate) -> str:
         f"{config.model} ({parameters(found.model) / 1e6:.0f}M parameters), lengths "
         f"{config.lengths} up to {config.max_seq_length}, {found.tokens:.4g} tokens, {config.gpu}",
         f"step time: {found.source}",
-        "of the modelled step: "
-        + ", ".join(f"{part} {share:.0%}" for part, share in found.shares.items()),
         f"memory of each: {memory.state_bytes / GIB:.1f} GiB of weights, gradients and moments + "
         f"{T * memory.bytes_per_token / GIB:.1f} of activations and logits, of "
         f"{memory.device_bytes / GIB:.0f}; the largest micro-batch is "
         f"{memory.most_tokens(config.max_seq_length):,} tokens",
         "",
-        f"{'GPUs':>5}{'tokens each':>13}{'ms/step':>10}{'exposed':>9}{'scaling':>9}{'tokens/s':>14}"
-        f"{'MFU':>7}{'seq/step':>10}{'steps':>12}{'days':>9}{'dollars':>11}{'kWh':>9}",
+        *family_lines(found.cost, T),
+        "",
+        f"{'GPUs':>5}{'tokens each':>13}{'ms/step':>10}{'low':>9}{'high':>9}{'exposed':>9}"
+        f"{'scaling':>9}{'tokens/s':>14}{'MFU':>7}{'exec.':>7}{'seq/step':>10}{'steps':>12}"
+        f"{'days':>9}{'dollars':>11}{'kWh':>9}",
     ]
     for plan in found.plans:
         lines.append(
             f"{plan.gpus:>5,}{plan.tokens_per_batch:>13,}{plan.step_seconds * 1e3:>10,.1f}"
+            f"{plan.low_seconds * 1e3:>9,.1f}{plan.high_seconds * 1e3:>9,.1f}"
             f"{plan.exposed_seconds * 1e3:>9.1f}{plan.efficiency:>9.1%}"
             f"{plan.tokens_per_second:>14,.0f}{_or_dash(plan.mfu, '.1%'):>7}"
+            f"{_or_dash(plan.mfu_executed, '.1%'):>7}"
             f"{plan.sequences_per_step:>10,.0f}{plan.optimizer_steps:>12,}{plan.days:>9,.3g}"
             f"{_or_dash(plan.dollars, ',.0f'):>11}{_or_dash(plan.kilowatt_hours, ',.0f'):>9}"
         )
     lines += [f"warning: {line}" for line in warnings(found)]
     return "\n".join((*lines, "", "assumptions", *(f"- {line}" for line in assumptions(found))))
+
+
+def family_lines(cost: StepCost, tokens: int) -> list[str]:
+    """The modelled step by family of kernels: what takes its time, and what it waits for."""
+    lines = [
+        f"{f'a step of {tokens:,} tokens, modelled':<36}{'launches':>9}{'ms':>10}{'share':>7}"
+        f"{'low':>10}{'high':>10}  {'waits for':<13}{'filled':>7}{'TFLOP':>8}{'GB':>8}"
+    ]
+    for one in cost.families:
+        if one.launches or one.seconds:
+            lines.append(
+                f"{one.name:<36}{one.launches:>9,}{one.seconds * 1e3:>10,.2f}"
+                f"{one.seconds / cost.seconds:>7.1%}{one.low * 1e3:>10,.2f}{one.high * 1e3:>10,.2f}"
+                f"  {one.limit:<13}{_or_dash(one.filled, '.0%'):>7}"
+                f"{one.flops / 1e12:>8,.2f}{one.bytes / 1e9:>8,.1f}"
+            )
+    lines.append(
+        f"{'all':<36}{cost.launches:>9,}{cost.seconds * 1e3:>10,.2f}{'':>7}"
+        f"{cost.low * 1e3:>10,.2f}{cost.high * 1e3:>10,.2f}"
+    )
+    return lines
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import profiling, result, timing
+from benchmarks import predictions, profiling, result, timing
 from benchmarks.flops import MLM_PROBABILITY
 from benchmarks.gpu_trace import Keeper, one_line
-from benchmarks.predictions import GEMM_BACKWARD, GEMM_FORWARD, MLM, PREDICTED, TOKENS
+from benchmarks.predictions import TOKENS
+from benchmarks.step_cost import GEMM_BACKWARD, GEMM_FORWARD, MLM
 from fastbert.config import ModelConfig, model_config
 
 Found = dict[str, Any]
@@ -81,7 +82,8 @@ def weights_of(model: str, sizes: ModelConfig, T: int, mean_length: int) -> list
     last = (M + T / mean_length) / T
     shapes = {"qkv": (H, 3 * H), "attention_out": (H, H), "up": (H, F), "down": (F, H)}
     found = [
-        Weight(model, name, T, *shape, L if name == "qkv" else L - 1 + last)
+        # Of the last layer keys and values of every token.
+        Weight(model, name, T, *shape, L - 1 + ((2 + last) / 3 if name == "qkv" else last))
         for name, shape in shapes.items()
     ]
     found.append(Weight(model, "transform", M, H, H, 1))
@@ -197,18 +199,20 @@ def family_of(row: Found) -> str | None:
     return GEMM_FORWARD if row["kind"] == "forward" else GEMM_BACKWARD
 
 
-def sums_of(rows: Sequence[Found], T: int) -> list[Found]:
-    """Of a step of `TOKENS`: milliseconds of each model, family and library, and the prediction."""
+def sums_of(rows: Sequence[Found], T: int, device_name: str = "") -> list[Found]:
+    """Of a step of `TOKENS`: milliseconds of each model, family and library, and what was predicted
+    of the device that its driver names so."""
     found: dict[tuple[str, str], Found] = {}
     for row in rows:
         family = family_of(row)
         if family is None:
             continue
-        prediction = {**MODELS["cuda"], **MODELS["cpu"]}[row["model"]][0]
+        workload = {**MODELS["cuda"], **MODELS["cpu"]}[row["model"]][0]
+        predicted = predictions.of(device_name, "trace", workload) or {"families": {}}
         one = found.setdefault(
             (row["model"], family),
             {"model": row["model"], "family": family, "ms_per_65536_tokens": {},
-             "predicted_ms": PREDICTED.get(prediction, {}).get(family)},
+             "predicted_ms": predicted["families"].get(family)},
         )  # fmt: skip
         by_library = one["ms_per_65536_tokens"]
         spent = row["ms"] * row["per_step"] * TOKENS / T
@@ -233,6 +237,7 @@ def measure(
         keep: given what is known so far, after each weight.
     """
     cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else ""
     tokens = T or ((16_384 if quick else TOKENS) if cuda else 128)
     dtype, began = torch.bfloat16, time.perf_counter()
     weights = [
@@ -257,7 +262,7 @@ def measure(
                 rows, missing = rows + more, missing + failed
                 if cuda:
                     torch.cuda.empty_cache()  # the next weight's tensors have other sizes
-            found |= {"rows": rows, "missing": missing, "sums": sums_of(rows, tokens),
+            found |= {"rows": rows, "missing": missing, "sums": sums_of(rows, tokens, name),
                       "seconds": time.perf_counter() - began}  # fmt: skip
             keep(found)
     found["conditions"] = result.conditions(device)  # at the end: the clocks under load

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import contenders as ways
-from benchmarks import processes, step, timing
+from benchmarks import predictions, processes, step, timing
 from benchmarks import result as results
 from benchmarks.contenders import Contender, Evidence, PaddedBatch
 from benchmarks.flops import executed_flops_per_token, flops_per_token
@@ -341,6 +341,7 @@ def collect(
                       for name, row in rows.items() if name in ABLATIONS],
         "floor_ms": ours.get("floor_ms"),
         "drift": drift,
+        "predicted": predictions.of(ours["conditions"]["device"], "step", workload.name),
     }  # fmt: skip
     if commit and result["conditions"]["commit"] == "unknown":
         result["conditions"]["commit"] = commit
@@ -420,6 +421,13 @@ def table(result: Mapping[str, Any]) -> list[str]:
         f"real tokens" + (f"; drift {result['drift'] - 1:+.1%}" if result["drift"] else "")
         + (f"; bare products {result['floor_ms']:.1f} ms" if result["floor_ms"] else "")
     ]
+    ours = next(row for row in result["rows"] if row["name"] == OURS)
+    if said := result["predicted"]:
+        lines.append(
+            f"  predicted: {said['ms']:.1f} ms ({said['low_ms']:.1f} to {said['high_ms']:.1f}), "
+            f"{said['tokens_per_second']:,.0f} tok/s, MFU {said['mfu']:.1%} (executed "
+            f"{said['mfu_executed']:.1%}); measured {ours['ms'] / said['ms'] - 1:+.0%}"
+        )
     for row in result["rows"]:
         rates = f"{row['real_tokens_per_second']:>9,.0f} tok/s {row['sequences_per_second']:>7,.0f}"
         line = f"  {row['name']:<20}{row['ms']:>8.2f} ms {rates} seq/s"

@@ -1,7 +1,7 @@
 """Where a step's time goes, by family of kernels, beside what was predicted.
 
 `python -m benchmarks.gpu_trace base-512-full --out trace.json` records our step as one CUDA graph
-and adds its kernels up by the families of `benchmarks.predictions`. Our own kernels are known by
+and adds its kernels up by the families of `benchmarks.step_cost`. Our own kernels are known by
 their names; a product or a sum of torch's looks the same wherever it stands, so it is told by its
 place, which the eager step gives (see `benchmarks.profiling`). A kernel that no rule knows keeps
 its own name: all lines add up to the step, from its first kernel to the end of its last.
@@ -24,25 +24,26 @@ import torch
 from benchmarks import predictions, profiling, result, timing
 from benchmarks.compile_report import shipped_cases
 from benchmarks.contenders import mlperf_lengths, natural_lengths
-from benchmarks.predictions import (
+from benchmarks.predictions import TOKENS
+from benchmarks.step_cost import (
     ATTENTION_BACKWARD,
     ATTENTION_FORWARD,
     FAMILIES,
+    GAPS,
     GEMM_BACKWARD,
     GEMM_FORWARD,
     MLM,
     OPTIMIZER,
+    OTHER,
     PASSES,
     QKV_BIAS,
     RESIDUAL_ADDS,
-    TOKENS,
 )
 from benchmarks.step_trace import PRODUCTS, Kernel, Recorded, label_like
 from fastbert.config import ProfileStepConfig
 from fastbert.errors import RunError, UserError
 from fastbert.train.device import is_out_of_memory
 
-OTHER, IDLE = "everything else", "idle between kernels"
 SEED = 42
 MODEL_TOKENS = {"cuda": 65_536, "cpu": 512}
 QUICK_TOKENS = {"cuda": 16_384, "cpu": 256}
@@ -223,8 +224,8 @@ def rows_of(
         library: as of `library_kernels`.
         predicted, estimated: milliseconds of a step of `TOKENS`, by family or line.
     """
-    groups: dict[str, dict[str, list[Kernel]]] = {family: defaultdict(list) for family in FAMILIES}
-    groups[OTHER] = defaultdict(list)
+    kinds = [family for family in FAMILIES if family != GAPS]
+    groups: dict[str, dict[str, list[Kernel]]] = {family: defaultdict(list) for family in kinds}
     for kernel in recorded.kernels:
         family = family_of(kernel, cuda, library)
         groups[family][detail_of(kernel, family)].append(kernel)
@@ -262,8 +263,10 @@ def rows_of(
                 "kernels": profiling.kernel_rows(kernels, recorded.steps, cuda, ours),
             }  # fmt: skip
             details.append(row(name, kernels, family) | more)
-    idle_row: Found = {"name": IDLE, "family": IDLE, "ms_per_65536_tokens": idle * scale,
-                       "predicted_ms": None, "estimated_ms": None}  # fmt: skip
+    idle_row: Found = {
+        "name": GAPS, "family": GAPS, "ms_per_65536_tokens": idle * scale,
+        "predicted_ms": predicted.get(GAPS), "estimated_ms": estimated.get(GAPS),
+    }  # fmt: skip
     if idle > 0:
         idle_row |= {"calls": gaps["gaps"], "ms": idle, "share": idle / span}
     total: Found = {
@@ -377,8 +380,10 @@ def _described(
     told = [*notes]
     missing = []
     total: Found = {}
-    known = predictions.device_of(torch.cuda.get_device_name(runner.device)) if cuda else None
-    predicted = predictions.PREDICTED.get(workload.name, {})
+    device_name = torch.cuda.get_device_name(runner.device) if cuda else ""
+    known = predictions.device_of(device_name) if cuda else None
+    said = predictions.of(device_name, "trace", workload.name) or {}
+    predicted = said.get("families", {})
     try:
         estimated = predictions.estimated(runner.sizes, lengths, known) if known else {}
         rows, total = rows_of(
@@ -404,7 +409,7 @@ def _described(
             "real_tokens_per_second": real_tokens / milliseconds["ms"] * 1e3,
         },
         total=total,
-        predicted_range_ms=predictions.PREDICTED_RANGE.get(workload.name),
+        predicted_range_ms=[said["low_ms"], said["high_ms"]] if said else None,
         host_syncs=[
             {"name": name, "calls": count / eager.steps, "where": " ".join(filter(None, place))}
             for (name, place), count in eager.syncs.most_common()

@@ -11,17 +11,17 @@ to the JIT, which compiles them into Triton's cache, for a GPU that is there or 
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import gc
 import importlib
 import itertools
-import math
 import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -31,8 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastbert_kernels
-from benchmarks import gpu_smoke, gpu_step, kernel_checks, processes, sass
+from benchmarks import gpu_smoke, gpu_step, kernel_checks, launch_list, processes, sass
 from benchmarks.contenders import make_batches, make_recipe
+from benchmarks.launch_list import PRODUCTS, Array, Kernel
 from fastbert.config import ModelConfig, model_config
 from fastbert.model.bert import Bert
 from fastbert.ops import triton_ops
@@ -129,49 +130,6 @@ def _is_jit(value: Any) -> bool:
     return isinstance(value, triton.JITFunction)
 
 
-class Array(NamedTuple):
-    """A tensor that a kernel reads or writes."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One kernel of a step: of ours, or what an op of PyTorch's launches on a GPU.
-
-    What is updated in place is among inputs and outputs. Nothing tells which of its pointers a
-    kernel of ours writes: outputs are those whose memory is new, or was made by PyTorch in the same
-    op (zeros to add to, logits that become their gradient), or that the op declares to mutate.
-    """
-
-    name: str
-    """Such as aten.addmm or layer_norm._backward_kernel."""
-    direction: str
-    """"forward", "backward", or "step" for what a step does around them."""
-    inputs: tuple[Array, ...]
-    outputs: tuple[Array, ...]
-    launch: Launch | None = None
-    """Of our own kernels."""
-
-    @property
-    def bytes(self) -> int:
-        """Each input read once, each output written once, whole: a gather moves less."""
-        return sum(array.bytes for array in (*self.inputs, *self.outputs))
-
-    @property
-    def flops(self) -> int:
-        """Of a matrix product; 0 for the rest."""
-        if self.name not in PRODUCTS:
-            return 0
-        return 2 * math.prod(self.outputs[0].shape) * self.inputs[-1].shape[-2]
-
-
-PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 # No kernel: they make a view or memory that holds nothing yet.
 _NOTHING = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh"}
 _OVERWRITES = {"copy_", "_foreach_copy_", "fill_", "zero_"}
@@ -324,6 +282,7 @@ def step_trace(
     S: int,
     *,
     arch: int = 90,
+    layers: int = 2,
     T: int = 0,
     vocab_size: int = 0,
     dropout: float | None = None,
@@ -333,16 +292,17 @@ def step_trace(
     """Every kernel of one training step in bf16, in their order.
 
     Args:
-        model: a preset; two of its layers stand for all, since each launches the same.
+        model: a preset.
         S: the longest sequence.
         arch: compute capability.
+        layers: of the model: two stand for all, since all but the last launch the same.
         T: tokens of the batch; 0 for a little more than S.
         vocab_size: 0 for the preset's.
         dropout: None for the preset's.
         evaluates: whether an evaluation follows.
         changes: settings of the recipe that differ from `contenders.make_recipe`'s.
     """
-    sizes = _two_layers(model)
+    sizes = _with_layers(model, layers)
     if vocab_size:
         sizes = dataclasses.replace(sizes, vocab_size=vocab_size)
     if dropout is not None:
@@ -363,6 +323,40 @@ def step_trace(
     return recorder.kernels
 
 
+LISTED_TOKENS = 16 * 512 + 17
+"""Tokens of the step that is listed: no size of it is a multiple of another."""
+
+
+def listed() -> list[launch_list.Row]:
+    """The lines of launch_list.json: a step of BERT-base on sm_90, sizes as symbols.
+
+    Two layers beside one show what a layer adds. What handles all parameters or layers at once runs
+    once, with the arrays of two layers.
+    """
+    rows: dict[int, list[launch_list.Row]] = {}
+    for layers in (1, 2):
+        sizes, batch = _with_layers("base", layers), _batch(512, 30_522, LISTED_TOKENS)
+        M, N = batch.masked_labels.numel(), batch.num_sequences
+        names = launch_list.symbols(launch_list.sizes_of(sizes, LISTED_TOKENS, N, M))
+        kernels = step_trace("base", 512, layers=layers, T=LISTED_TOKENS)
+        for kernel in kernels:  # the flat buffer's length: parameters, and what aligns them
+            if kernel.name == "optimizer._adamw_kernel":
+                names[kernel.inputs[0].shape[0]] = "P"
+        rows[layers] = [launch_list.row_of(one, launch_list.ONCE, names) for one in kernels]
+
+    def keys(layers: int) -> list[tuple[str, ...]]:
+        return [tuple(row[:3] if row[1] == "step" else row) for row in rows[layers]]
+
+    found: list[launch_list.Row] = []
+    changes = difflib.SequenceMatcher(None, keys(1), keys(2), autojunk=False)
+    for kind, _, _, first, last in changes.get_opcodes():
+        if kind not in ("equal", "insert"):
+            raise RuntimeError(f"a step of two layers changes what one of one layer does: {kind}")
+        times = launch_list.ONCE if kind == "equal" else launch_list.PER_LAYER
+        found += [[times, *row[1:]] for row in rows[2][first:last]]
+    return found
+
+
 def step_launches(model: str, S: int, **options: Any) -> list[Launch]:
     """Those of our own kernels in `step_trace`."""
     return launches_of(step_trace(model, S, **options))
@@ -373,13 +367,13 @@ def launches_of(kernels: Sequence[Kernel]) -> list[Launch]:
     return [kernel.launch for kernel in kernels if kernel.launch is not None]
 
 
-def _two_layers(model: str) -> ModelConfig:
-    return dataclasses.replace(model_config(model), num_hidden_layers=2)
+def _with_layers(model: str, layers: int) -> ModelConfig:
+    return dataclasses.replace(model_config(model), num_hidden_layers=layers)
 
 
 def forward_launches(model: str, S: int, *, arch: int = 90) -> list[Launch]:
     """Those of the fp32 forwards, with and without dropout, that show contenders to be equal."""
-    sizes = _two_layers(model)
+    sizes = _with_layers(model, 2)
     batch = _batch(S, sizes.vocab_size, S + 24)
     with recorded(arch) as recorder, torch.no_grad():
         bert = Bert(sizes, triton_ops())
@@ -412,9 +406,7 @@ def compile_all(launches: Sequence[Launch], load: bool) -> Iterator[tuple[Launch
             yield launch, f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
-def share_of(
-    makers: Sequence[Callable[[], list[Launch]]], index: int, count: int
-) -> list[Launch]:
+def share_of(makers: Sequence[Callable[[], list[Launch]]], index: int, count: int) -> list[Launch]:
     """Of all variants that the makers' launches have, the index-th of `count` equal shares."""
     found: list[Launch] = []
     for make in makers:
@@ -466,8 +458,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--arch", type=int, help="compile all for this capability without a GPU, 90 for sm_90"
     )
     parser.add_argument("--wait", action="store_true", help="begin when a line comes on stdin")
+    parser.add_argument(
+        "--list", action="store_true", help=f"write {launch_list.FILE.name}; compiles nothing"
+    )
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)
+    if args.list:
+        with no_gpu(90):
+            launch_list.write(listed())
+        return 0
     if args.wait:
         processes.wait()
     index, count = map(int, args.share.split("/"))

@@ -1,42 +1,41 @@
-"""What a step on an H100 was expected to take, before one had run: by family of kernels.
+"""What a step on a GPU was expected to take, before one had run: predictions.json.
 
-`PREDICTED` was counted from compiled code, before any measurement, 2026-11: attention's kernels
-compiled for sm_90 and disassembled, the instructions of their inner loops added up by the pipe that
-issues them, the slowest pipe taken for the loop's time; the rest argued from bytes, and from tiles
-that do not fill 132 multiprocessors. It stays as it was written: a wrong prediction is worth as
-much as a right one. `estimated` is the roofline of `fastbert estimate` for the same families.
+`python -m benchmarks.predictions --write` computes it by `benchmarks.estimate` for every workload
+of `python -m benchmarks.gpu`, and writes the table of benchmarks/LOG.md. What was predicted of a
+device stays as it was once a step measured there lies under benchmarks/results/: a wrong prediction
+is worth as much as a right one, and the table says how far off it was.
 """
 
+import argparse
+import functools
+import json
+import math
 import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.estimate import DEVICES, Device, Lengths, Op, step_ops
-from fastbert.config import ModelConfig
+from benchmarks.estimate import DEVICES, Device, Memory
+from benchmarks.flops import MLM_PROBABILITY, executed_flops_per_token, flops_per_token
+from benchmarks.kernels import RESULTS, ROOT
+from benchmarks.marked import with_lines
+from benchmarks.step_cost import ATTENTION_BACKWARD, ATTENTION_FORWARD, PRODUCTS, Lengths
+from fastbert.config import ModelConfig, model_config
 
+FILE = Path(__file__).with_name("predictions.json")
+LOG = ROOT / "benchmarks" / "LOG.md"
+BEGIN, END = "<!-- python -m benchmarks.predictions --write -->", "<!-- end of the predictions -->"
 TOKENS = 65_536
-"""Real tokens of the step that every figure here stands for."""
+"""Real tokens of the step that a trace's figures are scaled to."""
+TRACED = ("base-512-full", "large-512-natural")
+GPUS = ("h100", "h200", "a100-80gb")
 
-GEMM_FORWARD, GEMM_BACKWARD, MLM = "GEMM forward", "GEMM dgrad + wgrad", "MLM products"
-ATTENTION_FORWARD, ATTENTION_BACKWARD = "attention forward", "attention backward"
-PASSES, OPTIMIZER = "memory-bound passes", "optimizer"
-RESIDUAL_ADDS, QKV_BIAS = "residual-gradient adds", "sum of dy, QKV bias"
-FAMILIES = (
-    GEMM_FORWARD, GEMM_BACKWARD, MLM, ATTENTION_FORWARD, ATTENTION_BACKWARD, PASSES, RESIDUAL_ADDS,
-    QKV_BIAS, OPTIMIZER,
-)  # fmt: skip
-
-# Milliseconds; AdamW, dropout 0.1, bf16, natural lengths of mean 278.
-PREDICTED = {
-    "base-512-full": dict(
-        zip(FAMILIES, (17.7, 36.6, 2.6, 5.4, 16.3, 17.3, 2.9, 1.8, 1.5), strict=True)
-    ),
-    "large-512-natural": dict(
-        zip(FAMILIES, (60.5, 123.0, 3.4, 14.0, 36.2, 45.8, 7.7, 4.8, 4.5), strict=True)
-    ),
-}
-PREDICTED_RANGE = {"base-512-full": (93.0, 115.0), "large-512-natural": (278.0, 325.0)}
-"""Of the whole step, milliseconds."""
+Prediction = dict[str, Any]
+Table = dict[str, dict[str, Prediction]]
+"""Device -> "step" or "trace" and the name of a workload -> what is predicted of it."""
 
 
 def device_of(name: str) -> Device | None:
@@ -44,35 +43,148 @@ def device_of(name: str) -> Device | None:
     return next((one for one in DEVICES.values() if re.search(one.names, name)), None)
 
 
-def estimated(
-    sizes: ModelConfig,
-    lengths: np.ndarray,  # (B,)
-    device: Device,
-) -> dict[str, float]:
-    """Milliseconds of a step of `TOKENS` by the roofline; 0 for what it does not know of.
+def predict(sizes: ModelConfig, lengths: np.ndarray, tokens: int, device: Device) -> Prediction:
+    """A step of `tokens` real tokens, of which sequences of (B,) `lengths` are typical."""
+    of = Lengths.of(lengths)
+    cost = device.step(sizes, tokens, of)
+    rate = tokens / cost.seconds
+    masked = round(MLM_PROBABILITY * float(lengths.sum()))
+    families = {one.name: one for one in cost.families}
+    products = sum(families[name].seconds for name in PRODUCTS)
+    memory = Memory.of(sizes, device)
+    per_token = flops_per_token(sizes, lengths), executed_flops_per_token(sizes, lengths, masked)
+    mfu, executed = (one * rate / (device.peak_flops or math.inf) for one in per_token)
+    found = {
+        "tokens": tokens,
+        "ms": cost.seconds * 1e3,
+        "low_ms": cost.low * 1e3,
+        "high_ms": cost.high * 1e3,
+        "tokens_per_second": rate,
+        "sequences_per_second": rate / of.mean,
+        "mfu": mfu,
+        "mfu_executed": executed,
+        "over_products": cost.seconds / products,
+        "attention_tflops": [
+            families[name].flops / families[name].seconds / 1e12
+            for name in (ATTENTION_FORWARD, ATTENTION_BACKWARD)
+        ],
+        "gib": (memory.state_bytes + tokens * memory.bytes_per_token) / 2**30,
+        "families": {name: one.seconds * 1e3 for name, one in families.items()},
+    }
+    told: Prediction = json.loads(json.dumps(found), parse_float=_rounded)
+    return told
 
-    Returns:
-        By family, and for the passes also by op and direction, as "bias_gelu forward".
-    """
-    found = dict.fromkeys(FAMILIES, 0.0)
-    for op in step_ops(sizes, TOKENS, Lengths.of(lengths)):
-        milliseconds = op.seconds(device) * 1e3
-        family = _family(op)
-        found[family] += milliseconds
-        if family == PASSES:
-            detail = f"{op.name} {op.direction}"
-            found[detail] = found.get(detail, 0.0) + milliseconds
+
+def _rounded(text: str) -> float:
+    return float(f"{float(text):.4g}")
+
+
+def estimated(sizes: ModelConfig, lengths: np.ndarray, device: Device) -> dict[str, float]:
+    """Milliseconds of a step of `TOKENS` as `fastbert estimate` says today: by family, and for the
+    passes also by op and direction, as "bias_gelu forward"."""
+    cost = device.step(sizes, TOKENS, Lengths.of(lengths))
+    found = {one.name: one.seconds * 1e3 for one in cost.families}
+    return found | {name: seconds * 1e3 for name, seconds in cost.passes.items()}
+
+
+@functools.cache
+def committed(path: Path = FILE) -> Table:
+    """What was predicted."""
+    found: Table = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
-def _family(op: Op) -> str:
-    if op.part == "optimizer":
-        return OPTIMIZER
-    if op.part == "passes":
-        return PASSES
-    forward = op.direction == "forward"
-    if op.part == "attention":
-        return ATTENTION_FORWARD if forward else ATTENTION_BACKWARD
-    if op.name in ("linear_cross_entropy", "transform"):
-        return MLM
-    return GEMM_FORWARD if forward else GEMM_BACKWARD
+def of(device_name: str, kind: str, workload: str) -> Prediction | None:
+    """What was predicted of a workload on the device that its driver names so; None: nothing.
+
+    Args:
+        device_name: such as "NVIDIA H200".
+        kind: "step" or "trace".
+        workload: its name.
+    """
+    for name, found in committed().items():
+        if re.search(DEVICES[name].names, device_name):
+            return found.get(f"{kind} {workload}")
+    return None
+
+
+def make(measured: Mapping[str, Any], before: Table) -> Table:
+    """The whole table: of devices in `measured` as it was `before`, of the others as of now."""
+    from benchmarks import gpu_step, gpu_trace
+
+    table: Table = {}
+    for gpu in GPUS:
+        if gpu in measured:
+            table[gpu] = before[gpu]
+            continue
+        device, here = DEVICES[gpu], table.setdefault(gpu, {})
+        for step in gpu_step.WORKLOADS.values():
+            if step.name != gpu_step.TINY:
+                lengths = step.draw(np.random.default_rng(gpu_step.SEED))
+                tokens = int(lengths.sum())
+                here[f"step {step.name}"] = predict(step.sizes, lengths, tokens, device)
+        for name in TRACED:
+            traced = gpu_trace.Workload.of(name)
+            lengths = traced.draw(TOKENS)
+            here[f"trace {name}"] = predict(model_config(traced.model), lengths, TOKENS, device)
+    return table
+
+
+def measured_steps(results: Path = RESULTS) -> dict[str, dict[str, Prediction]]:
+    """Device -> workload -> our row of the newest file of `python -m benchmarks.gpu` there."""
+    found: dict[str, dict[str, Prediction]] = {}
+    for path in sorted(results.glob("*/step-*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        told = content["conditions"]
+        gpu = next((g for g in GPUS if re.search(DEVICES[g].names, told["device"])), None)
+        ours = next((row for row in content["rows"] if row["name"] == "fastbert"), None)
+        if gpu and ours and told["device_type"] == "cuda":
+            found.setdefault(gpu, {})[path.stem.removeprefix("step-")] = ours
+    return found
+
+
+def table_lines(table: Table, measured: Mapping[str, Mapping[str, Prediction]]) -> Iterator[str]:
+    """The predictions as Markdown, each with what came of it."""
+    yield (
+        "| device | workload | ms (range) | tokens/s | MFU | executed | over products "
+        "| attention, TFLOP/s | GiB | measured ms | off |"
+    )
+    yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+    for device, workloads in table.items():
+        for name, one in workloads.items():
+            kind, _, workload = name.partition(" ")
+            if kind != "step":
+                continue
+            row = measured.get(device, {}).get(workload)
+            forward, backward = one["attention_tflops"]
+            cells = (
+                device, workload, f"{one['ms']:.1f} ({one['low_ms']:.1f} to {one['high_ms']:.1f})",
+                f"{one['tokens_per_second'] / 1e3:,.0f}k", f"{one['mfu']:.1%}",
+                f"{one['mfu_executed']:.1%}", f"{one['over_products']:.2f}",
+                f"{forward:.0f} / {backward:.0f}", f"{one['gib']:.1f}",
+                f"{row['ms']:.1f}" if row else "not yet run",
+                f"{row['ms'] / one['ms'] - 1:+.0%}" if row else "-",
+            )  # fmt: skip
+            yield f"| {' | '.join(cells)} |"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.predictions")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write {FILE.name} and the table of {LOG.name}"
+    )
+    args = parser.parse_args(argv)
+    measured = measured_steps()
+    table = make(measured, committed() if FILE.exists() else {})
+    lines = list(table_lines(table, measured))
+    if args.write:
+        FILE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        text = with_lines(LOG.read_text(encoding="utf-8"), LOG, BEGIN, END, lines)
+        LOG.write_text(text, encoding="utf-8")
+    else:
+        print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

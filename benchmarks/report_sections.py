@@ -253,6 +253,15 @@ def _estimate(page: Page, result: Result) -> None:
     page.heading(3, result.workload)
     page.text(f"Step time: {result.more.get('source')}. {result.file}, {result.date}.")
     _table(page, result.rows)
+    families = result.more.get("families") or []
+    if families:
+        page.text("A step of one device, modelled, by family of kernels.")
+        page.table(
+            ("", "launches", "ms", "low", "high", "waits for", "filled"),
+            [(one["name"], number(one["launches"]),
+              *(number(one[key] * 1e3) for key in ("seconds", "low", "high")), one["limit"],
+              number(one["filled"])) for one in families],
+        )  # fmt: skip
 
 
 SECTIONS: dict[str, Callable[[Page, Result], None]] = {

@@ -10,19 +10,16 @@ import pytest
 
 from benchmarks import estimate as est
 from benchmarks import result
-from benchmarks.estimate import DEVICES, Device, Lengths, Memory, Op, estimate
+from benchmarks.estimate import DEVICES, Device, Memory, estimate
 from benchmarks.kernels import Ceilings
+from benchmarks.step_cost import CPU, FAMILIES, RESIDUAL_ADDS, Lengths
 from fastbert import cli
 from fastbert.config import EstimateConfig, ModelConfig, base, large, model_config, tiny
 from fastbert.errors import RunError, UserError
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE
 
-ROUND = Device(
-    "round", Ceilings(1e9, 2e9), "made up", 1e9, product_share=0.5, attention_share=0.25,
-    bandwidth_share=0.5, gap_seconds=0.125, peak_flops=None, power_watts=None, power_share=1.0,
-    nvlink=100e9,
-)  # fmt: skip
+ROUND = Device("round", Ceilings(1e9, 2e9), "made up", 1e9, CPU, None, nvlink=100e9)
 SMALL = ModelConfig(
     vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
     intermediate_size=256, max_position_embeddings=128,
@@ -43,43 +40,6 @@ def test_parameters():
 def test_lengths_come_down_to_a_mean_and_a_mean_by_tokens():
     found = Lengths.of(np.array([100, 300]))
     assert (found.mean, found.attended) == (200, 250)  # (100 * 100 + 300 * 300) / 400
-
-
-@pytest.mark.parametrize(
-    ("part", "bytes", "flops", "seconds"),
-    [
-        ("products", 1e9, 0.0, 2 * (2 + 0.125)),  # half of 1 GB/s
-        ("products", 1e9, 3e9, 2 * (3 + 0.125)),  # half of 2 GFLOP/s
-        ("attention", 1e9, 3e9, 2 * (6 + 0.125)),  # a quarter of it
-    ],
-)
-def test_an_op_takes_the_longer_of_its_bytes_and_its_flops(part, bytes, flops, seconds):
-    assert Op(part, "forward", 2, bytes, flops).seconds(ROUND) == pytest.approx(seconds)
-
-
-def test_work_of_a_step():
-    """1,000 tokens in 10 sequences of 100; 150 masked, so 160 rows leave the last layer."""
-    ops = est.step_ops(SMALL, 1000, Lengths(100, 100))
-    flops = {part: sum(op.count * op.flops for op in ops if op.part == part)
-             for part in ("products", "attention", "passes", "optimizer")}  # fmt: skip
-    qkv = 2 * 2 * 1000 * 64 * 192
-    rest = 2 * (1000 + 160) * (64 * 64 + 2 * 64 * 256)
-    transform = 2 * 150 * 64 * 64
-    assert flops["products"] == 3 * (qkv + rest + transform) + 3 * 2 * 150 * 64 * 1000
-    assert flops["attention"] == 2 * 14 * 1000 * 100 * 64
-    assert flops["passes"] == flops["optimizer"] == 0
-    passes = {
-        "embedding": 4 * 64_000 + 32_000 + 10 * 64_000 + 2 * 1512 * 64 + 48_000,
-        "norms": 2 * 2 * (8 * 64 + 8) * (1000 + 160),
-        "gelu": 10 * 256 * (1000 + 160),
-        "head": (10 * 64 + 16) * 150,
-        "logits": 6 * 150 * 1000,
-    }
-    assert sum(op.count * op.bytes for op in ops if op.part == "passes") == sum(passes.values())
-    # 1,000 + 128 + 2 rows of embeddings; 2 layers; pooler, transform and norm, bias, next sentence
-    P = 1130 * 64 + 128 + 2 * (4 * 64**2 + 2 * 64 * 256 + 9 * 64 + 256)
-    P += 64**2 + 64 + 64**2 + 3 * 64 + 1000 + 130
-    assert [op.bytes for op in ops if op.part == "optimizer"] == [34 * P]
 
 
 def test_memory_of_base_on_an_h100():
@@ -149,7 +109,9 @@ def test_a_measurement_of_this_model_replaces_the_models_time(tmp_path):
     measured(tmp_path)
     found = estimate(asked(), tmp_path)
     assert found.source == f"from {tmp_path / 'h100' / 'anything.json'}"
-    assert found.plans[0].step_seconds == pytest.approx(0.040)
+    plan = found.plans[0]
+    assert plan.step_seconds == pytest.approx(0.040)
+    assert plan.low_seconds == plan.high_seconds == plan.step_seconds
     assert found.watts == pytest.approx(400 * 0.032768 / 0.040)  # J a step over seconds a step
     # At twice the tokens the model carries it on: as much longer as the model says.
     twice = estimate(asked(tokens_per_batch=65536), tmp_path)
@@ -202,6 +164,11 @@ def test_days_dollars_and_energy_follow_from_the_rate(tmp_path):
         # 72 * 12 * 768² + 12 * 12 * 768 * 512 + 0.9 * (768² + 768 * 30522) = 587,858,688
         rate = plan.tokens_per_second / plan.gpus
         assert plan.mfu == pytest.approx(587_858_688 * rate / 989e12)
+        # Of the last layer 60 H² are for 15% and one of 512 tokens, and so are 12 H s.
+        skipped = (60 * 768**2 + 12 * 768 * 512) * (0.85 - 1 / 512)
+        executed = (587_858_688 - skipped) * rate / 989e12
+        assert plan.mfu_executed == pytest.approx(executed, rel=1e-3)
+        assert plan.low_seconds < plan.step_seconds < plan.high_seconds
 
 
 def test_more_gpus_are_faster_but_never_by_more_than_their_number(tmp_path):
@@ -215,14 +182,14 @@ def test_more_gpus_are_faster_but_never_by_more_than_their_number(tmp_path):
 
 @pytest.mark.parametrize("gpu", DEVICES)
 def test_larger_work_takes_longer(gpu):
-    device, usual, short = DEVICES[gpu], base(), Lengths(128, 128)
+    device, usual, short = DEVICES[gpu], base(), Lengths.of(np.array([128]))
 
     def seconds(sizes=usual, tokens=8192, lengths=short):
-        return est.step_seconds(sizes, tokens, lengths, device)
+        return device.step(sizes, tokens, lengths).seconds
 
     assert seconds(tokens=8192) < seconds(tokens=16384) < 2 * seconds(tokens=8192)
     assert seconds() < seconds(large())
-    assert seconds() < seconds(lengths=Lengths(512, 512))
+    assert seconds() < seconds(lengths=Lengths.of(np.array([512])))
 
 
 def test_beyond_lambs_recipes_it_warns_and_plans_within_them(tmp_path):
@@ -271,6 +238,11 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
         joules = row["kilowatt_hours"] * 3.6e6 / (written["tokens"] / 1e6)
         assert row["joules_per_million_tokens"] == pytest.approx(joules)
     assert written["missing"] == []
+    assert [one["name"] for one in written["families"]] == list(FAMILIES)
+    for one in written["families"]:
+        line = next((line for line in printed.splitlines() if line.startswith(one["name"])), "")
+        assert (f" {one['seconds'] * 1e3:,.2f} " in line) == (one["name"] != RESIDUAL_ADDS)
+        assert (one["limit"] in line) == (one["name"] != RESIDUAL_ADDS)
 
 
 def test_what_is_not_known_on_a_cpu_is_missing_not_silent(tmp_path, capsys):

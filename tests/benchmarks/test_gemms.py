@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gemms, timing
+from benchmarks import gemms, launch_list, predictions, timing
 from benchmarks import result as results
-from benchmarks.estimate import Lengths, step_ops
-from benchmarks.predictions import GEMM_BACKWARD, GEMM_FORWARD, MLM, PREDICTED
+from benchmarks.step_cost import GEMM_BACKWARD, GEMM_FORWARD, MLM, PRODUCTS
+from benchmarks.step_cost import family_of as family_on_paper
 from fastbert.config import ModelConfig, model_config
 
 CPU = torch.device("cpu")
@@ -22,13 +22,14 @@ SMALL = ModelConfig(
 
 @pytest.mark.parametrize(("model", "mean"), [("base", 512), ("large", 278)])
 def test_the_products_are_those_of_the_estimate(model, mean):
+    """But for the pooler's and the next sentence's, and the vocabulary's padding."""
     sizes, T = model_config(model), 65_536
+    M, N = round(0.15 * T), round(T / mean)
     asked: dict[str, float] = {}
-    for op in step_ops(sizes, T, Lengths(mean, mean)):
-        if op.part == "products":
-            family = GEMM_FORWARD if op.direction == "forward" else GEMM_BACKWARD
-            family = family if op.name == "linear" else MLM
-            asked[family] = asked.get(family, 0.0) + op.count * op.flops
+    for times, kernel in launch_list.read(launch_list.sizes_of(sizes, T, N, M)):
+        family = family_on_paper(kernel, M)
+        if family in PRODUCTS:
+            asked[family] = asked.get(family, 0.0) + times * kernel.flops
     found: dict[str, float] = {}
     for weight in gemms.weights_of(model, sizes, T, mean):
         for kind, (M, N, K) in weight.shapes().items():
@@ -36,7 +37,7 @@ def test_the_products_are_those_of_the_estimate(model, mean):
             family = gemms.family_of(row)
             if family:
                 found[family] = found.get(family, 0.0) + weight.count * 2 * M * N * K
-    assert found == pytest.approx(asked, rel=1e-5)
+    assert found == pytest.approx(asked, rel=5e-4)
 
 
 def test_the_vocabulary_as_it_is_and_padded_twice():
@@ -94,7 +95,7 @@ def test_a_sum_stands_beside_its_prediction():
         row("qkv", gemms.WGRAD_ADDS, "cublas", 9.0), row("transform", "forward", "cublas", 1.0, 1),
         row("decoder N=30528", "forward", "cublas", 9.0, 0.0),
     ]  # fmt: skip
-    sums = {one["family"]: one for one in gemms.sums_of(rows, T=32_768)}
+    sums = {one["family"]: one for one in gemms.sums_of(rows, 32_768, "NVIDIA H200")}
     assert list(sums) == [GEMM_FORWARD, GEMM_BACKWARD, MLM]
     assert sums[GEMM_FORWARD]["ms_per_65536_tokens"] == {
         "cublas": pytest.approx(18.0), "cublaslt": pytest.approx(9.6)
@@ -102,7 +103,9 @@ def test_a_sum_stands_beside_its_prediction():
     assert sums[GEMM_BACKWARD]["ms_per_65536_tokens"] == {"cublas": pytest.approx(72.0)}
     assert sums[MLM]["ms_per_65536_tokens"] == {"cublas": pytest.approx(2.0)}
     for family, one in sums.items():
-        assert one["predicted_ms"] == PREDICTED["base-512-full"][family]
+        said = predictions.committed()["h200"]["trace base-512-full"]["families"]
+        assert one["predicted_ms"] == said[family] > 0
+    assert {one["predicted_ms"] for one in gemms.sums_of(rows, 32_768)} == {None}
     assert rows[0]["tflops"] == pytest.approx(2 * 32_768 * 768**2 / 0.5e-3 / 1e12)
     assert rows[0]["matrix_share"] == pytest.approx(rows[0]["tflops"])
 

@@ -1,18 +1,22 @@
 """Launches noted without a GPU, in a process whose kernels are not the interpreter's."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from benchmarks import launch_list
 from benchmarks.processes import ROOT
+from fastbert.config import base
 
 SCRIPT = """
 import collections, json, os, sys, torch
-from benchmarks import launches
+from benchmarks import launch_list, launches
 
 found = {}
 with launches.no_gpu(90):
@@ -24,6 +28,9 @@ with launches.no_gpu(90):
     found["step"] = [[one.direction, one.name.removeprefix("aten."), *one.outputs[0].shape]
                      for one in kernels]
     found["work"] = [[one.name, one.bytes, one.flops] for one in kernels]
+    found["listed"] = launches.listed()
+    found["three layers"] = [[one.direction, one.name, one.bytes, one.flops]
+                             for one in launches.step_trace("base", 512, layers=3, T=T)]
     forms = collections.defaultdict(set)
     for make in launches.makers(90):
         for one in make():
@@ -160,6 +167,27 @@ def test_what_the_kernels_of_a_step_move_and_compute(found):
     # The first product of a layer reads the residual's gradient and writes its own over it.
     assert moved["backward", "aten.addmm"][-1] == 2 * (T * 3 * H + 3 * H * H + 2 * T * H)
     assert moved["step", "optimizer._adamw_kernel"] == [4 * 7 * 39241600 + 2 * 39241600 * 2 + 20]
+
+
+def test_the_committed_list_is_what_a_step_launches(found):
+    assert found["listed"] == json.loads(launch_list.FILE.read_text())
+
+
+def test_the_list_stands_for_other_layers_and_tokens(found):
+    """Recorded at 8,209 tokens and one or two layers; here for 1,041 and three."""
+    sizes = launch_list.sizes_of(dataclasses.replace(base(), num_hidden_layers=3), T, N, M)
+    calls, work = Counter(), Counter()
+    for times, kernel in launch_list.read(sizes):
+        calls[kernel.direction, kernel.name] += times
+        work["bytes", kernel.direction] += times * kernel.bytes
+        work["flops", kernel.direction] += times * kernel.flops
+    recorded = found["three layers"]
+    assert calls == Counter((direction, name) for direction, name, *_ in recorded)
+    for index, what in ((2, "bytes"), (3, "flops")):
+        for direction in ("forward", "backward", "step"):
+            whole = sum(one[index] for one in recorded if one[0] == direction)
+            # Partial sums are those of more tokens: 264 programs instead of as many as have work.
+            assert work[what, direction] == pytest.approx(whole, rel=0.05 if index == 2 else 0)
 
 
 def test_the_number_of_tokens_makes_no_variant(found):

@@ -1,0 +1,106 @@
+"""What was predicted is committed, current until measured, and stands beside what came of it."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu_step, predictions
+from benchmarks.estimate import DEVICES
+from benchmarks.step_cost import FAMILIES, PRODUCTS
+from fastbert.config import base
+
+H200 = "NVIDIA H200"
+
+
+def near(found):
+    """For comparisons of nested figures: rounding differs between builds of numpy."""
+    if isinstance(found, dict):
+        return {key: near(value) for key, value in found.items()}
+    return pytest.approx(found, rel=2e-3)
+
+
+@pytest.fixture(scope="module")
+def now():
+    return predictions.make({}, {})
+
+
+def test_what_is_committed_is_what_the_estimate_says_until_a_gpu_has_spoken(now):
+    committed = predictions.committed()
+    assert list(committed) == list(predictions.GPUS)
+    measured = predictions.measured_steps()
+    for gpu in predictions.GPUS:
+        assert set(committed[gpu]) == set(now[gpu])
+        if gpu not in measured:
+            assert committed[gpu] == near(now[gpu])
+
+
+def test_every_workload_of_the_gpu_command_is_there(now):
+    steps = {name for name in gpu_step.WORKLOADS if name != gpu_step.TINY}
+    for found in now.values():
+        assert {name.partition(" ")[2] for name in found if name.startswith("step ")} == steps
+        assert {name for name in found if name.startswith("trace ")} == {
+            "trace base-512-full", "trace large-512-natural"
+        }  # fmt: skip
+        for one in found.values():
+            assert one["low_ms"] < one["ms"] < one["high_ms"]
+            assert one["mfu_executed"] < one["mfu"] < 1
+            assert sum(one["families"].values()) == pytest.approx(one["ms"], rel=1e-3)
+
+
+def test_figures_follow_from_the_families():
+    found = predictions.predict(base(), np.full(64, 512), 32_768, DEVICES["h200"])
+    families = found["families"]
+    assert set(families) == set(FAMILIES)
+    products = sum(families[name] for name in PRODUCTS)
+    assert found["over_products"] == pytest.approx(found["ms"] / products, rel=1e-3)
+    assert found["tokens_per_second"] == pytest.approx(32_768 / found["ms"] * 1e3, rel=1e-3)
+    assert found["sequences_per_second"] == pytest.approx(64 / found["ms"] * 1e3, rel=1e-3)
+    # 72 * 12 * 768² + 12 * 12 * 768 * 512 + 0.9 * (768² + 768 * 30522) FLOPs a token
+    assert found["mfu"] == pytest.approx(587_858_688 * found["tokens_per_second"] / 989e12, 1e-3)
+    # Attention of 11 layers whole, of the last for 15% of the tokens and [CLS].
+    pairs = 12 * 64 * 512 * 512 * 64 * (11 + 78 / 512)
+    forward, backward = found["attention_tflops"]
+    assert forward == pytest.approx(4 * pairs / families["attention forward"] / 1e9, rel=5e-3)
+    assert backward == pytest.approx(10 * pairs / families["attention backward"] / 1e9, rel=5e-3)
+
+
+def test_what_was_measured_freezes_what_was_predicted(now):
+    before = copy.deepcopy(now)
+    before["h200"]["step base-512-full"]["ms"] = 1.0
+    before["h100"]["step base-512-full"]["ms"] = 1.0
+    after = predictions.make({"h200": {}}, before)
+    assert after["h200"] == before["h200"]
+    assert after["h100"] == now["h100"]
+
+
+def test_the_table_says_how_far_off_it_was(tmp_path, now):
+    (tmp_path / "h200").mkdir()
+    said = now["h200"]["step base-512-full"]["ms"]
+    content = {
+        "conditions": {"device": H200, "device_type": "cuda"},
+        "rows": [{"name": "fastbert", "ms": 1.25 * said}, {"name": "hf-sdpa", "ms": 9.0}],
+    }
+    (tmp_path / "h200" / "step-base-512-full.json").write_text(json.dumps(content))
+    content["conditions"] |= {"device": "AMD EPYC", "device_type": "cpu"}
+    (tmp_path / "h200" / "step-base-128-full.json").write_text(json.dumps(content))
+    measured = predictions.measured_steps(tmp_path)
+    assert measured == {"h200": {"base-512-full": {"name": "fastbert", "ms": 1.25 * said}}}
+    lines = list(predictions.table_lines(now, measured))
+    row = next(line for line in lines if line.startswith("| h200 | base-512-full"))
+    assert row.endswith(f"| {1.25 * said:.1f} | +25% |")
+    assert sum("not yet run | - |" in line for line in lines) == len(lines) - 3
+
+
+def test_the_log_has_the_committed_table():
+    text = predictions.LOG.read_text(encoding="utf-8")
+    lines = predictions.table_lines(predictions.committed(), predictions.measured_steps())
+    assert f"{predictions.BEGIN}\n{chr(10).join(lines)}\n{predictions.END}" in text
+
+
+def test_a_prediction_is_found_by_the_name_of_the_driver():
+    found = predictions.of(H200, "step", "base-512-full")
+    assert found == predictions.committed()["h200"]["step base-512-full"]
+    assert predictions.of("NVIDIA T4", "step", "base-512-full") is None
+    assert predictions.of(H200, "step", "tiny-64-natural") is None
