@@ -1,6 +1,7 @@
 """A GPU's host, as far as its packages go: what is not there is hidden from whole processes."""
 
 import importlib.metadata
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -11,8 +12,10 @@ HOST = (
     *("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "tqdm"),
     *("matplotlib", "tensorboard"),
 )
-# Python runs it before all else; the finder stands in PathFinder's place and finds less.
+# Python runs it before all else; the finder stands in PathFinder's place and finds less, and makes
+# Triton's interpreter shorter.
 SITECUSTOMIZE = """
+import runpy
 import sys
 from importlib.machinery import PathFinder
 from importlib.metadata import Prepared
@@ -20,8 +23,18 @@ from importlib.metadata import Prepared
 class Finder(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name.partition(".")[0] not in {modules}:
-            return PathFinder.find_spec(name, path, target)
+        if name.partition(".")[0] in {modules}:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if name == "triton.runtime.interpreter":
+            run = spec.loader.exec_module
+
+            def exec_module(module):
+                run(module)
+                runpy.run_path({shortcuts})["shorten"](module)
+
+            spec.loader.exec_module = exec_module
+        return spec
 
     @staticmethod
     def find_distributions(*args):
@@ -64,5 +77,6 @@ def host_site(tmp_path_factory, host_packages):
     folder = tmp_path_factory.mktemp("site")
     text = SITECUSTOMIZE.replace("{modules}", repr(modules - OURS))
     text = text.replace("{distributions}", repr(there - host_packages))
+    text = text.replace("{shortcuts}", repr(str(Path(__file__).parents[1] / "interpreter.py")))
     (folder / "sitecustomize.py").write_text(text)
     return folder

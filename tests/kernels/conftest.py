@@ -5,8 +5,11 @@ these modules are collected and while their tests run; other tests in this proce
 """
 
 import os
+import runpy
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,10 @@ if _BEFORE != "1" and "triton" in sys.modules:
 os.environ["TRITON_INTERPRET"] = "1"
 
 import triton.language  # noqa: E402, F401  its library functions are kernels, too
+from triton.runtime import interpreter  # noqa: E402
+
+_SHORTCUTS = runpy.run_path(str(Path(__file__).parents[1] / "interpreter.py"))
+_REPLACED: dict[str, Any] = _SHORTCUTS["shorten"](interpreter)
 
 
 def _restore() -> None:
@@ -35,6 +42,19 @@ def _interpreter() -> Iterator[None]:
     os.environ["TRITON_INTERPRET"] = "1"
     yield
     _restore()
+
+
+@pytest.fixture
+def tritons_own(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Takes the shortcuts back for the rest of the test."""
+
+    def undo() -> None:
+        for name, value in _REPLACED.items():
+            owner = interpreter.interpreter_builder if name == "options" else interpreter
+            assert getattr(owner, name) is not value
+            monkeypatch.setattr(owner, name, value)
+
+    return undo
 
 
 @pytest.fixture
