@@ -156,12 +156,12 @@ def make_batches(
 ) -> tuple[list[PaddedBatch], list[Batch]]:
     """The same random sequences twice: padded for the rivals, packed for us.
 
-    Every batch has the same lengths in another order, so T is constant.
+    Every batch has the same lengths, so T is constant; the longest first, as our loader lays them.
     """
     B = len(lengths)
+    lengths = np.sort(lengths)[::-1]
     padded, packed = [], []
     for _ in range(NUM_BATCHES):
-        lengths = rng.permutation(lengths)
         real = np.arange(S) < lengths[:, None]
         ids = rng.integers(low, vocab_size, (B, S)) * real
         types = ((np.arange(S) >= lengths[:, None] // 2) & real).astype(np.int64)

@@ -313,12 +313,12 @@ def _programs(kind: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def _makespan(programs: np.ndarray, times: float, places: int) -> float:
-    """Cycles until all programs are done, `places` at once: whole waves where all are equal; else
-    their mean, and half the longest that the last to begin lets the others wait."""
-    longest, count = float(programs.max()), times * len(programs)
+    """Cycles until all programs are done, `places` at once: whole waves where all are equal. The
+    longest first, as a batch has them, natural lengths leave a tenth of a mean program idle."""
+    longest, mean, count = float(programs.max()), float(programs.mean()), times * len(programs)
     if longest == programs.min():
         return math.ceil(count / places) * longest
-    return times * float(programs.sum()) / places + longest / 2
+    return max(longest, (count / places + 0.1) * mean)
 
 
 def _case(kind: str, D: int, dropout: bool, some: bool, arch: int) -> str:

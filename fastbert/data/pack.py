@@ -451,7 +451,10 @@ class Packer:
                 taken.append(index)
         gone = set(taken)
         self._pending = [s for index, s in enumerate(self._pending) if index not in gone]
-        return chosen
+        # Attention begins with the first: the longest last would let a GPU's other multiprocessors
+        # wait. At 26,708 tokens of natural lengths the backward of a head takes 1.03 times its work
+        # over all of them, in random order 1.16 times (scheduled on paper).
+        return sorted(chosen, key=lambda spans: spans.length, reverse=True)
 
     def _fit(self, lengths: NDArray[np.int64], order: NDArray[np.int64]) -> tuple[list[int], int]:
         """Returns sequences that fill a batch best, and how many tokens they leave.

@@ -243,7 +243,7 @@ def test_every_case_that_attention_needs_was_counted(arch, D, S, p, some):
 
 @pytest.mark.parametrize(
     ("programs", "times", "expected"),
-    [([7.0] * 4, 1.0, 14.0), ([7.0] * 4, 0.5, 7.0), ([8.0, 4.0], 3.0, 36.0 / 3 + 4.0)],
+    [([7.0] * 4, 1.0, 14.0), ([7.0] * 4, 0.5, 7.0), ([8.0, 4.0], 3.0, 36.0 / 3 + 0.6), ([8.0, 4.0], 0.5, 8.0)],
 )
 def test_until_all_programs_are_done(programs, times, expected):
     assert sc._makespan(np.array(programs), times, 3) == pytest.approx(expected)
