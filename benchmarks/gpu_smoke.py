@@ -126,7 +126,7 @@ class Steps:
             sizes, S = dataclasses.replace(model_config("base"), num_hidden_layers=2), 512
             lengths, dtype = np.array([512, 511, 129, 64, 488, 300, 512, 77]), torch.bfloat16
         else:
-            sizes = ModelConfig(150, 64, 2, 2, 64, max_position_embeddings=20)
+            sizes = ModelConfig(150, 32, 2, 1, 32, max_position_embeddings=20)
             lengths, S, dtype = np.array([17, 9, 5]), 20, torch.float16
         batches = make_batches(lengths, S, sizes.vocab_size, rng, low=5)[1]
         count = 10 if device.type == "cuda" else 1

@@ -135,13 +135,15 @@ def test_an_op_that_computes_something_else_is_not_timed(monkeypatch):
         bench_kernels.on_cpu(["gelu_layer_norm"], quick=True)
 
 
-def test_the_stage_of_a_gpu_becomes_rows_of_the_schema():
+def test_the_stage_of_a_gpu_becomes_rows_of_the_schema(host_site, monkeypatch):
     """In Triton's interpreter, at its tokens and a model's vocabulary."""
+    monkeypatch.setenv("PYTHONPATH", str(host_site))
     asked = kernel_timings.Asked("tiny", "natural", "eager")
     found = bench_kernels.on_gpu(["mask_tokens"], True, asked, device_type="cpu")
     results.check(results.make("kernels", {}, torch.device("cpu"), **found))
     ours, eager = found["rows"]
     assert (ours["contender"], eager["contender"]) == ("ours", "eager")
+    assert ours["direction"] == "step" and ours["ms"] > 0
     assert (ours["sizes"]["T"], ours["sizes"]["V"], ours["sizes"]["H"]) == (48, 30522, 128)
     pairs = [a / b for a, b in zip(eager["rounds_ms"], ours["rounds_ms"], strict=True)]
     assert eager["ratio"] == pytest.approx(statistics.median(pairs))

@@ -26,7 +26,7 @@ from benchmarks import result as results
 from benchmarks.kernel_checks import Case, check_case
 
 CPU = torch.device("cpu")
-FAULTS = ["fault:raise", "fault:kill"]
+OPS = ["fault:raise", "bias_gelu", "fault:kill"]  # an op after a crash and before one
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def rehearsal(tmp_path_factory, host_site):
     """
     folder = tmp_path_factory.mktemp("gpu")
     arguments = ["--device", "cpu", "--quick", "--budget", "3000", "--out", "below/results"]
-    for op in ("mask_tokens", *FAULTS, "bias_gelu"):
+    for op in OPS:
         arguments += ["--op", op]
     # From another folder, and to a relative one.
     with (
@@ -58,15 +58,14 @@ def rehearsal(tmp_path_factory, host_site):
 def test_a_crash_costs_one_op_and_the_exit_code(rehearsal):
     code, printed, stage, parts, _ = rehearsal
     assert code == 1
-    assert list(stage["ops"]) == ["mask_tokens", *FAULTS, "bias_gelu"]
+    assert list(stage["ops"]) == OPS
     assert "a fault that was asked for" in stage["ops"]["fault:raise"]["error"]
     assert "exit code -9" in stage["ops"]["fault:kill"]["error"]
     assert printed.count("FAILED") == 2 and "2 failures" in printed.splitlines()[-1]
     # What was found before the crash is kept.
     assert stage["ops"]["fault:kill"]["checks"] == parts["fault-kill-checks"]["checks"] != []
-    for op in ("mask_tokens", "bias_gelu"):
-        assert stage["ops"][op]["error"] is None
-        assert stage["ops"][op]["checks"] == parts[f"{op}-checks"]["checks"]
+    assert stage["ops"]["bias_gelu"]["error"] is None
+    assert stage["ops"]["bias_gelu"]["checks"] == parts["bias_gelu-checks"]["checks"] != []
 
 
 @pytest.mark.slow
@@ -231,7 +230,6 @@ def test_every_check_is_a_boolean_with_its_numbers(rehearsal):
     assert "fp16 R=5 H=128 none: torch.compile" in checks
     assert checks["fp16 R=5 H=128 none: CUDA graph"]["why"] == "no GPU"
     assert checks["fp16 R=5 H=128 none: backward 2 times the same bits"]["ok"]
-    assert all(check["ok"] for check in stage["ops"]["mask_tokens"]["checks"])
 
 
 @pytest.mark.slow
@@ -253,7 +251,6 @@ def test_rows_hold_times_work_and_ratios(rehearsal):
         assert ours["target_met"] is False  # in the interpreter
         assert "GELU only times a gate" in rows["bias_gelu", direction, "liger"]["why"]
     assert "bandwidth_share ≥ 0.85: MISSED" in printed
-    assert rows["mask_tokens", "step", "ours"]["ms"] > 0
 
 
 def test_a_hang_is_stopped(tmp_path):
@@ -264,7 +261,8 @@ def test_a_hang_is_stopped(tmp_path):
 
 @pytest.mark.slow
 def test_what_cannot_be_compiled_ahead_is_told(tmp_path):
-    notes = gpu_kernels.compile_all(["bias_gelu", "fault:raise"], tmp_path, "cpu", True)
+    ops = ["mask_tokens", "fault:raise"]
+    notes = gpu_kernels.compile_all(ops, tmp_path, "cpu", True, halves=("timings",))
     assert len(notes) == 1 and notes[0].startswith("compiling fault:raise 0/1: exit code 1")
 
 
