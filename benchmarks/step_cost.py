@@ -48,6 +48,8 @@ TRITON = "3.7.1"
 """Whose column of the counts prices attention."""
 SHORTEST = 2e-6
 """Seconds of a kernel that does nothing."""
+OVERLAP = 3
+"""Pipes overlap in part: between their largest and their sum, the root of the sum of cubes."""
 RAMP = 1000
 """Cycles until a program's first tile has come from memory."""
 TAIL = 64  # columns, as in fastbert_kernels.attention
@@ -63,9 +65,6 @@ class Shares:
 
     product: float
     attention: float
-    """Where several programs share a multiprocessor: the slowest pipe alone is counted."""
-    alone: float
-    """Of attention's programs that have one to themselves: what does not overlap is counted too."""
     bandwidth: float
     gap_seconds: float = 0.0
     """Between one kernel of a CUDA graph and the next."""
@@ -82,21 +81,19 @@ class Moods(NamedTuple):
 
 
 # cuBLAS's 798 TFLOP/s for 8192^3 are 0.89 of what its tiles allow at 1.755 GHz: the clock falls
-# under such a load. Attention: two programs a multiprocessor that overlap in full would reach 1;
-# the 333 and 272 TFLOP/s that FlashAttention 3 publishes at this size, without dropout, would be
-# 0.70 and 0.49 of what our counts allow.
+# under such a load. Attention's are a guess: barriers and the latency of memory are not counted.
 HOPPER = Moods(
-    Shares(0.82, 0.45, 0.60, 0.85, 1.0e-6),
-    Shares(0.89, 0.62, 0.80, 0.92, 0.6e-6),
-    Shares(0.74, 0.33, 0.45, 0.75, 2.0e-6, splits=4),
+    Shares(0.82, 0.62, 0.85, 1.0e-6),
+    Shares(0.89, 0.80, 0.92, 0.6e-6),
+    Shares(0.74, 0.48, 0.75, 2.0e-6, splits=4),
 )
 AMPERE = Moods(
-    Shares(0.82, 0.60, 0.70, 0.85, 1.0e-6),
-    Shares(0.89, 0.75, 0.85, 0.92, 0.6e-6),
-    Shares(0.74, 0.45, 0.55, 0.75, 2.0e-6, splits=4),
+    Shares(0.82, 0.75, 0.85, 1.0e-6),
+    Shares(0.89, 0.95, 0.92, 0.6e-6),
+    Shares(0.74, 0.55, 0.75, 2.0e-6, splits=4),
 )
 # A CPU's rates are of whole steps, and its ops follow each other without a launch.
-CPU = Moods(*(Shares(1.0, share, share, 1.0) for share in (0.5, 0.6, 0.4)))
+CPU = Moods(*(Shares(1.0, share, 1.0) for share in (0.5, 0.6, 0.4)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,34 +253,46 @@ class Paper:
             return by_rate + self.memory(written + moved), "memory", None, 1
         D = next((size for size in HEAD_SIZES if size >= H // A), HEAD_SIZES[-1])
         dropout, some = sizes.attention_probs_dropout_prob > 0, bool((queries < lengths).any())
-        loops = _loops(direction, int(lengths.max()), D, self.arch)
+        kinds = _kinds(direction, int(lengths.max()), D, self.arch)
         seconds, limits, computed = 0.0, [], 0.0
-        for kind, tiles in loops:
+        for kind, tiles in kinds:
             one = _counted(_case(kind, D, dropout, some, self.arch))
-            rows, columns = _blocks(kind, tiles, queries, lengths)
-            blocks = scale * A * float((rows * columns).sum())
-            # A program shares its multiprocessor: it takes as many times its own cycles.
-            block = one["held"] * one["cycles"] * tiles.block_m * tiles.block_n / 128**2
-            cycles = _makespan(
-                _programs(kind, rows, columns) * block + RAMP,
-                scale * A,
-                one["held"] * self.machine.multiprocessors,
-            )
-            share = self.shares.alone if one["held"] == 1 else self.shares.attention
-            took = cycles / self.machine.clock / share
+            blocks, asked, keys = _programs(kind, tiles, queries, lengths)
+            computed = tiles.block_m * tiles.block_n * float(blocks.sum())
+            passes = blocks * (tiles.block_m * tiles.block_n / 128**2)
+            of_row, of_key = _AROUND[kind]
+            around = D * (of_row * asked + of_key * keys) / self.machine.l2
+            pipes = {pipe: passes * one[pipe] for pipe in counts.COLUMNS[1:-1]}
+            pipes["L2"] = pipes.pop("memory") + around
+            slowest = max(pipes, key=lambda name: float(pipes[name].sum()))
+            cycles = sum(pipe**OVERLAP for pipe in pipes.values()) ** (1 / OVERLAP)
+            # Programs that share a multiprocessor each take as many times their own cycles.
+            places = one["held"] * self.machine.multiprocessors
+            took = _makespan(one["held"] * cycles + RAMP, scale * A, places)
+            took /= self.machine.clock * self.shares.attention
             seconds += took
-            pipes = {pipe: one[pipe] for pipe in counts.COLUMNS[1:-1]}
-            slowest = max(pipes, key=lambda pipe: pipes[pipe])
-            limits.append((took, "L2" if slowest == "memory" else slowest))
-            computed = blocks * tiles.block_m * tiles.block_n
-        filled = scale * A * float((queries * lengths).sum()) / computed
+            limits.append((took, slowest))
+        filled = float((queries * lengths).sum()) / computed
+        launches = len(kinds)
+        if launches > 1:  # delta is made by a pass of its own
+            launches += 1
+            seconds += self.memory(scale * A * float(queries.sum()) * (4 * D + 4))
         if self.memory(moved) > seconds:
-            return self.memory(moved), "memory", filled, len(loops)
-        return seconds, max(limits)[1], filled, len(loops)
+            return self.memory(moved), "memory", filled, launches
+        return seconds, max(limits)[1], filled, launches
 
 
-def _loops(direction: str, S: int, D: int, arch: int) -> list[tuple[str, Tiles]]:
-    """The kinds of kernels that a layer's attention launches, with their tiles."""
+# What a program moves through the L2 beside its tiles, bytes an element of a row that asks and of
+# a key: q, o, do, the scratch of dQ (zeros, its sum), dq; k twice, v, dk, dv; what it wrote, read
+# again for the bias. The counts of "short" and "tile" are of whole programs.
+_AROUND = {
+    "forward": (4, 0), "short": (0, 0), "tile": (0, 0), "head": (16, 12), "columns": (0, 12),
+    "query": (8, 0),
+}  # fmt: skip
+
+
+def _kinds(direction: str, S: int, D: int, arch: int) -> list[tuple[str, Tiles]]:
+    """The kernels with tiles that a layer's attention launches."""
     bf16 = torch.bfloat16
     if direction == "forward":
         kinds = [forward_kernel(S, D, bf16, arch)]
@@ -293,23 +302,21 @@ def _loops(direction: str, S: int, D: int, arch: int) -> list[tuple[str, Tiles]]
     return [(kind, choose_tiles(kind, D, bf16, arch)) for kind in kinds]
 
 
-def _blocks(
+def _programs(
     kind: str, tiles: Tiles, queries: np.ndarray, lengths: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of rows and of columns that each sequence takes."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tiles, rows that ask, keys) of each program of a head."""
     rows, columns = -(-queries // tiles.block_m), -(-lengths // tiles.block_n)
-    if kind in ("forward", "query"):  # what is left of the columns goes by `TAIL` at a time
-        whole, rest = np.divmod(lengths, tiles.block_n)
-        last = min(tiles.block_n, TAIL)
-        columns = whole + -(-rest // last) * last / tiles.block_n
-    return rows, columns
-
-
-def _programs(kind: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Tiles of each program of a head."""
-    if kind in ("tile", "head"):
-        return rows * columns
-    return np.repeat(rows, columns) if kind == "columns" else np.repeat(columns, rows)
+    if kind in ("short", "tile", "head"):
+        return rows * columns, queries, lengths
+    none = np.zeros(1)
+    if kind == "columns":
+        return np.repeat(rows, columns), none, np.full(1, tiles.block_n)
+    # What is left of the columns goes by `TAIL` at a time.
+    whole, rest = np.divmod(lengths, tiles.block_n)
+    last = min(tiles.block_n, TAIL)
+    columns = whole + -(-rest // last) * last / tiles.block_n
+    return np.repeat(columns, rows), np.full(1, tiles.block_m), none
 
 
 def _makespan(programs: np.ndarray, times: float, places: int) -> float:
