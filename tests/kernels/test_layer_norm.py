@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert_kernels import reference
-from fastbert_kernels.layer_norm import block_width, dropout_add_layer_norm
+from fastbert_kernels.layer_norm import _forward, block_width, dropout_add_layer_norm
 from fastbert_kernels.philox import keep_mask
 
 SEED = [12345, 6, 2]
@@ -59,6 +59,57 @@ def test_matches_the_reference(R: int, H: int, p: float, dtype: torch.dtype) -> 
     plain = results(reference.dropout_add_layer_norm, tensors, dtype, *args)
     want = results(reference.dropout_add_layer_norm, tensors, torch.float64, *args)
     assert_close_to_fp64(found, plain, want)
+
+
+# Weight and beta of a column, and whether y tells its normalized value.
+COLUMNS = {
+    "plain": (1.0, 0.0, True),
+    "beta as large as a negative weight": (-0.75, 0.75, True),
+    "the least weight": (2.0**-10, -(2.0**-10), True),
+    "beta larger": (0.75, -0.7505, False),
+    "a small weight": (2.0**-10 - 2.0**-20, 0.0, False),
+    "no weight": (0.0, 0.0, False),
+    "NaN": (torch.nan, 0.0, False),
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_the_sum_is_kept_where_y_does_not_tell(name: str, dtype: torch.dtype) -> None:
+    """By 8 columns: 24 to 31 hang on one of them. What is not written is NaN, and never read."""
+    weight, beta, told = COLUMNS[name]
+    R, H, args = 13, 264, (1e-12, 0.1, torch.tensor(SEED), 1)
+    tensors = inputs(R, H, dtype)
+    tensors[3] = (torch.rand(H) + 0.5).to(dtype)
+    tensors[4] = (torch.rand(H) - 0.5).to(dtype)
+    tensors[3][29], tensors[4][29] = weight, beta
+    z = _forward(*tensors, *args, None)[1]
+    kept = torch.zeros(R, H, dtype=torch.bool)
+    kept[:, 24:32] = not told
+    assert torch.equal(z.isfinite(), kept)
+    if name == "NaN":
+        return
+    found = results(dropout_add_layer_norm, tensors, dtype, *args)
+    plain = results(reference.dropout_add_layer_norm, tensors, dtype, *args)
+    want = results(reference.dropout_add_layer_norm, tensors, torch.float64, *args)
+    assert_close_to_fp64(found, plain, want)
+
+
+def test_y_tells_as_well_as_the_sum() -> None:
+    """The worst that is allowed, |beta| = |weight|: 1.4 times the error of a rounded sum."""
+    R, H, seed = 64, 768, torch.tensor(SEED)
+    tensors = [tensor.half() for tensor in inputs(R, H, torch.float32)]
+    weight = torch.rand(H) + 0.5
+    errors = []
+    for share in (1.0, 1.01):
+        tensors[3], tensors[4] = weight.half(), (weight.half() * share).half()
+        args = (1e-12, 0.0, seed, 1)
+        found = results(dropout_add_layer_norm, tensors, torch.float16, *args)
+        want = results(reference.dropout_add_layer_norm, tensors, torch.float64, *args)
+        errors.append([float((found[i] - want[i]).pow(2).mean().sqrt()) for i in (1, 4)])
+    (dx_y, dweight_y), (dx_z, dweight_z) = errors
+    assert dx_y < 1.1 * dx_z and dweight_y < 2 * dweight_z
 
 
 def test_dropout_bits_are_those_of_the_reference() -> None:
@@ -119,7 +170,9 @@ def test_no_rows() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_opcheck_and_compile(p: float) -> None:
-    tensors = [tensor.requires_grad_() for tensor in inputs(5, 128, torch.float32)]
+    x, bias, residual, weight, _ = inputs(5, 128, torch.float32)
+    # Beta larger than any weight: no output is left unwritten, so that all can be compared.
+    tensors = [t.requires_grad_() for t in (x, bias, residual, weight, weight.abs() + 1)]
     args, rows = (*tensors, 1e-12, p, torch.tensor(SEED), 1), torch.arange(5) * 2
     torch.library.opcheck(torch.ops.fastbert.dropout_add_layer_norm.default, (*args, rows))
     compiled = torch.compile(dropout_add_layer_norm, fullgraph=True, backend="aot_eager")
