@@ -61,8 +61,8 @@ COSTS = (
     Cost("attention", "forward", "dropout(softmax(q kᵀ / √D)) v",
          "8 * T * H + 4 * A * T", "4 * T * S * H"),
     Cost("attention", "backward", "dq, dk, dv", "14 * T * H + 4 * A * T", "10 * T * S * H"),
-    # The sum before the norm is kept: it costs what reading x and r again would.
-    Cost("dropout_add_layer_norm", "forward", _LAYER_NORM, "8 * T * H + 8 * T"),
+    # The backward reads y. The sum before the norm is kept only where weight and beta ask for it.
+    Cost("dropout_add_layer_norm", "forward", _LAYER_NORM, "6 * T * H + 8 * T"),
     Cost("dropout_add_layer_norm", "backward", "dx, dr, db, dweight, dbeta", "8 * T * H + 8 * T"),
     Cost("linear_cross_entropy", "both", "Σ -log softmax(x Wᵀ + b)[label]; dx, dW, db",
          "4 * M * H + 4 * V * H", "6 * M * V * H"),

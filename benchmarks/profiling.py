@@ -30,7 +30,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks import result, timing
 from benchmarks.contenders import make_batches, make_recipe
 from benchmarks.kernels import COSTS, Ceilings, cost_of
+from benchmarks.predictions import device_of
 from benchmarks.step import drawn_lengths
+from benchmarks.step_cost import Lengths
 from benchmarks.step_trace import BETWEEN, PRODUCTS, Kernel, Place, Recorded, analyse, label_like
 from fastbert.config import ModelConfig, ProfileStepConfig, StepBenchConfig, model_config
 from fastbert.data.batch import Batch
@@ -376,7 +378,8 @@ class Runner:
             lengths = drawn_lengths(asked, rng)
         _, packed = make_batches(lengths, config.max_seq_length, self.sizes.vocab_size, rng)
         self.batches = [batch.to(self.device) for batch in packed]
-        self.mean_length = round(float((lengths.astype(float) ** 2).sum() / lengths.sum()))
+        self.lengths = Lengths.of(lengths)
+        self.mean_length = round(self.lengths.attended)
 
     def launch(self, graph: bool) -> Callable[[Sequence[Batch]], None]:
         """A step that announces its parts, warmed up."""
@@ -462,7 +465,7 @@ def run(config: ProfileStepConfig) -> dict[str, Any]:
             origins[kernel["origin"]] += kernel["ms"]
     milliseconds = [1e3 * seconds for seconds in times]
     batch = runner.batches[0]
-    return result.make(
+    made = result.make(
         "profile-step", dataclasses.asdict(config), device, rows, missing,
         execution=list(execution.reasons),
         dtype=str(execution.dtype).removeprefix("torch."),
@@ -483,6 +486,24 @@ def run(config: ProfileStepConfig) -> dict[str, Any]:
         origins=dict(origins.most_common()),
         trace=str(trace_path(config)),
     )  # fmt: skip
+    made["on_paper"] = on_paper(
+        made["conditions"]["device"], runner.sizes, batch.num_tokens, runner.lengths
+    )
+    return made
+
+
+def on_paper(
+    device_name: str, sizes: ModelConfig, tokens: int, lengths: Lengths
+) -> dict[str, Any] | None:
+    """What `fastbert estimate` expects of such a step; None where it does not know the device."""
+    device = device_of(device_name)
+    if device is None:
+        return None
+    cost = device.step(sizes, tokens, lengths)
+    return {
+        "ms": cost.seconds * 1e3, "low_ms": cost.low * 1e3, "high_ms": cost.high * 1e3,
+        "families": {one.name: one.seconds * 1e3 for one in cost.families},
+    }  # fmt: skip
 
 
 def _merged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -563,6 +584,14 @@ def _summary(found: Mapping[str, Any]) -> str:
         f"layers: {found['attribution']}",
         "whose: " + ", ".join(f"{name} {ms / total:.1%}" for name, ms in found["origins"].items()),
     ]
+    if paper := found["on_paper"]:
+        longest = sorted(paper["families"].items(), key=lambda item: -item[1])[:4]
+        lines.append(
+            f"on paper (fastbert estimate): {paper['ms']:.3f} ms in bf16 ({paper['low_ms']:.3f} to "
+            f"{paper['high_ms']:.3f}): "
+            + ", ".join(f"{name} {ms:.3f}" for name, ms in longest)
+            + f"; the step took {step['ms'] / paper['ms']:.2f} times as long"
+        )
     if idle_time:
         lines.append(
             f"idle: {idle_time['idle_ms']:.3f} of {idle_time['span_ms']:.3f} ms a step, in "

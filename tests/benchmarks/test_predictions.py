@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import gpu_step, predictions
+from benchmarks import gpu_step, predictions, profiling
 from benchmarks.estimate import DEVICES
-from benchmarks.step_cost import FAMILIES, PRODUCTS
+from benchmarks.step_cost import FAMILIES, PRODUCTS, Lengths
 from fastbert.config import base
 
 H200 = "NVIDIA H200"
@@ -104,3 +104,31 @@ def test_a_prediction_is_found_by_the_name_of_the_driver():
     assert found == predictions.committed()["h200"]["step base-512-full"]
     assert predictions.of("NVIDIA T4", "step", "base-512-full") is None
     assert predictions.of(H200, "step", "tiny-64-natural") is None
+
+
+def test_a_profiled_step_stands_beside_what_it_takes_on_paper():
+    lengths = Lengths.of(np.full(64, 512))
+    found = profiling.on_paper(H200, base(), 32_768, lengths)
+    said = predictions.committed()["h200"]["step base-512-full"]
+    assert found["ms"] == pytest.approx(said["ms"], rel=2e-3)
+    assert sum(found["families"].values()) == pytest.approx(found["ms"])
+    assert profiling.on_paper("NVIDIA T4", base(), 32_768, lengths) is None
+    step = {"launched": "graph", "ms": 2 * found["ms"], "ms_p20": 1.0, "ms_p80": 3.0,
+            "recorded_ms": 9.0, "recorded_steps": 3}  # fmt: skip
+    result = {
+        "step": step, "idle": None, "ceilings": {"copies": {}, "matrix": 1e12}, "host_syncs": [],
+        "attribution": "by hand", "origins": {}, "on_paper": found,
+    }  # fmt: skip
+    line = next(line for line in profiling._summary(result).splitlines() if "on paper" in line)
+    assert f"{found['ms']:.3f} ms" in line and line.endswith("2.00 times as long")
+    assert "on paper" not in profiling._summary(result | {"on_paper": None})
+
+
+def test_the_readme_expects_what_was_predicted():
+    text = (predictions.ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("large-512-mlperf", "base-512-full", "base-128-full"):
+        one = predictions.committed()["h100"][f"step {name}"]
+        low, high = (f"{one['tokens'] / one[key]:.0f}k" for key in ("high_ms", "low_ms"))
+        assert f"{one['tokens_per_second'] / 1e3:.0f}k ({low} to {high})" in text, name
+    one = predictions.committed()["h100"]["step base-512-full"]
+    assert f"| 1.35 | {one['over_products']:.2f} |" in text

@@ -95,6 +95,18 @@ def test_a_gather_moves_the_rows_that_are_named():
     assert sc.bytes_of(copy) == 6 * 40_000
 
 
+def test_layer_norm_moves_three_and_four_tensors():
+    """x, residual and y; dy, y, dx and dresidual: the sum before the norm is rarely kept."""
+    tokens = [one for times, one in kernels(SMALL, 1000, 10, 150) if times > 1]
+    moved = {one.name: sc.bytes_of(one) for one in tokens if one.name.startswith("layer_norm")}
+    tensor, statistics, parameters, seed = 2 * 1000 * 64, 8 * 1000, 2 * 64, 24
+    forward = moved["layer_norm._forward_kernel"]
+    assert forward == 3 * tensor + statistics + 3 * parameters + seed
+    partials = 4 * 528 * 3 * 64
+    backward = moved["layer_norm._backward_kernel"]
+    assert backward == 4 * tensor + statistics + 2 * parameters + seed + partials
+
+
 def test_every_kernel_has_its_family_and_none_adds_residuals():
     found = {}
     for times, kernel in kernels(base(), 65_536, 128, 9830):
