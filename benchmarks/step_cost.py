@@ -161,7 +161,10 @@ _OPS = {
 
 def bytes_of(kernel: Kernel) -> float:
     """What a kernel must move: its arrays, but of a gather or scatter the rows that are named, and
-    nothing of what LayerNorm keeps for weights and betas that are rare."""
+    nothing of what LayerNorm keeps for weights and betas that are rare, or attention in the L2."""
+    if kernel.name.startswith("attention."):  # (A, R + 64 N, D) in fp32, where dQ is added up
+        scratch = [one for one in kernel.outputs if len(one.shape) == 3 and one.dtype.itemsize == 4]
+        return float(kernel.bytes - sum(one.bytes for one in scratch))
     if kernel.name == "layer_norm._forward_kernel":  # y and the sum before the norm
         return float(kernel.bytes - kernel.outputs[1].bytes)
     if kernel.name == "layer_norm._backward_kernel":  # dy, y and that sum

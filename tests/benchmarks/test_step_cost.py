@@ -107,6 +107,13 @@ def test_layer_norm_moves_three_and_four_tensors():
     assert backward == 4 * tensor + statistics + 2 * parameters + seed + partials
 
 
+def test_attention_adds_dq_up_in_the_l2():
+    backward = [sc.bytes_of(one) for times, one in kernels(SMALL, 1000, 10, 150)
+                if times > 1 and one.name == "attention.attention_backward_kernel"]  # fmt: skip
+    # qkv, out, dout in; dqkv out; statistics twice, the seed, lengths, sums for the bias
+    assert backward == [2 * 1000 * 64 * 8 + 2 * 4 * 2 * 1000 + 24 + 44 + 4 * 10 * 3 * 64]
+
+
 def test_every_kernel_has_its_family_and_none_adds_residuals():
     found = {}
     for times, kernel in kernels(base(), 65_536, 128, 9830):
