@@ -1,9 +1,9 @@
 """What a step on a GPU was expected to take, before one had run: predictions.json.
 
 `python -m benchmarks.predictions --write` computes it by `benchmarks.estimate` for every workload
-of `python -m benchmarks.gpu`, and writes the table of benchmarks/LOG.md. What was predicted of a
-device stays as it was once a step measured there lies under benchmarks/results/: a wrong prediction
-is worth as much as a right one, and the table says how far off it was.
+and kernel of `python -m benchmarks.gpu`, and writes the tables of benchmarks/LOG.md. What was
+predicted of a device stays as it was once a step measured there lies under benchmarks/results/: a
+wrong prediction is worth as much as a right one, and the tables say how far off it was.
 """
 
 import argparse
@@ -20,10 +20,17 @@ import numpy as np
 
 from benchmarks.estimate import DEVICES, Device, Memory
 from benchmarks.flops import MLM_PROBABILITY, executed_flops_per_token, flops_per_token
-from benchmarks.kernels import RESULTS, ROOT
+from benchmarks.kernels import COSTS, RESULTS, ROOT, Cost, model_sizes
 from benchmarks.marked import with_lines
-from benchmarks.step_cost import ATTENTION_BACKWARD, ATTENTION_FORWARD, PRODUCTS, Lengths
-from fastbert.config import ModelConfig, model_config
+from benchmarks.step_cost import (
+    ATTENTION_BACKWARD,
+    ATTENTION_FORWARD,
+    PRODUCTS,
+    SHORTEST,
+    Lengths,
+    Paper,
+)
+from fastbert.config import ModelConfig, base, model_config
 
 FILE = Path(__file__).with_name("predictions.json")
 LOG = ROOT / "benchmarks" / "LOG.md"
@@ -35,7 +42,7 @@ GPUS = ("h100", "h200", "a100-80gb")
 
 Prediction = dict[str, Any]
 Table = dict[str, dict[str, Prediction]]
-"""Device -> "step" or "trace" and the name of a workload -> what is predicted of it."""
+"""Device -> "step", "kernel" or "trace" and a name -> what is predicted of it."""
 
 
 def device_of(name: str) -> Device | None:
@@ -75,6 +82,29 @@ def predict(sizes: ModelConfig, lengths: np.ndarray, tokens: int, device: Device
     return told
 
 
+def predict_kernel(cost: Cost, S: int, device: Device) -> Prediction:
+    """One op of BERT-base on `TOKENS` tokens in full sequences of S, dropout where it has any."""
+    sizes = model_sizes(768, S)
+    moved, flops = cost.bytes_of(sizes), cost.flops_of(sizes)
+    lengths = np.full(TOKENS // S, S)
+    seconds = []
+    for shares in device.moods:
+        paper = Paper(device.ceilings, shares, device.arch)
+        if cost.op == "attention":
+            one = paper.attention(cost.direction, lengths, lengths, base(), 1.0, moved)[0]
+        else:
+            one = paper.memory(moved)
+        seconds.append(max(SHORTEST, one))
+    likely, low, high = seconds
+    return {
+        key: _rounded(str(value))
+        for key, value in {
+            "ms": likely * 1e3, "low_ms": low * 1e3, "high_ms": high * 1e3,
+            "tflops": flops / likely / 1e12, "gbps": moved / likely / 1e9,
+        }.items()
+    }  # fmt: skip
+
+
 def _rounded(text: str) -> float:
     return float(f"{float(text):.4g}")
 
@@ -108,13 +138,13 @@ def of(device_name: str, kind: str, workload: str) -> Prediction | None:
     return None
 
 
-def make(measured: Mapping[str, Any], before: Table) -> Table:
-    """The whole table: of devices in `measured` as it was `before`, of the others as of now."""
+def make(found: Mapping[str, Any], before: Table) -> Table:
+    """The whole table: of devices in `found` as it was `before`, of the others as of now."""
     from benchmarks import gpu_step, gpu_trace
 
     table: Table = {}
     for gpu in GPUS:
-        if gpu in measured:
+        if gpu in found:
             table[gpu] = before[gpu]
             continue
         device, here = DEVICES[gpu], table.setdefault(gpu, {})
@@ -123,6 +153,10 @@ def make(measured: Mapping[str, Any], before: Table) -> Table:
                 lengths = step.draw(np.random.default_rng(gpu_step.SEED))
                 tokens = int(lengths.sum())
                 here[f"step {step.name}"] = predict(step.sizes, lengths, tokens, device)
+        for cost in COSTS:
+            if cost.op == "attention" or cost.flops == "0":  # no product that cuBLAS makes
+                for S in (128, 512) if cost.op == "attention" else (512,):
+                    here[f"kernel {cost.op} {cost.direction} {S}"] = predict_kernel(cost, S, device)
         for name in TRACED:
             traced = gpu_trace.Workload.of(name)
             lengths = traced.draw(TOKENS)
@@ -130,42 +164,72 @@ def make(measured: Mapping[str, Any], before: Table) -> Table:
     return table
 
 
-def measured_steps(results: Path = RESULTS) -> dict[str, dict[str, Prediction]]:
-    """Device -> workload -> our row of the newest file of `python -m benchmarks.gpu` there."""
+def measured(results: Path = RESULTS) -> dict[str, dict[str, Prediction]]:
+    """Device -> "step" or "kernel" and what -> our row in the files of `python -m benchmarks.gpu`
+    there."""
     found: dict[str, dict[str, Prediction]] = {}
-    for path in sorted(results.glob("*/step-*.json")):
+    for path in sorted(results.glob("*/step-*.json")) + sorted(results.glob("*/kernels.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         told = content["conditions"]
         gpu = next((g for g in GPUS if re.search(DEVICES[g].names, told["device"])), None)
-        ours = next((row for row in content["rows"] if row["name"] == "fastbert"), None)
-        if gpu and ours and told["device_type"] == "cuda":
-            found.setdefault(gpu, {})[path.stem.removeprefix("step-")] = ours
+        if gpu is None or told["device_type"] != "cuda":
+            continue
+        rows = found.setdefault(gpu, {})
+        for row in content["rows"]:
+            if path.stem != "kernels" and row["name"] == "fastbert":
+                rows[f"step {path.stem.removeprefix('step-')}"] = row
+            elif row.get("contender") == "ours" and row.get("ms"):
+                sizes = row["sizes"]
+                full = sizes.get("s", sizes["S"]) == sizes["S"]
+                if full and (sizes["H"], sizes["T"]) == (768, TOKENS):
+                    rows[f"kernel {row['op']} {row['direction']} {sizes['S']}"] = row
     return found
 
 
-def table_lines(table: Table, measured: Mapping[str, Mapping[str, Prediction]]) -> Iterator[str]:
-    """The predictions as Markdown, each with what came of it."""
+def table_lines(table: Table, found: Mapping[str, Mapping[str, Prediction]]) -> Iterator[str]:
+    """The predictions as Markdown, steps and then kernels, each with what came of it."""
     yield (
         "| device | workload | ms (range) | tokens/s | MFU | executed | over products "
         "| attention, TFLOP/s | GiB | measured ms | off |"
     )
     yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
-    for device, workloads in table.items():
-        for name, one in workloads.items():
-            kind, _, workload = name.partition(" ")
-            if kind != "step":
-                continue
-            row = measured.get(device, {}).get(workload)
-            forward, backward = one["attention_tflops"]
-            cells = (
-                device, workload, f"{one['ms']:.1f} ({one['low_ms']:.1f} to {one['high_ms']:.1f})",
-                f"{one['tokens_per_second'] / 1e3:,.0f}k", f"{one['mfu']:.1%}",
-                f"{one['mfu_executed']:.1%}", f"{one['over_products']:.2f}",
-                f"{forward:.0f} / {backward:.0f}", f"{one['gib']:.1f}",
-                f"{row['ms']:.1f}" if row else "not yet run",
-                f"{row['ms'] / one['ms'] - 1:+.0%}" if row else "-",
-            )  # fmt: skip
-            yield f"| {' | '.join(cells)} |"
+    for device, workload, one, row in _rows("step", table, found):
+        yield _line(
+            device, workload, f"{one['ms']:.1f} ({one['low_ms']:.1f} to {one['high_ms']:.1f})",
+            f"{one['tokens_per_second'] / 1e3:,.0f}k", f"{one['mfu']:.1%}",
+            f"{one['mfu_executed']:.1%}", f"{one['over_products']:.2f}",
+            " / ".join(f"{rate:.0f}" for rate in one["attention_tflops"]), f"{one['gib']:.1f}",
+            f"{row['ms']:.1f}" if row else "not yet run", _off(one, row),
+        )  # fmt: skip
+    yield ""
+    yield _line("kernel, direction, S: µs (range); measured, off", *table)
+    yield "|---|" + "---|" * len(table)
+    kernels: dict[str, list[str]] = {}
+    for _, kernel, one, row in _rows("kernel", table, found):
+        likely, low, high = (f"{one[key] * 1e3:,.0f}" for key in ("ms", "low_ms", "high_ms"))
+        came = f"; {row['ms'] * 1e3:,.0f}, {_off(one, row)}" if row else "; not yet run"
+        kernels.setdefault(kernel, []).append(f"{likely} ({low} to {high}){came}")
+    for kernel, cells in kernels.items():
+        yield _line(kernel, *cells)
+
+
+def _rows(
+    kind: str, table: Table, found: Mapping[str, Mapping[str, Prediction]]
+) -> Iterator[tuple[str, str, Prediction, Prediction | None]]:
+    """(device, name, what was predicted, what was measured) of each of a kind."""
+    for device, predicted in table.items():
+        for name, one in predicted.items():
+            if name.startswith(f"{kind} "):
+                row = found.get(device, {}).get(name)
+                yield device, name.removeprefix(f"{kind} "), one, row
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _off(predicted: Prediction, row: Prediction | None) -> str:
+    return f"{row['ms'] / predicted['ms'] - 1:+.0%}" if row else "-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,9 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--write", action="store_true", help=f"write {FILE.name} and the table of {LOG.name}"
     )
     args = parser.parse_args(argv)
-    measured = measured_steps()
-    table = make(measured, committed() if FILE.exists() else {})
-    lines = list(table_lines(table, measured))
+    found = measured()
+    table = make(found, committed() if FILE.exists() else {})
+    lines = list(table_lines(table, found))
     if args.write:
         FILE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         text = with_lines(LOG.read_text(encoding="utf-8"), LOG, BEGIN, END, lines)

@@ -29,7 +29,7 @@ def now():
 def test_what_is_committed_is_what_the_estimate_says_until_a_gpu_has_spoken(now):
     committed = predictions.committed()
     assert list(committed) == list(predictions.GPUS)
-    measured = predictions.measured_steps()
+    measured = predictions.measured()
     for gpu in predictions.GPUS:
         assert set(committed[gpu]) == set(now[gpu])
         if gpu not in measured:
@@ -44,9 +44,26 @@ def test_every_workload_of_the_gpu_command_is_there(now):
             "trace base-512-full", "trace large-512-natural"
         }  # fmt: skip
         for one in found.values():
+            assert one["low_ms"] <= one["ms"] <= one["high_ms"]
+        for one in (one for name, one in found.items() if not name.startswith("kernel ")):
             assert one["low_ms"] < one["ms"] < one["high_ms"]
             assert one["mfu_executed"] < one["mfu"] < 1
             assert sum(one["families"].values()) == pytest.approx(one["ms"], rel=1e-3)
+
+
+def test_kernels_by_their_bytes_or_their_tiles(now):
+    found = now["h100"]
+    # x, residual and y of 65,536 x 768 in bf16, two statistics: at 85% of 3 TB/s
+    norm = found["kernel dropout_add_layer_norm forward 512"]
+    assert norm["ms"] == pytest.approx(65_536 * (6 * 768 + 8) / 2.55e12 * 1e3, rel=1e-3)
+    assert norm["gbps"] == pytest.approx(2550, rel=1e-3) and norm["tflops"] == 0
+    attention = found["kernel attention forward 512"]
+    assert attention["tflops"] == pytest.approx(
+        4 * 65_536 * 512 * 768 / attention["ms"] / 1e9, 1e-3
+    )
+    step = found["trace base-512-full"]["families"]["attention forward"]
+    assert attention["ms"] == pytest.approx(step / 11.2, rel=0.02)  # eleven layers, and 15% of one
+    assert "kernel linear_gelu forward 512" not in found
 
 
 def test_figures_follow_from_the_families():
@@ -85,17 +102,36 @@ def test_the_table_says_how_far_off_it_was(tmp_path, now):
     (tmp_path / "h200" / "step-base-512-full.json").write_text(json.dumps(content))
     content["conditions"] |= {"device": "AMD EPYC", "device_type": "cpu"}
     (tmp_path / "h200" / "step-base-128-full.json").write_text(json.dumps(content))
-    measured = predictions.measured_steps(tmp_path)
-    assert measured == {"h200": {"base-512-full": {"name": "fastbert", "ms": 1.25 * said}}}
+    kernel = now["h200"]["kernel attention forward 512"]["ms"]
+    rows = [
+        {"op": "attention", "direction": "forward", "contender": name, "ms": kernel * times,
+         "sizes": {"H": H, "T": T, "S": 512, "s": s}}
+        for name, times, H, T, s in (
+            ("ours", 0.9, 768, 65_536, 512), ("ours", 2, 1024, 65_536, 512),
+            ("ours", 2, 768, 8192, 512), ("ours", 2, 768, 65_536, 278), ("fa2", 2, 768, 65_536, 512)
+        )
+    ]  # fmt: skip
+    content = {"conditions": {"device": H200, "device_type": "cuda"}, "rows": rows}
+    (tmp_path / "h200" / "kernels.json").write_text(json.dumps(content))
+    measured = predictions.measured(tmp_path)
+    assert measured == {
+        "h200": {
+            "step base-512-full": {"name": "fastbert", "ms": 1.25 * said},
+            "kernel attention forward 512": rows[0],
+        }
+    }
     lines = list(predictions.table_lines(now, measured))
     row = next(line for line in lines if line.startswith("| h200 | base-512-full"))
     assert row.endswith(f"| {1.25 * said:.1f} | +25% |")
-    assert sum("not yet run | - |" in line for line in lines) == len(lines) - 3
+    assert sum("not yet run | - |" in line for line in lines) == 3 * 4 - 1
+    row = next(line for line in lines if line.startswith("| attention forward 512")).split(" | ")
+    assert row[1].endswith("; not yet run") and row[3].endswith("; not yet run |")
+    assert row[2].endswith(f"; {900 * kernel:,.0f}, -10%")
 
 
 def test_the_log_has_the_committed_table():
     text = predictions.LOG.read_text(encoding="utf-8")
-    lines = predictions.table_lines(predictions.committed(), predictions.measured_steps())
+    lines = predictions.table_lines(predictions.committed(), predictions.measured())
     assert f"{predictions.BEGIN}\n{chr(10).join(lines)}\n{predictions.END}" in text
 
 
