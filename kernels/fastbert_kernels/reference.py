@@ -262,6 +262,16 @@ def linear_gelu(
     return gelu(F.linear(x, weight, bias), approximate)
 
 
+def gelu_linear(
+    x: Tensor,  # (R, F)
+    weight: Tensor,  # (H, F)
+    bias: Tensor,  # (F,)
+    approximate: str = "none",
+) -> Tensor:  # (R, H)
+    """GELU(x + bias) Wᵀ."""
+    return F.linear(bias_gelu(x, bias, approximate), weight)
+
+
 def qkv_linear_at(
     x: Tensor,  # (T, H)
     positions: Tensor,  # (R,) int64; T or more: unused

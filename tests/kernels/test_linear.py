@@ -1,6 +1,6 @@
-"""linear_gelu against the reference in fp64, forward and every gradient, by both backends.
+"""linear_gelu and gelu_linear_backward against the reference in fp64, by both backends.
 
-It may not err more than twice as much as plain PyTorch in the same dtype.
+They may not err more than twice as much as plain PyTorch in the same dtype.
 """
 
 import functools
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastbert_kernels import linear, reference
-from fastbert_kernels.linear import linear_gelu
+from fastbert_kernels.linear import gelu_linear_backward, linear_gelu
 
 # exp overflows to infinity where 1 / (1 + exp) is to be 0; numpy, which interprets, warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -69,6 +69,97 @@ def test_the_tiles_of_an_a100(monkeypatch: pytest.MonkeyPatch, R: int, H: int, F
     assert not tiles.tma
     monkeypatch.setattr(linear, "_tiles", lambda device, dtype: tiles)
     compare(R, H, F, "none", torch.float16, "triton")
+
+
+def backward(
+    tensors: list[Tensor], dy: Tensor, dtype: torch.dtype, approximate: str
+) -> tuple[Tensor, Tensor]:
+    """The reference's: dx and dbias."""
+    x, weight, bias = (t.detach().to(dtype).requires_grad_() for t in tensors)
+    y = reference.gelu_linear(x, weight, bias, approximate)
+    dx, dbias = torch.autograd.grad(y, (x, bias), dy.to(dtype))
+    return dx, dbias
+
+
+def compare_backward(
+    R: int, H: int, F: int, approximate: str, dtype: torch.dtype, backend: str, *, bias: bool = True
+) -> None:
+    tensors = [t.to(dtype) for t in (torch.randn(R, F), torch.randn(H, F) / H**0.5, torch.randn(F))]
+    if not bias:
+        tensors[2].zero_()
+    dy, (x, weight, b) = torch.randn(R, H).to(dtype), tensors
+    found = gelu_linear_backward(dy, weight, x, b if bias else None, approximate, backend=backend)
+    plain, want = (backward(tensors, dy, kind, approximate) for kind in (dtype, torch.float64))
+    for name, ours, theirs, exact in zip(("dx", "dbias"), found, plain, want, strict=True):
+        assert ours.dtype == dtype and ours.shape == exact.shape
+        error, allowed = ((t.double() - exact).abs().max() for t in (ours, theirs))
+        tiny = TINY[dtype] * exact.abs().max()
+        assert error <= 2 * allowed + tiny, (name, float(error), float(allowed))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("R", "H", "F"),
+    [(1, 128, 256), (7, 8, 1024), (63, 384, 136), (65, 72, 200), (129, 64, 8), (300, 40, 264)],
+)
+def test_gelu_linear_backward(R: int, H: int, F: int, dtype: torch.dtype, backend: str) -> None:
+    compare_backward(R, H, F, "none", dtype, backend)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gelu_linear_backward_of_a_whole_pre_activation(backend: str) -> None:
+    compare_backward(33, 64, 128, "none", torch.float16, backend, bias=False)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("R", "H", "F"), [(7, 8, 1024), (129, 200, 264), (300, 64, 392)])
+def test_the_backward_tiles_of_an_a100(
+    monkeypatch: pytest.MonkeyPatch, R: int, H: int, F: int
+) -> None:
+    monkeypatch.setattr(linear, "_tiles", lambda device, dtype: linear.TILES[80, True])
+    compare_backward(R, H, F, "none", torch.float16, "triton")
+
+
+def test_gelu_linear_backward_by_tanh_is_cublass() -> None:
+    compare_backward(33, 64, 128, "tanh", torch.float16, "auto")
+    x, weight, bias = torch.randn(4, 128), torch.randn(64, 128), torch.randn(128)
+    with pytest.raises(ValueError, match="backend = 'triton' takes approximate = 'none', not"):
+        gelu_linear_backward(torch.randn(4, 64), weight, x, bias, "tanh", backend="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gelu_linear_backward_without_rows_and_opcheck(backend: str) -> None:
+    x, weight, bias = torch.randn(5, 128), torch.randn(64, 128), torch.randn(128)
+    dx, dbias = gelu_linear_backward(torch.empty(0, 64), weight, x[:0], bias, backend=backend)
+    assert dx.shape == (0, 128) and dbias.shape == (128,) and not dbias.any()
+    op = torch.ops.fastbert.gelu_linear_backward.default
+    for maybe in (bias, None):
+        torch.library.opcheck(op, (torch.randn(5, 64), weight, x, maybe, "none", backend))
+
+
+def test_refusals_of_the_backward() -> None:
+    x, weight, bias, dy = (torch.randn(s) for s in ((4, 128), (64, 128), (128,), (4, 64)))
+    odd = torch.randn(4 * 64 + 1)[1:].view(4, 64)
+    for args, backend, message in (
+        ((dy[:3], weight, x, bias), "auto", r"dy has shape \(3, 64\), expected \(4, 64\)"),
+        ((dy, weight[:, :8], x, bias), "auto", r"weight has shape \(64, 8\), expected \(any, 128"),
+        ((dy, weight, x, bias[:8]), "auto", r"bias has shape \(8,\), expected \(128\)"),
+        ((dy, weight.half(), x, bias), "auto", "weight is torch.float16, expected float32"),
+        ((dy, weight, x.double(), bias), "auto", "x is torch.float64, expected float32 or"),
+        (
+            (dy[:, :60].contiguous(), weight[:60], x, bias),
+            "auto",
+            r"weight is \(60, 128\), expected",
+        ),
+        ((dy, weight, x, bias, "fast"), "auto", "approximate = 'fast', expected"),
+        ((dy, weight, x, bias), "cuda", "backend = 'cuda', expected one of"),
+        ((odd, weight, x, bias), "triton", "dy does not start at a multiple of 16 bytes"),
+    ):
+        with pytest.raises(ValueError, match=f"^gelu_linear_backward: {message}"):
+            gelu_linear_backward(*args, backend=backend)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

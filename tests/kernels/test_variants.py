@@ -19,6 +19,7 @@ SPECIALIZED = {
     "gelu_backward": ["H"],
     "reduce_rows": ["W"],
     "linear_gelu": ["F_EIGHTHS"],
+    "gelu_linear_backward": ["F_EIGHTHS"],
     "square_sums": ["P"],
     "prepare": ["programs"],
     "adamw": ["P", "decay_end"],
