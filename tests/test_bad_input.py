@@ -170,12 +170,12 @@ def test_broken_jsonl_lines_are_counted(folder: Folder) -> None:
     assert any(line.startswith("data: 12 documents") for line in said)
 
 
-def test_a_line_of_50_megabytes(folder: Folder) -> None:
-    unbroken, words = b"x" * 45_000_000, b"many words without an end " * 200_000
+def test_a_line_of_10_megabytes(folder: Folder) -> None:
+    unbroken, words = b"x" * 9_000_000, b"many words without an end " * 40_000
     path = folder.write("c.txt", TEXT.encode() + b"\n\n" + unbroken + b" " + words + b"\n")
     started = time.process_time()
     said = folder.succeeds(data=path)
-    assert time.process_time() - started < 60
+    assert time.process_time() - started < 12
     assert (
         "data: skipped part of 1 line: over 2,000 characters without whitespace, first at "
         f"{path}:73"

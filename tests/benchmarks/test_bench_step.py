@@ -1,6 +1,7 @@
 """`fastbert bench step`: real runs at a small size, and contenders that must not be compared."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -12,8 +13,20 @@ from benchmarks import result as results
 from fastbert.cli import main
 from fastbert.config import StepBenchConfig
 from fastbert.errors import RunError, UserError
+from fastbert.train.device import can_compile
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _short_rounds(monkeypatch):
+    monkeypatch.setattr(step, "SECONDS_PER_ROUND", 0.02)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without its code generator, whose C++ takes a minute from an empty cache."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
 @pytest.fixture
@@ -22,7 +35,7 @@ def small(tmp_path):
         "model_type": "bert",
         "vocab_size": 1200,
         "hidden_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,  # what is compiled for a second takes 20 s
         "num_attention_heads": 1,
         "intermediate_size": 64,
     }
@@ -38,6 +51,7 @@ def small(tmp_path):
 
 
 def test_the_command_prints_a_table_and_writes_json(small, tmp_path, capsys):
+    """Our own step is compiled in earnest."""
     out = tmp_path / "step.json"
     arguments = ["--model", small.model, "--against", small.against, "--json", str(out)]
     options = ["--device", "cpu", "--batch-size", "4", "--max-seq-length", "16", "--rounds", "2"]
@@ -47,6 +61,7 @@ def test_the_command_prints_a_table_and_writes_json(small, tmp_path, capsys):
     results.check(result)
     rows = {row["name"]: row for row in result["rows"]}
     assert {"fastbert-eager", "hf-eager", "hf-sdpa", "hf-sdpa+malloc"} <= rows.keys()
+    assert ("fastbert" in rows) == can_compile(CPU)
     for name, row in rows.items():
         assert name in printed
         assert len(row["rounds_ms"]) == 2 and row["ms"] > 0
@@ -72,12 +87,15 @@ def test_both_sides_train_the_same_sequences(small):
         assert int(real.sum()) == ours.num_tokens == packed[0].num_tokens
 
 
+@pytest.mark.usefixtures("traced")
 def test_every_rival_is_a_row_or_says_why_not(small):
     result = step.run(dataclasses.replace(small, against=",".join(contenders.RIVALS)))
     names = {row["name"] for row in result["rows"]}
     missing = {one["name"]: one["why"] for one in result["missing"]}
     assert names | missing.keys() >= contenders.RIVALS.keys()
     assert {"hf-eager", "hf-sdpa", "torch-encoder"} <= names
+    compiled = {"hf-eager-compile", "hf-sdpa-compile", "hf-sdpa-compile-max"}
+    assert compiled <= (names if can_compile(CPU) else missing.keys())
     assert "rotary positions" in missing["modernbert"] and "no BERT" in missing["liger"]
     assert "not installed" in missing["hf-flash"] and "energy" in missing
     losses = [row["first_loss"] for row in result["rows"]]

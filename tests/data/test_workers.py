@@ -99,7 +99,7 @@ def gone(pid):
     return False
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_any_number_of_workers_gives_the_packers_batches(make_packer, num_workers):
     batches, states = recorded(make_packer(whole_word_mask=True), 11)
     with BatchLoader(make_packer(whole_word_mask=True), num_workers) as loader:
@@ -120,23 +120,23 @@ def test_any_number_of_workers_gives_the_packers_batches(make_packer, num_worker
 def test_a_resume_may_change_the_number_of_workers(make_packer):
     batches, states = recorded(make_packer(nsp=False), 10)
     with (
-        BatchLoader(make_packer(nsp=False), 2) as two,
-        BatchLoader(make_packer(nsp=False), 3, prefetch_factor=1) as three,
+        BatchLoader(make_packer(nsp=False), 1) as one,
+        BatchLoader(make_packer(nsp=False), 2, prefetch_factor=1) as two,
     ):
-        for expected in batches[:4]:
-            assert_equal(next(two), expected)
-        state = json.loads(json.dumps(two.state_dict()))
-        three.load_state_dict(state)
-        for k in (4, 5, 6, 7):
-            assert_equal(next(three), batches[k])
-            assert three.state_dict() == states[k + 1]
-        three.load_state_dict(states[1])  # while its workers are ahead
-        assert_equal(next(three), batches[1])
+        for expected in batches[:5]:
+            assert_equal(next(one), expected)
+        state = json.loads(json.dumps(one.state_dict()))
+        two.load_state_dict(state)
+        for k in (5, 6, 7):  # the first worker's, the second's, the first's
+            assert_equal(next(two), batches[k])
+            assert two.state_dict() == states[k + 1]
+        two.load_state_dict(states[1])  # while its workers are ahead
+        assert_equal(next(two), batches[1])
         with BatchLoader(make_packer(nsp=False)) as none:
             none.load_state_dict(state)
-            assert_equal(next(none), batches[4])
+            assert_equal(next(none), batches[5])
         with pytest.raises(UserError, match="is for other data or settings"):
-            three.load_state_dict(make_packer(seed=4).state_dict())
+            two.load_state_dict(make_packer(seed=4).state_dict())
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
