@@ -209,7 +209,8 @@ def chosen(case: CompileCase, sizes: Mapping[str, int], arch: int) -> bool:
             return kind == attention_config.forward_kernel(S, D, torch.bfloat16, arch)
         path = attention_config.backward_path(S, D, torch.bfloat16, arch)
         return kind == path if kind in ("tile", "head") else path == "split"
-    return case.name != "linear_gelu" or linear.AUTO == "triton"
+    fused = ("linear_gelu", "gelu_linear_backward")
+    return case.name not in fused or linear.AUTO == "triton"
 
 
 def compiled_kernels(
