@@ -26,9 +26,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/fastbert pretrain
 
-# Two workers with one thread each: more only fight for the cores of a small machine.
+# Two workers with one thread each: more only fight for the cores of a small machine. A file stays
+# with one worker, for what its tests share; the longest come first.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

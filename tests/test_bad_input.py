@@ -17,6 +17,7 @@ import pytest
 
 from fastbert.cli import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 ROOT = Path(__file__).parent.parent
 TEXT = "\n\n".join(
     "\n".join(f"Sentence {line} of document {page} tells of time and people." for line in range(5))
@@ -373,6 +374,8 @@ def test_a_disk_full_at_a_checkpoint_keeps_the_last_whole_one(
 
 def test_a_disk_full_at_the_end(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib.figure
+
+    monkeypatch.undo()  # the picture is drawn
 
     from fastbert import hf
 

@@ -18,6 +18,7 @@ from fastbert.model.bert import Bert
 from fastbert.train.report import read_metrics
 from fastbert.train.step import TrainStep
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 Pretrain = Callable[..., Path]
 Losses = Callable[[Path], list[tuple[int, float]]]
 

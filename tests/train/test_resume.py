@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from fastbert.train.loop import _Trainer
 from fastbert.train.report import read_metrics
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 ROOT = Path(__file__).parent.parent.parent
 Run = Callable[..., Path]
 
