@@ -39,6 +39,24 @@ class Ops:
     lamb_step: Callable[..., None] = reference_optimizer.lamb_step
     kernels: bool = False
     """Whether these are our Triton kernels."""
+    gelu_in_products: bool = False
+    """Whether the products of the feed-forward do GELU, too, and are ours: it must be exact."""
+
+    def feed_forward(
+        self,
+        x: Tensor,  # (R, H)
+        up: Tensor,  # (F, H)
+        bias: Tensor,  # (F,)
+        down: Tensor,  # (H, F)
+        approximate: str,
+    ) -> tuple[Tensor, Tensor]:  # (R, H), (R, H)
+        """GELU(x Uᵀ + b) Dᵀ, and x for who adds it as a residual."""
+        if self.gelu_in_products:
+            from fastbert_kernels.linear import feed_forward
+
+            return feed_forward(x, up, bias, down, approximate)
+        hidden, residual = self.linear_gelu_residual(x, up, bias, approximate)
+        return self.linear(hidden, down), residual
 
 
 REFERENCE = Ops(
@@ -78,12 +96,15 @@ def cpu_ops(compiled: bool) -> Ops:
     )
 
 
-def triton_ops(attn_implementation: str = "auto", precision: str = "ieee") -> Ops:
+def triton_ops(
+    attn_implementation: str = "auto", precision: str = "ieee", gelu_in_products: bool = False
+) -> Ops:
     """Our Triton kernels.
 
     Args:
         attn_implementation: a backend of `attention_config.choose_backend`.
         precision: of fp32 products inside attention: "ieee" or "tf32".
+        gelu_in_products: see `Ops`; no GPU has timed it yet.
 
     Raises:
         ModuleNotFoundError: Triton is not installed.
@@ -120,6 +141,7 @@ def triton_ops(attn_implementation: str = "auto", precision: str = "ieee") -> Op
         adamw_step=optimizer.adamw_step,
         lamb_step=lamb_step,
         kernels=True,
+        gelu_in_products=gelu_in_products,
     )
 
 

@@ -93,8 +93,10 @@ class Layer(nn.Module):
             self.attention_norm_weight, self.attention_norm_bias, self.eps, hidden_p, seed, 1,
             rows=rows,
         )  # fmt: skip
-        up, x = ops.linear_gelu_residual(x, self.up.weight, self.up.bias, self.approximate)
+        x, residual = ops.feed_forward(
+            x, self.up.weight, self.up.bias, self.down.weight, self.approximate
+        )
         return ops.dropout_add_layer_norm(
-            ops.linear(up, self.down.weight), self.down.bias, x,
+            x, self.down.bias, residual,
             self.norm_weight, self.norm_bias, self.eps, hidden_p, seed, 2, rows=rows,
         )  # fmt: skip

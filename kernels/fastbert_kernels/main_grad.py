@@ -121,13 +121,13 @@ class _Linear(torch.autograd.Function):
         ctx.main_grad.add_product(dy, x)
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight if dresidual is None else _plus_product(dresidual, dy, weight)
+            dx = dy @ weight if dresidual is None else plus_product(dresidual, dy, weight)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         return dx, None, dbias, None
 
 
-def _plus_product(
+def plus_product(
     dresidual: Tensor,  # (R, H)
     dy: Tensor,  # (R, F)
     weight: Tensor,  # (F, H)
@@ -197,7 +197,7 @@ class _QkvLinearAt(torch.autograd.Function):
             dx = dkv @ kv_weight
             # Unused positions, which stand for the last token here, have gradients of 0.
             at = positions.clamp(max=len(x) - 1)
-            dx.index_add_(0, at, _plus_product(drows, dq, q_weight))
+            dx.index_add_(0, at, plus_product(drows, dq, q_weight))
         if ctx.needs_input_grad[3]:
             dbias = torch.cat((dq.sum(0), dkv.sum(0)))
         return dx, None, None, dbias, None

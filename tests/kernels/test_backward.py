@@ -17,6 +17,7 @@ from fastbert.data.batch import Batch
 from fastbert.model.bert import Bert
 from fastbert.ops import triton_ops
 from fastbert.train.step import TrainStep
+from fastbert_kernels import linear
 from fastbert_kernels.attention import attention
 from fastbert_kernels.cross_entropy import linear_cross_entropy
 from fastbert_kernels.embedding import embed_layer_norm
@@ -172,9 +173,10 @@ BATCH = Batch(
 )  # fmt: skip
 
 
-def train_step(dtype: torch.dtype, **changes: Any) -> TrainStep:
+def train_step(dtype: torch.dtype, *, gelu_in_products: bool = False, **changes: Any) -> TrainStep:
     torch.manual_seed(0)
-    model = Bert(ModelConfig(V, 32, 1, 1, 32, max_position_embeddings=P), triton_ops())
+    ops = triton_ops(gelu_in_products=gelu_in_products)
+    model = Bert(ModelConfig(V, 32, 1, 1, 32, max_position_embeddings=P), ops)
     recipe = PretrainConfig(learning_rate=1e-3, warmup_steps=0, max_steps=2, **changes)
     return TrainStep(model, recipe, dtype)
 
@@ -187,6 +189,25 @@ def test_no_scalar_of_a_step_is_rounded() -> None:
         step([BATCH])
     read = step.read()
     assert watch.calls == [] and read.updates + read.skipped == 1
+
+
+def test_gelu_in_the_products_is_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step, dropout on, where the feed-forward's products are our kernels."""
+    default, fused = (train_step(torch.float32, gelu_in_products=own) for own in (False, True))
+    calls: list[int] = []
+    own = linear.gelu_linear_backward
+    monkeypatch.setattr(
+        linear,
+        "gelu_linear_backward",
+        lambda *args, **named: calls.append(1) or own(*args, **named),
+    )
+    for step, made in ((default, 0), (fused, 2)):
+        step([BATCH, BATCH])
+        assert len(calls) == made
+    assert abs(fused.read().loss - default.read().loss) < 1e-5
+    views = [step.flat.views(step.flat.grad) for step in (default, fused)]
+    for name, want in views[0].items():
+        assert (views[1][name] - want).abs().max() < 1e-4 * want.abs().max() + 1e-7, name
 
 
 @pytest.mark.parametrize("optim", ["adamw", "lamb"])

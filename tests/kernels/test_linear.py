@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastbert_kernels import linear, reference
-from fastbert_kernels.linear import gelu_linear_backward, linear_gelu
+from fastbert_kernels.linear import feed_forward, gelu_linear_backward, linear_gelu
+from fastbert_kernels.main_grad import MainGrad
 
 # exp overflows to infinity where 1 / (1 + exp) is to be 0; numpy, which interprets, warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -160,6 +161,59 @@ def test_refusals_of_the_backward() -> None:
     ):
         with pytest.raises(ValueError, match=f"^gelu_linear_backward: {message}"):
             gelu_linear_backward(*args, backend=backend)  # type: ignore[arg-type]
+
+
+def feed_forward_gradients(
+    op: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Output and gradients by x, up, bias and down, twice: the second adds to the weights'."""
+    x, up, bias, down = (t.detach().to(dtype).requires_grad_() for t in tensors)
+    for weight in (up, down):
+        weight.main_grad = MainGrad(torch.full_like(weight, torch.nan))  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        out, residual = op(x * 1, up, bias, down)
+        dout, dresidual = (
+            torch.randn(out.shape, generator=generator).to(tensors[0].dtype).to(dtype)
+            for _ in range(2)
+        )
+        torch.autograd.backward((out, residual), (dout, dresidual))
+    assert x.grad is not None and bias.grad is not None
+    grads = [w.main_grad.buffer if w.grad is None else w.grad for w in (up, down)]  # type: ignore[attr-defined]
+    return [out.detach(), x.grad, bias.grad, *grads]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_feed_forward(dtype: torch.dtype) -> None:
+    R, H, F = 70, 40, 136
+    up, down = torch.randn(F, H) / H**0.5, torch.randn(H, F) / F**0.5
+    tensors = [t.to(dtype) for t in (torch.randn(R, H), up, torch.randn(F), down)]
+
+    def plain(x: Tensor, up: Tensor, bias: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.linear_gelu(x, up, bias) @ down.t(), x
+
+    found = feed_forward_gradients(feed_forward, tensors, dtype)
+    theirs, want = (feed_forward_gradients(plain, tensors, kind) for kind in (dtype, torch.float64))
+    names = ("out", "dx", "dbias", "dup", "ddown")
+    for name, ours, plainly, exact in zip(names, found, theirs, want, strict=True):
+        error, allowed = ((t.double() - exact).abs().max() for t in (ours, plainly))
+        assert error <= 2 * allowed + TINY[dtype] * exact.abs().max(), name
+
+
+def test_feed_forward_without_main_grad_and_refusals() -> None:
+    x, up, bias, down = (torch.randn(s) for s in ((9, 16), (24, 16), (24,), (16, 24)))
+    with torch.no_grad():
+        out, residual = feed_forward(x, up, bias, down)
+    assert residual is x
+    assert torch.allclose(out, reference.linear_gelu(x, up, bias) @ down.t(), atol=1e-5)
+    leaves = [t.requires_grad_() for t in (x, up, bias, down)]
+    want = torch.autograd.grad((reference.linear_gelu(x, up, bias) @ down.t()).sum(), leaves)
+    found = torch.autograd.grad(feed_forward(x, up, bias, down)[0].sum(), leaves)
+    for a, b in zip(found, want, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    with pytest.raises(ValueError, match="feed_forward: approximate = 'tanh', expected 'none'"):
+        feed_forward(x, up, bias, down, "tanh")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
