@@ -293,7 +293,7 @@ class _IntoMainGrad(torch.autograd.Function):
     """The whole loss in one chunk, dW added to its place in the flat buffer.
 
     All three products take the rows of zeros that lie behind W and behind its gradient: V = 30,522
-    is no multiple of 8 elements, the 16 bytes of the accesses that cuBLAS likes, 30,528 is.
+    is no multiple of 8 elements, the 16 bytes that cuBLAS likes to access at once; 30,528 is.
     """
 
     @staticmethod
