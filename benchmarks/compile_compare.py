@@ -45,6 +45,7 @@ COUNTED = (
     ("attention_backward_kernel", "columns bf16 D=64 p=0.1"),
     ("attention_backward_query_kernel", "query bf16 D=64 p=0.1"),
     ("linear_gelu", "bf16 none"),
+    ("gelu_linear_backward", "bf16 none"),
     ("dropout_add_layer_norm", "bf16 H=768 p=0.1"),
     ("dropout_add_layer_norm", "bf16 H=1024 p=0.1"),
     ("dropout_add_layer_norm_backward", "bf16 H=768 p=0.1"),

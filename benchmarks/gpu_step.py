@@ -84,8 +84,9 @@ WORKLOADS = {
 TINY = "tiny-64-natural"
 """What a rehearsal on a CPU runs in place of the others."""
 
-# Our step with one saving switched off. "model" and "attention" change the model, "reference" takes
-# plain PyTorch for every op; the rest as `contenders.ours`, or settings of the recipe.
+# Our step with one saving switched off, or one that is not yet chosen. "model", "attention" and
+# "gelu_in_products" change the model, "reference" takes plain PyTorch for every op; the rest as
+# `contenders.ours`, or settings of the recipe.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "without the CUDA graph": {"graph": False},
     "last layer everywhere": {"model": {"last_layer_masked_only": False}},
@@ -93,6 +94,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "torch's fused AdamW": {"optim": "adamw_torch_fused"},
     "gradients in bf16": {"gradient_precision": "bf16"},
     "FlashAttention 2 of PyTorch": {"attention": "torch"},
+    "GELU inside the feed-forward's products": {"gelu_in_products": True},
     "layers computed twice (checkpointing)": {"model": {"gradient_checkpointing": True}},
     "plain PyTorch ops": {"reference": True, "graph": False},
 }
@@ -139,6 +141,8 @@ class Bench:
         ops, losses_dtype = None, torch.float32
         if options.pop("reference", False):
             ops = REFERENCE
+        if options.pop("gelu_in_products", False):
+            ops = triton_ops(gelu_in_products=True)
         if "attention" in options:  # FlashAttention has no fp32
             ops, losses_dtype = triton_ops(options.pop("attention")), self.dtype
         model = self.model(ops, **options.pop("model", {}))

@@ -362,7 +362,26 @@ def gelu_cases(name: str, device: torch.device, quick: bool) -> Iterator[Case]:
         )
 
 
+class _GeluLinear(torch.autograd.Function):
+    """GELU(x + bias) Wᵀ by the reference, through `gelu_linear_backward`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.backend = backend
+        return reference.gelu_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from fastbert_kernels.linear import gelu_linear_backward
+
+        x, weight, bias = ctx.saved_tensors
+        dx, dbias = gelu_linear_backward(dy.contiguous(), weight, x, bias, backend=ctx.backend)
+        return dx, dy.t() @ reference.bias_gelu(x, bias), dbias, None
+
+
 def linear_gelu_cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Both fused products of the feed-forward: its first, and what comes back to it."""
     from fastbert_kernels.linear import linear_gelu
 
     shapes = [(65, 768, 3072, False), (1, 128, 512, False), (127, 384, 1536, False)]
@@ -387,6 +406,19 @@ def linear_gelu_cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 deep=deep and dtype != torch.float32,
                 exact=False,
             )
+
+        def back(R: int = R, H: int = H, F: int = F) -> dict[str, Tensor]:
+            made = normal(device, x=(R, F), weight=(H, F), bias=(F,))()
+            return made | {"weight": made["weight"] / F**0.5}
+
+        yield Case(
+            label=f"{short(dtype)} R={R} H={H} F={F} backward of GELU and a product, {backend}",
+            dtype=dtype,
+            op=with_rest(_GeluLinear.apply, backend),
+            oracle=reference.gelu_linear,
+            tensors=back,
+            exact=False,
+        )
 
 
 def linear_cross_entropy_cases(device: torch.device, quick: bool) -> Iterator[Case]:

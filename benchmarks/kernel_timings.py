@@ -269,10 +269,11 @@ def attention(
 def row_inputs(
     device: torch.device, dtype: torch.dtype, R: int, H: int, *rows: str
 ) -> Callable[[], Inputs]:
-    """`rows` of (R, H), and the vectors bias, weight and beta."""
+    """`rows` of (R, H), and the vectors bias, weight and beta, these as in training."""
 
     def inputs() -> Inputs:
-        vectors = {n: random_like((H,), dtype, device) for n in ("bias", "weight", "beta")}
+        bias, weight, beta = (random_like((H,), dtype, device) for _ in range(3))
+        vectors = {"bias": bias, "weight": 1 + weight / 8, "beta": beta / 8}
         return {n: random_like((R, H), dtype, device) for n in rows} | vectors
 
     return inputs
