@@ -281,6 +281,17 @@ def test_dropout_costs_what_its_counts_say():
     assert found[0] > found[1]
 
 
+@pytest.mark.parametrize(("direction", "most"), [("forward", 1.10), ("backward", 1.05)])
+def test_dropout_is_cheap_on_paper(direction, most):
+    sure = dataclasses.replace(base(), attention_probs_dropout_prob=0.0)
+    lengths = np.full(128, 512)
+    with_, without = (
+        Paper(H100, sc.HOPPER.likely, 90).attention(direction, lengths, lengths, one, 1.0, 0)[0]
+        for one in (base(), sure)
+    )
+    assert 1 < with_ / without < most
+
+
 @pytest.mark.parametrize(
     ("arch", "D", "S", "p", "some"),
     itertools.product((80, 90), HEAD_SIZES, (64, 128, 512, 1024), (0.0, 0.1), (False, True)),
