@@ -44,6 +44,7 @@ from benchmarks.step_cost import (
 )
 from fastbert.config import EstimateConfig, ModelConfig, model_config
 from fastbert.errors import RunError, UserError
+from fastbert_kernels.attention_config import HEAD_SIZES
 
 GIB = 2**30
 GPU_COUNTS = (1, 8, 64, 1024)
@@ -466,8 +467,12 @@ def assumptions(found: Estimate) -> list[str]:
 
 def warnings(found: Estimate) -> list[str]:
     """What would go wrong although the arithmetic works."""
-    most = LARGEST_KNOWN_BATCH
-    return [
+    most, head = LARGEST_KNOWN_BATCH, found.model.hidden_size // found.model.num_attention_heads
+    unpriced = [
+        f"heads of {head}: our kernels have {', '.join(map(str, HEAD_SIZES))}; a GPU takes plain "
+        "PyTorch for this model, which is not what is priced here"
+    ]
+    return unpriced * bool(found.device.arch and head not in HEAD_SIZES) + [
         f"{plan.gpus:,} GPUs with {plan.tokens_per_batch:,} tokens each are "
         f"{plan.sequences_per_step:,.0f} sequences a step: LAMB's published recipes end at {most:,}"
         for plan in found.plans

@@ -29,7 +29,8 @@ from benchmarks import predictions, profiling, result, timing
 from benchmarks.flops import MLM_PROBABILITY
 from benchmarks.gpu_trace import Keeper, one_line
 from benchmarks.predictions import TOKENS
-from benchmarks.step_cost import GEMM_BACKWARD, GEMM_FORWARD, MLM
+from benchmarks.sass import MACHINES
+from benchmarks.step_cost import GEMM_BACKWARD, GEMM_FORWARD, MLM, PRODUCT_TILES
 from fastbert.config import ModelConfig, model_config
 
 Found = dict[str, Any]
@@ -45,7 +46,8 @@ MODELS = {
 LINEARS = ("qkv", "attention_out", "up", "down")
 WGRAD, WGRAD_ADDS, WGRAD_BF16 = "wgrad", "wgrad beta=1", "wgrad bf16"
 """Into fp32, overwriting; into fp32, adding; into bf16."""
-TILE_M, TILE_N, MULTIPROCESSORS = 128, 256, 132
+TILE_M, TILE_N = PRODUCT_TILES[0]
+MULTIPROCESSORS = MACHINES[90].multiprocessors
 SQUARE = 8192
 ROUNDS = 12
 LINES, WIDTH = 16, 110
@@ -87,9 +89,10 @@ def weights_of(model: str, sizes: ModelConfig, T: int, mean_length: int) -> list
         for name, shape in shapes.items()
     ]
     found.append(Weight(model, "transform", M, H, H, 1))
-    # To a multiple of 16 bytes, and to one of 128.
-    for width in dict.fromkeys((V, V + -V % 64, V + -V % 128)):
-        found.append(Weight(model, f"decoder N={width}", M, H, width, float(width == V)))
+    # As it is, in whole 16 bytes as the step multiplies (`fastbert.train.flat`), in whole 256.
+    for width in dict.fromkeys((V, V + -V % 8, V + -V % 128)):
+        count = float(width == V + -V % 8)
+        found.append(Weight(model, f"decoder N={width}", M, H, width, count))
     return found
 
 

@@ -139,14 +139,11 @@ def of(device_name: str, kind: str, workload: str) -> Prediction | None:
 
 
 def make(found: Mapping[str, Any], before: Table) -> Table:
-    """The whole table: of devices in `found` as it was `before`, of the others as of now."""
+    """The whole table as of now; of devices in `found` what there was `before` stays as it was."""
     from benchmarks import gpu_step, gpu_trace
 
     table: Table = {}
     for gpu in GPUS:
-        if gpu in found:
-            table[gpu] = before[gpu]
-            continue
         device, here = DEVICES[gpu], table.setdefault(gpu, {})
         for step in gpu_step.WORKLOADS.values():
             if step.name != gpu_step.TINY:
@@ -161,6 +158,9 @@ def make(found: Mapping[str, Any], before: Table) -> Table:
             traced = gpu_trace.Workload.of(name)
             lengths = traced.draw(TOKENS)
             here[f"trace {name}"] = predict(model_config(traced.model), lengths, TOKENS, device)
+        if gpu in found:
+            kept = before.get(gpu, {})
+            table[gpu] = {name: kept.get(name, one) for name, one in here.items()}
     return table
 
 

@@ -204,6 +204,16 @@ def test_beyond_lambs_recipes_it_warns_and_plans_within_them(tmp_path):
     assert not est.warnings(estimate(asked(), tmp_path))
 
 
+def test_heads_that_no_kernel_has_are_told_of(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    for heads, told in ((8, True), (12, False)):
+        path.write_text(json.dumps({"model_type": "bert", "num_attention_heads": heads}))
+        for gpu in ("h100", "cpu"):
+            assert cli.main(["estimate", "--model", str(path), "--gpu", gpu]) == 0
+            said = "warning: heads of 96: our kernels have 32, 64, 128" in capsys.readouterr().out
+            assert said == (told and gpu == "h100")
+
+
 def test_epochs_are_times_the_corpus():
     assert est.tokens_asked(EstimateConfig(epochs=2.5, corpus_tokens=4e9)) == 1e10
     assert est.tokens_asked(EstimateConfig(tokens=5e9)) == 5e9

@@ -22,13 +22,13 @@ SMALL = ModelConfig(
 
 @pytest.mark.parametrize(("model", "mean"), [("base", 512), ("large", 278)])
 def test_the_products_are_those_of_the_estimate(model, mean):
-    """But for the pooler's and the next sentence's, and the vocabulary's padding."""
+    """But for the pooler's and the next sentence's, which have N rows."""
     sizes, T = model_config(model), 65_536
     M, N = round(0.15 * T), round(T / mean)
     asked: dict[str, float] = {}
     for times, kernel in launch_list.read(launch_list.sizes_of(sizes, T, N, M)):
         family = family_on_paper(kernel, M)
-        if family in PRODUCTS:
+        if family in PRODUCTS and N not in kernel.product:
             asked[family] = asked.get(family, 0.0) + times * kernel.flops
     found: dict[str, float] = {}
     for weight in gemms.weights_of(model, sizes, T, mean):
@@ -37,13 +37,13 @@ def test_the_products_are_those_of_the_estimate(model, mean):
             family = gemms.family_of(row)
             if family:
                 found[family] = found.get(family, 0.0) + weight.count * 2 * M * N * K
-    assert found == pytest.approx(asked, rel=5e-4)
+    assert found == pytest.approx(asked, rel=1e-5)
 
 
 def test_the_vocabulary_as_it_is_and_padded_twice():
     weights = gemms.weights_of("base", model_config("base"), 65_536, 512)
     decoders = {weight.name: weight.count for weight in weights if weight.name[:3] == "dec"}
-    assert decoders == {"decoder N=30522": 1, "decoder N=30528": 0, "decoder N=30592": 0}
+    assert decoders == {"decoder N=30522": 0, "decoder N=30528": 1, "decoder N=30592": 0}
 
 
 @pytest.mark.parametrize(
