@@ -318,10 +318,10 @@ def _pretrain(args: argparse.Namespace) -> int:
         print(to_toml(config), end="")
         return 0
     check_pretrain(config)
-    from fastbert.hf import export_run
+    from fastbert.hf import check_tokenizer, export_run
     from fastbert.train.loop import pretrain
 
-    pretrain(config, export=export_run)
+    pretrain(config, export=export_run, check_tokenizer=check_tokenizer)
     return 0
 
 

@@ -448,7 +448,14 @@ class PretrainConfig:
     vocab_size: int = _setting(
         4096, "tokens in the vocabulary of a trained tokenizer", "data", at_least=100
     )
-    do_lower_case: bool = _setting(True, "lower-case the text before a trained tokenizer", "data")
+    do_lower_case: bool | None = _setting(
+        None, "lower-case the text (none = as the tokenizer's files say, else yes)", "data"
+    )
+    strip_accents: bool | None = _setting(
+        None,
+        "take accents off (none = as the files say, else with lower case, where they are accents)",
+        "data",
+    )
     max_seq_length: int = _setting(128, "longest sequence, tokens", "data", at_least=8)
     mlm_probability: float = _setting(
         0.15, "share of tokens to predict", "data", more_than=0, less_than=1

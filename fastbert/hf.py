@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastbert.config import ModelConfig, model_config, settings, to_hf_dict
+from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE, Ops
@@ -524,6 +525,47 @@ class BertForPreTraining(_MaskedLanguageModel):
             hidden_states=states,  # type: ignore[arg-type]  # annotated as a tuple of one
         )
         return output if return_dict else output.to_tuple()
+
+
+_PROBES = (
+    "er m\u00f6chte f\u00fcr die Caf\u00e9s",
+    "UPPER lower \u0130stanbul \u039f\u0394\u039f\u03a3",
+    "1,234.5 \u20ac -- (perhaps) 99%",
+    "\u4e2d\u6587\u5b57 \u65e5\u672c\u8a9e\u304c \ud55c\uad6d\uc5b4",
+    "\u0e44\u0e21\u0e48\u0e21\u0e35 \u0939\u093f\u0928\u094d\u0926\u0940 \u0645\u064f\u062d\u064e",
+    "tabs\tand\u00a0spaces\u200b \x01 \u2028 \U0001f600 \u2764\ufe0f 1\ufe0f\u20e3",
+    "x" * 101 + " " + "the" * 33,
+    "[MASK] in [SEP]",
+    "",
+)
+
+
+def check_tokenizer(tokenizer: WordPiece, folder: str | os.PathLike[str]) -> None:
+    """Makes sure that transformers gives the ids which the model will be trained on.
+
+    Args:
+        tokenizer: what encodes the corpus.
+        folder: where it was saved.
+
+    Raises:
+        UserError: transformers cannot load it, or gives other ids.
+    """
+    from transformers import PreTrainedTokenizerFast  # what AutoTokenizer finds there
+
+    refused = "cannot be exported: give one with another normalizer or pre-tokenizer"
+    try:
+        theirs = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        texts = [*_PROBES, *tokenizer.tokens[-200:]]
+        found = theirs(texts, add_special_tokens=False)["input_ids"]
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(
+            f"the tokenizer {refused}: transformers cannot load it ({reason})"
+        ) from None
+    wanted = tokenizer.encode_batch(texts, parse_special=True)
+    for text, a, b in zip(texts, wanted, found, strict=True):
+        if a != b:
+            raise UserError(f"the tokenizer {refused}: transformers reads {text!r} otherwise")
 
 
 def export_run(

@@ -1,4 +1,4 @@
-"""WordPiece: trained on a corpus or loaded from a file, and saved so that transformers loads it.
+"""WordPiece: trained on a corpus or loaded from its files, and saved so that transformers loads it.
 
 V is the size of the vocabulary. Algorithm: https://arxiv.org/abs/1609.08144; layout and
 normalisation: https://github.com/google-research/bert.
@@ -7,28 +7,22 @@ normalisation: https://github.com/google-research/bert.
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
+
+from fastbert.data import tokenizer_files
+from fastbert.data.tokenizer_files import (
+    CONFIG,
+    DESCRIPTION,
+    ROLES,
+    VOCABULARY,
+    Description,
 )
-
-from fastbert.errors import UserError
-
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MAX_WORD = 100
-"""Characters of the longest word; WordPiece makes a longer one [UNK]."""
-MODEL_MAX_LENGTH = 512
+from fastbert.data.tokenizer_training import learn
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,48 +42,53 @@ class TokenIds:
 
 
 class WordPiece:
-    """A WordPiece vocabulary with BERT's normalisation.
+    """A WordPiece vocabulary with its normalisation.
 
     Attributes:
         tokens: the pieces by id.
         vocab_size: V.
         pad_id, unk_id, cls_id, sep_id, mask_id: ids of the special tokens.
         special_ids: int64, ascending, the ids that are no text.
-        is_continuation: (V,) bool, whether a piece starts with "##".
+        is_continuation: (V,) bool, whether a piece continues a word.
         do_lower_case: whether text is lower-cased.
         digest: hash of everything that decides which ids a text becomes.
+        notes: what its user should know, one line each.
     """
 
-    def __init__(self, tokenizer: Tokenizer, name: str = "tokenizer") -> None:
-        """Wraps a tokenizer whose model is WordPiece.
+    def __init__(self, description: Description, name: str = "tokenizer") -> None:
+        """Builds the tokenizer of a description.
 
         Raises:
-            UserError: a special token is missing, or ids have gaps; `name` is in the message.
+            UserError: the library refuses it; `name` is in the message.
         """
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        self._tokenizer = tokenizer_files.built(json.dumps(description.state), name)
+        # As the library writes it, so that a file it wrote gives the same digest.
+        self._state: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        self._roles, self.notes = description.roles, description.notes
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.tokens: list[str] = sorted(vocab, key=lambda token: vocab[token])
         self.vocab_size = len(self.tokens)
-        if vocab[self.tokens[-1]] != self.vocab_size - 1:
-            raise UserError(f"{name}: token ids have gaps; they must run from 0 to V - 1")
-        for token in SPECIAL_TOKENS:
-            if token not in vocab:
-                raise UserError(f"{name}: the special token {token} is missing; BERT needs it")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            vocab[token] for token in SPECIAL_TOKENS
+            vocab[self._roles[role]] for role in ROLES
         )
-        added = tokenizer.get_added_tokens_decoder()
-        special = {vocab[token] for token in SPECIAL_TOKENS}
-        special |= {index for index, token in added.items() if token.special}
-        self.special_ids: NDArray[np.int64] = np.array(sorted(special), dtype=np.int64)
+        added = {token["id"]: token for token in self._state["added_tokens"]}
+        special = sorted(index for index, token in added.items() if token["special"])
+        self.special_ids: NDArray[np.int64] = np.array(special, dtype=np.int64)
+        prefix = self._state["model"]["continuing_subword_prefix"]
         self.is_continuation: NDArray[np.bool_] = np.array(
-            [token.startswith("##") for token in self.tokens]
+            [
+                bool(prefix) and token.startswith(prefix) and index not in added
+                for index, token in enumerate(self.tokens)
+            ]
         )
-        self._tokenizer = tokenizer
-        state = json.loads(tokenizer.to_str())
-        self.do_lower_case = _lower_cases(state)
-        decisive = [self.tokens, *(state[part] for part in ("normalizer", "pre_tokenizer"))]
+        said = tokenizer_files.normalization(self._state["normalizer"])
+        self.do_lower_case = said["do_lower_case"]
+        decisive = [
+            self.tokens,
+            self._roles,
+            *(self._state[part] for part in ("normalizer", "pre_tokenizer", "added_tokens")),
+            {name: value for name, value in self._state["model"].items() if name != "vocab"},
+        ]
         self.digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -118,218 +117,111 @@ class WordPiece:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def unknown_characters(self, texts: list[str]) -> int:
+        """Returns how many characters of texts are in words that become the unknown token."""
+        self._tokenizer.encode_special_tokens = True
+        return sum(
+            end - start
+            for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)
+            for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if index == self.unk_id
+        )
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, pieces joined to words, special tokens left out."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes tokenizer.json, vocab.txt and tokenizer_config.json as transformers reads them."""
+    def save(self, folder: str | os.PathLike[str], model_max_length: int = 512) -> None:
+        """Writes what transformers' AutoTokenizer reads, of version 4 and 5, slow or fast.
+
+        The class is the one that runs tokenizer.json as it is: BertTokenizer builds a normalizer of
+        its own, and its Python form differs from it in small things (a final sigma, new emoji).
+        vocab.txt is for other programs, and there only where it says all.
+
+        Args:
+            folder: made if missing.
+            model_max_length: positions of the model, tokens.
+        """
         os.makedirs(folder, exist_ok=True)
         self._tokenizer.encode_special_tokens = False
-        self._tokenizer.save(os.path.join(folder, "tokenizer.json"))
-        with open(os.path.join(folder, "vocab.txt"), "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{token}\n" for token in self.tokens)
-        config = {
-            "tokenizer_class": "BertTokenizer",
-            "do_lower_case": self.do_lower_case,
-            "model_max_length": MODEL_MAX_LENGTH,
-            **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS},
+        self._tokenizer.save(os.path.join(folder, DESCRIPTION))
+        plain = tokenizer_files.expressible_by_vocabulary(self._state)
+        path = os.path.join(folder, VOCABULARY)
+        if plain is not None:
+            with open(path, "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(f"{token}\n" for token in self.tokens)
+        elif os.path.exists(path):
+            os.remove(path)
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": model_max_length,
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+            **(plain or {}),
+            **{f"{role}_token": token for role, token in self._roles.items()},
         }
-        path = os.path.join(folder, "tokenizer_config.json")
-        with open(path, "w", encoding="utf-8") as file:
+        others = [
+            token["content"]
+            for token in self._state["added_tokens"]
+            if token["special"] and token["content"] not in self._roles.values()
+        ]
+        if others:
+            config["additional_special_tokens"] = others
+        pre_tokenizer = self._state["pre_tokenizer"] or {}
+        if "add_prefix_space" in pre_tokenizer:  # else version 4 turns it off
+            config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
+        with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
             json.dump(config, file, indent=2)
             file.write("\n")
 
     @classmethod
     def train(
-        cls, sentences: Iterable[str], vocab_size: int, do_lower_case: bool = True
+        cls,
+        sentences: Iterable[str],
+        vocab_size: int,
+        do_lower_case: bool = True,
+        strip_accents: bool | None = None,
+        *,
+        progress: bool = False,
     ) -> "WordPiece":
         """Returns a vocabulary learnt from sentences; the same sentences give the same vocabulary.
-
-        The library's trainer numbers single characters in the order of a randomly seeded hash
-        table and breaks ties between merges by these numbers. So the words are counted here, the
-        characters are numbered beforehand, and the trainer reads the words in sorted order.
 
         Args:
             sentences: text, read once.
             vocab_size: V to reach; a small corpus may give fewer pieces.
-            do_lower_case: whether to lower-case and strip accents.
+            do_lower_case: whether to lower-case.
+            strip_accents: whether to take accents off letters: from all, from none, or (None) where
+                the text is lower-cased, and then from Latin, Greek and Cyrillic letters only, for
+                in other scripts the marks are vowels and tones.
+            progress: whether to show a bar on stderr.
 
         Raises:
-            UserError: `vocab_size` leaves no room for characters, or there is no word.
+            UserError: `vocab_size` leaves no room for characters, there is no word, or a library
+                that the text's script needs is missing.
         """
-        words = _count_words(sentences, do_lower_case)
-        room = (vocab_size - len(SPECIAL_TOKENS)) // 2
-        if room < 1:
-            raise UserError(f"vocab_size = {vocab_size} must be at least 100")
-        if not words:
-            raise UserError("the text to train a tokenizer on holds no word")
-        alphabet = _alphabet(words, room)
-        later = {char for word in words for char in word[1:] if char in alphabet}
-        pinned = sorted(alphabet) + [f"##{char}" for char in sorted(later)]
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[*SPECIAL_TOKENS, *pinned],
-            initial_alphabet=sorted(alphabet),
-            limit_alphabet=len(alphabet),
-            show_progress=False,
-        )
-        learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        learner.train_from_iterator(_repeat(words, alphabet), trainer)
-        vocab = learner.get_vocab()
-        return cls(_bert_tokenizer(sorted(vocab, key=lambda token: vocab[token]), do_lower_case))
+        return cls(learn(sentences, vocab_size, do_lower_case, strip_accents, progress))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], do_lower_case: bool | None = None) -> "WordPiece":
-        """Returns the vocabulary of a file.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        do_lower_case: bool | None = None,
+        strip_accents: bool | None = None,
+    ) -> "WordPiece":
+        """Returns the tokenizer of a file and of what stands beside it.
 
         Args:
             path: a vocab.txt, a tokenizer.json, or a folder that holds one of them.
-            do_lower_case: whether to lower-case; None takes what the file, or the
-                tokenizer_config.json beside it, says, and True where nothing does.
+            do_lower_case: whether to lower-case; None takes what the files say, and True where
+                none does.
+            strip_accents: whether to take accents off letters; None likewise, and as
+                `do_lower_case` where no file says it.
 
         Raises:
-            UserError: the file is missing, damaged, no WordPiece vocabulary, or says something
-                else than `do_lower_case`.
+            UserError: a file is missing, damaged, no WordPiece vocabulary, or says something else
+                than another or than an argument.
         """
         path = os.fspath(path)
-        if os.path.isdir(path):
-            names = [os.path.join(path, name) for name in ("tokenizer.json", "vocab.txt")]
-            found = next(filter(os.path.isfile, names), None)
-            if found is None:
-                raise UserError(f"{path}: the folder holds neither tokenizer.json nor vocab.txt")
-            path = found
-        if not path.endswith(".json"):
-            said = _config_lower_case(os.path.join(os.path.dirname(path), "tokenizer_config.json"))
-            if do_lower_case is None:
-                do_lower_case = True if said is None else said
-            return cls(_bert_tokenizer(_read_vocab(path), do_lower_case), path)
-        wordpiece = cls(_read_tokenizer(path), path)
-        if do_lower_case not in (None, wordpiece.do_lower_case):
-            asked, right = (str(said).lower() for said in (do_lower_case, not do_lower_case))
-            raise UserError(f"{path}: do_lower_case = {asked}, but its normalizer says {right}")
-        return wordpiece
-
-
-def _bert_tokenizer(tokens: list[str], do_lower_case: bool) -> Tokenizer:
-    vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(
-        models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD)
-    )
-    present = [token for token in SPECIAL_TOKENS if token in vocab]
-    tokenizer.add_special_tokens(present)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=do_lower_case)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    if "[CLS]" in vocab and "[SEP]" in vocab:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS]:0 $A:0 [SEP]:0",
-            pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-            special_tokens=[(token, vocab[token]) for token in ("[CLS]", "[SEP]")],
-        )
-    return tokenizer
-
-
-def _count_words(sentences: Iterable[str], do_lower_case: bool) -> dict[str, int]:
-    normalize = normalizers.BertNormalizer(lowercase=do_lower_case).normalize_str
-    chunks: Counter[str] = Counter()
-    for sentence in sentences:
-        chunks.update(normalize(sentence).split())
-    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
-    words: Counter[str] = Counter()
-    for chunk, count in chunks.items():
-        for word, _ in split(chunk):
-            if len(word) <= MAX_WORD:
-                words[word] += count
-    return {word: words[word] for word in sorted(words)}
-
-
-# Google's English vocabulary knows 997 characters. Where a corpus has more (Chinese, Japanese),
-# those beyond the thousandth must be worth their place.
-ALPHABET = 1_000
-COVERAGE = 0.9999
-
-
-def _alphabet(words: dict[str, int], room: int) -> set[str]:
-    counts: Counter[str] = Counter()
-    for word, count in words.items():
-        for char in word:
-            counts[char] += count
-    ranked = sorted(counts, key=lambda char: (-counts[char], char))
-    covered = np.cumsum([counts[char] for char in ranked])
-    worthy = int(np.searchsorted(covered, COVERAGE * covered[-1])) + 1
-    return set(ranked[: min(room, max(ALPHABET, worthy))])
-
-
-def _repeat(words: dict[str, int], alphabet: set[str]) -> Iterable[str]:
-    """Yields each word as often as it was counted, a thousand at a time."""
-    for word, count in words.items():
-        if alphabet.issuperset(word):
-            for done in range(0, count, 1_000):
-                yield " ".join([word] * min(1_000, count - done))
-
-
-def _read_vocab(path: str) -> list[str]:
-    tokens: dict[str, int] = {}
-    try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            lines = [line.rstrip("\r\n") for line in file]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8; a vocabulary holds one token per line") from None
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise UserError(f"{path}: is empty; a vocabulary holds one token per line")
-    for number, token in enumerate(lines, start=1):
-        if not token.strip():
-            raise UserError(f"{path}:{number}: is blank; a vocabulary holds one token per line")
-        if token in tokens:
-            raise UserError(f"{path}:{number}: {token!r} is already on line {tokens[token]}")
-        tokens[token] = number
-    return lines
-
-
-def _read_tokenizer(path: str) -> Tokenizer:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = file.read()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8; a tokenizer.json is JSON in UTF-8") from None
-    try:
-        state = json.loads(content)
-        kind = state["model"].get("type", "WordPiece")
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path}: is not a tokenizer of the tokenizers library") from None
-    if kind != "WordPiece":
-        raise UserError(f"{path}: its model is {kind}; BERT needs WordPiece")
-    try:
-        tokenizer = Tokenizer.from_str(content)
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: is not a valid tokenizer: {error}") from None
-    if not isinstance(tokenizer.model, models.WordPiece):
-        raise UserError(f"{path}: its model is not WordPiece, which BERT needs")
-    if not tokenizer.get_vocab_size():
-        raise UserError(f"{path}: its vocabulary is empty")
-    return tokenizer
-
-
-def _lower_cases(state: dict) -> bool:
-    """Whether the normalizer of a tokenizer.json lower-cases."""
-    normalizer = state.get("normalizer") or {}
-    parts = normalizer.get("normalizers", [normalizer])
-    return any(part.get("lowercase") or part.get("type") == "Lowercase" for part in parts)
-
-
-def _config_lower_case(path: str) -> bool | None:
-    try:
-        with open(path, encoding="utf-8") as file:
-            said = json.load(file).get("do_lower_case")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return said if isinstance(said, bool) else None
+        asked = {"do_lower_case": do_lower_case, "strip_accents": strip_accents}
+        given = {name: value for name, value in asked.items() if value is not None}
+        return cls(tokenizer_files.read(path, given), path)

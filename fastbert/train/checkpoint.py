@@ -204,7 +204,7 @@ _FREE = {
     *("out", "device", "precision", "torch_compile", "num_threads", "resume", "stop_at_step"),
     *("step", "kernels", "attn_implementation", "gradient_checkpointing", "last_layer_masked_only"),
     *("dataloader_num_workers", "dataloader_prefetch_factor"),
-    *("data", "tokenizer"),  # their content is checked by fingerprint
+    *("data", "tokenizer", "do_lower_case", "strip_accents"),  # checked by fingerprint
     *("max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
     *("max_eval_batches", "report_to"),
 }

@@ -39,15 +39,20 @@ from fastbert.train.schedule import learning_rate
 from fastbert.train.step import Metrics, TrainStep, compile_model
 
 Export = Callable[[Path, Mapping[str, Tensor], ModelConfig, Path], None]
+CheckTokenizer = Callable[[WordPiece, Path], None]
 _MAX_SKIPPED_IN_A_ROW = 3
 
 
-def pretrain(config: PretrainConfig, export: Export) -> Path:
+def pretrain(
+    config: PretrainConfig, export: Export, check_tokenizer: CheckTokenizer | None = None
+) -> Path:
     """Trains a BERT as `config` says and returns the run's folder.
 
     Args:
         config: everything there is to set.
         export: writes the `hf/` folder: (folder, weights by name, model sizes, tokenizer folder).
+        check_tokenizer: refuses, before the first step, a given tokenizer whose saved form is
+            another: (the tokenizer, the folder it is saved in).
 
     Raises:
         UserError: a bad request: missing files, a run already there, a damaged checkpoint.
@@ -60,7 +65,7 @@ def pretrain(config: PretrainConfig, export: Export) -> Path:
     choose_execution(config, _asked_model(config))  # a wrong device is told before the work
     restored = _restored(config, run)
     with taken_back_on_failure(run):
-        trainer = _prepared(config, run, restored)
+        trainer = _prepared(config, run, restored, check_tokenizer)
     with _graceful_stop() as stop:
         trainer.run(stop)
     trainer.finish(export)
@@ -68,9 +73,14 @@ def pretrain(config: PretrainConfig, export: Export) -> Path:
 
 
 def _prepared(
-    config: PretrainConfig, run: Path, restored: checkpoint.Checkpoint | None
+    config: PretrainConfig,
+    run: Path,
+    restored: checkpoint.Checkpoint | None,
+    check_tokenizer: CheckTokenizer | None,
 ) -> "_Trainer":
-    tokenizer, train_shards, validation_shards = prepare_data(config, run)
+    # What we trained is of a kind that is tested; the check takes seconds.
+    check = check_tokenizer if config.tokenizer != "train" else None
+    tokenizer, train_shards, validation_shards = prepare_data(config, run, check)
     sizes = _model_sizes(config, tokenizer)
     execution = choose_execution(config, sizes)
     if config.warmup_steps >= config.max_steps:

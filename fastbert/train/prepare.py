@@ -5,13 +5,13 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-from fastbert.config import PretrainConfig, to_toml
+from fastbert.config import PretrainConfig, model_config, to_toml
 from fastbert.data.corpus import Skipped, corpus_bytes, read_corpus
 from fastbert.data.shards import Shards, build_shards, fingerprint, shards_fingerprint
 from fastbert.data.tokenize import WordPiece
@@ -121,8 +121,17 @@ def _numbered(newest: bool) -> Path:
     return RUNS / f"pretrain-{taken[-1][0] + 1 if taken else 1:03d}"
 
 
-def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, Shards | None]:
+def prepare_data(
+    config: PretrainConfig,
+    run: Path,
+    check_tokenizer: Callable[[WordPiece, Path], None] | None = None,
+) -> tuple[WordPiece, Shards, Shards | None]:
     """Makes (or finds, in a run that goes on) the tokenizer and the token shards of a run.
+
+    Args:
+        config: where they are, and how they are made.
+        run: the run's folder.
+        check_tokenizer: called with the tokenizer and the folder it has been saved in.
 
     Returns:
         The tokenizer, the training shards, and the held-out shards (None without a held-out part).
@@ -144,11 +153,16 @@ def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, 
             "it was, or start a new run with another --out"
         )
     try:
-        _write_config(config, run)
-        tokenizer.save(tokenizer_folder)
+        _write_config(dataclasses.replace(config, do_lower_case=tokenizer.do_lower_case), run)
+        tokenizer.save(
+            tokenizer_folder,
+            model_max_length=model_config(config.model).max_position_embeddings,
+        )
     except Exception as error:  # the tokenizers library raises bare Exception
         reason = error.strerror if isinstance(error, OSError) else error
         raise RunError(f"{run}: cannot be written: {reason}") from None
+    if check_tokenizer is not None:
+        check_tokenizer(tokenizer, tokenizer_folder)
     if found != key:
         stats = build_shards(
             config.data,
@@ -182,9 +196,10 @@ def _write_config(config: PretrainConfig, run: Path) -> None:
 
 
 def _tokenizer(config: PretrainConfig, of_run: Path) -> WordPiece:
-    given = WordPiece.load(config.tokenizer) if config.tokenizer != "train" else None
+    settings = (config.do_lower_case, config.strip_accents)
+    given = WordPiece.load(config.tokenizer, *settings) if config.tokenizer != "train" else None
     if config.resume and (of_run / "tokenizer.json").exists():
-        tokenizer = WordPiece.load(of_run)
+        tokenizer = WordPiece.load(of_run, *settings)
         if given is not None and given.digest != tokenizer.digest:
             raise UserError(
                 f"tokenizer = {config.tokenizer!r} is not the one in {of_run}, which this run "
@@ -192,9 +207,19 @@ def _tokenizer(config: PretrainConfig, of_run: Path) -> WordPiece:
             )
         return tokenizer
     if given is not None:
+        for note in given.notes:
+            say(f"tokenizer: {note}")
         return given
-    tokenizer = WordPiece.train(_sentences(config.data), config.vocab_size, config.do_lower_case)
+    tokenizer = WordPiece.train(
+        _sentences(config.data),
+        config.vocab_size,
+        config.do_lower_case is not False,
+        config.strip_accents,
+        progress=True,
+    )
     say(f"tokenizer: WordPiece trained, {tokenizer.vocab_size:,} tokens")
+    for note in tokenizer.notes:
+        say(f"tokenizer: {note}")
     return tokenizer
 
 

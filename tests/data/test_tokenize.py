@@ -6,7 +6,8 @@ import sys
 import pytest
 from tokenizers import Tokenizer, models
 
-from fastbert.data.tokenize import SPECIAL_TOKENS, WordPiece
+from fastbert.data.tokenize import WordPiece
+from fastbert.data.tokenizer_files import SPECIAL_TOKENS
 from fastbert.errors import UserError
 
 TEXT = [
