@@ -234,7 +234,7 @@ def _complete(
     vocab: dict[str, int] = state["model"]["vocab"]
     known = {token["content"]: token for token in state["added_tokens"]}
     ids = dict(vocab) | {content: token["id"] for content, token in known.items()}
-    for token in sorted(beside.added, key=lambda token: token.get("id", len(ids))):
+    for token in sorted(beside.added, key=lambda token: token.get("id", 2**32)):
         content = token["content"]
         index = ids.setdefault(content, token.get("id", len(ids)))
         if token.get("id", index) != index:

@@ -176,8 +176,11 @@ def _normalization(
 
 
 def _letters_changed(chunk: str) -> int:
-    """Counts the marks that are no accents and that BERT's own normalizer would take away."""
-    changed, base = 0, ""
+    """Counts the marks that are no accents and that BERT's own normalizer would take away.
+
+    And the Korean syllables, which it would take apart.
+    """
+    changed, base = sum("\uac00" <= char <= "\ud7a3" for char in chunk), ""
     for char in unicodedata.normalize("NFD", chunk):
         if unicodedata.category(char) != "Mn":
             base = char
