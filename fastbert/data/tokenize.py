@@ -7,7 +7,7 @@ normalisation: https://github.com/google-research/bert.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from fastbert.data.tokenizer_files import (
     VOCABULARY,
     Description,
 )
-from fastbert.data.tokenizer_training import learn
+from fastbert.data.tokenizer_training import count_chunks, learn
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +177,7 @@ class WordPiece:
     @classmethod
     def train(
         cls,
-        sentences: Iterable[str],
+        sentences: Iterable[str] | Mapping[str, int],
         vocab_size: int,
         do_lower_case: bool = True,
         strip_accents: bool | None = None,
@@ -187,7 +187,7 @@ class WordPiece:
         """Returns a vocabulary learnt from sentences; the same sentences give the same vocabulary.
 
         Args:
-            sentences: text, read once.
+            sentences: text, read once; or what `count_chunks` has counted in it.
             vocab_size: V to reach; a small corpus may give fewer pieces.
             do_lower_case: whether to lower-case.
             strip_accents: whether to take accents off letters: from all, from none, or (None) where
@@ -199,7 +199,8 @@ class WordPiece:
             UserError: `vocab_size` leaves no room for characters, there is no word, or a library
                 that the text's script needs is missing.
         """
-        return cls(learn(sentences, vocab_size, do_lower_case, strip_accents, progress))
+        chunks = sentences if isinstance(sentences, Mapping) else count_chunks(sentences)
+        return cls(learn(chunks, vocab_size, do_lower_case, strip_accents, progress))
 
     @classmethod
     def load(
