@@ -2,12 +2,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help .venv demo test lint types check bench clean
+.PHONY: help .venv demo test test-transformers-4 lint types check bench clean
 .PHONY: compile-report compile-report-3.6 compile-report-newest compile-report-table
 
 help:
 	@echo "make demo   pre-train a tiny BERT on this machine"
 	@echo "make check  lint, types and tests (none needs a GPU)"
+	@echo "make test-transformers-4  exported tokenizers under transformers 4"
 	@echo "make compile-report  compile every kernel for A100 and H100; list registers, spills, counts"
 	@echo "make compile-report-3.6, compile-report-newest  the same with the Triton of torch 2.11, 2.15"
 	@echo "make compile-report-table  all three, their counts accepted, the tables of kernels/README.md"
@@ -36,6 +37,18 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# Users of version 4, on which the engine itself does not run, get the tokenizer that was trained on.
+test-transformers-4: build/transformers-4.57.6/.installed
+	PYTHONPATH=$(<D) $(BIN)/python -c 'import transformers as t; assert t.__version__ == "4.57.6"'
+	PYTHONPATH=$(<D) $(BIN)/python -m pytest -q tests/data/test_tokenizer_export.py
+
+build/transformers-%/.installed: $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(@D) \
+		transformers==$* huggingface-hub==0.36.2 tokenizers==0.22.2 requests urllib3 idna certifi \
+		charset-normalizer
+	@touch $@
 
 check: lint types test
 

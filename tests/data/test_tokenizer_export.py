@@ -1,6 +1,6 @@
 """What was trained is what AutoTokenizer gives: many tokenizers over odd strings in many scripts.
 
-Runs with whatever transformers is installed; `make check-transformers-4` runs it with version 4.
+Runs with whatever transformers is installed; `make test-transformers-4` runs it with version 4.
 """
 
 import itertools
