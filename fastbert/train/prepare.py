@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import sys
@@ -13,7 +14,14 @@ from tqdm import tqdm
 
 from fastbert.config import PretrainConfig, to_toml
 from fastbert.data.corpus import Skipped, corpus_bytes, read_corpus
-from fastbert.data.shards import Shards, build_shards, fingerprint, shards_fingerprint
+from fastbert.data.shards import (
+    Found,
+    Shards,
+    build_shards,
+    examine_shards,
+    files_digest,
+    fingerprint,
+)
 from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
 
@@ -134,11 +142,19 @@ def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, 
     tokenizer_folder, data_folder = run / "tokenizer", run / "data"
     make_folder(run)
     tokenizer = _tokenizer(config, tokenizer_folder)
-    key = fingerprint(
-        config.data, tokenizer, validation_fraction=config.validation_fraction, seed=config.seed
-    )
-    found = shards_fingerprint(data_folder)
-    if found not in (None, key) and (run / "checkpoints").exists():
+    found = examine_shards(data_folder)
+    begun = (run / "checkpoints").exists()
+    changed = False
+    if found is not None and found.meta is not None:
+        key = fingerprint(
+            config.data,
+            tokenizer,
+            validation_fraction=config.validation_fraction,
+            seed=config.seed,
+            folder=data_folder,
+        )
+        changed = found.meta["fingerprint"] != key
+    if changed and begun:
         raise UserError(
             f"data = {config.data!r} has changed since the run in {run} began: put it back as "
             "it was, or start a new run with another --out"
@@ -149,7 +165,9 @@ def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, 
     except Exception as error:  # the tokenizers library raises bare Exception
         reason = error.strerror if isinstance(error, OSError) else error
         raise RunError(f"{run}: cannot be written: {reason}") from None
-    if found != key:
+    if found is None or changed or found.damage:
+        if found is not None and found.damage:
+            say(f"data: {found.damage}: prepared again from {config.data}")
         stats = build_shards(
             config.data,
             tokenizer,
@@ -157,6 +175,7 @@ def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, 
             validation_fraction=config.validation_fraction,
             seed=config.seed,
             progress=True,
+            expected=_begun_with(run, found) if begun else "",
         )
         for line in stats.skipped:
             say(f"data: {line}")
@@ -169,6 +188,16 @@ def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, 
     train = Shards.open(data_folder, "train")
     validation = Shards.open(data_folder, "validation")
     return tokenizer, train, validation if validation.num_tokens else None
+
+
+def _begun_with(run: Path, found: Found | None) -> str:
+    """The digest of the data that a run's checkpoints go on with, "" where nothing tells it."""
+    if found is not None and found.meta is not None:
+        return files_digest(found.meta["files"])
+    for state in sorted(run.glob("checkpoints/*/state.json"), reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            return str(json.loads(state.read_text(encoding="utf-8"))["data"]["shape"]["data"])
+    return found.digest if found is not None else ""  # of a version that kept none
 
 
 def _write_config(config: PretrainConfig, run: Path) -> None:
