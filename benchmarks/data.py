@@ -17,7 +17,6 @@ S longest sequence, T tokens of a batch, V vocabulary, W workers.
 
 import dataclasses
 import importlib.util
-import json
 import multiprocessing
 import os
 import statistics
@@ -42,7 +41,7 @@ from fastbert.config import DATA_RIVAL_NAMES, DataBenchConfig, integers, model_c
 from fastbert.data.batch import Batch
 from fastbert.data.mask import IGNORE
 from fastbert.data.pack import Packer
-from fastbert.data.shards import FORMAT, Shards, _SplitWriter
+from fastbert.data.shards import Shards, _SplitWriter, write_meta
 from fastbert.data.tokenize import TokenIds
 from fastbert.data.workers import BatchLoader, DevicePrefetcher
 from fastbert.errors import RunError, UserError
@@ -102,14 +101,14 @@ def write_shards(
         kind: {"train": getattr(writer, kind)} for kind in ("documents", "sentences", "tokens")
     }
     meta = {
-        "format": FORMAT,
         "dtype": _dtype(V),
         "shards": {"train": writer.shards},
         "vocab_size": V,
         "fingerprint": "",
         "stats": stats,
+        "files": writer.files,
     }
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    write_meta(folder, meta)
     return Shards.open(folder, "train")
 
 

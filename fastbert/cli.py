@@ -36,6 +36,7 @@ from fastbert.config import (
     StepBenchConfig,
     load_config,
     model_config,
+    placeholder,
     settings,
     to_toml,
 )
@@ -277,8 +278,8 @@ def _add_settings(parser: argparse.ArgumentParser, config_class: type) -> None:
         if setting.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif setting.choices:
-            allowed = [*setting.choices, *([setting.pattern] if setting.pattern else [])]
-            options["metavar"] = "{" + ",".join(allowed).replace("[0-9]+", "N") + "}"
+            allowed = [*setting.choices, *filter(None, [placeholder(setting.pattern)])]
+            options["metavar"] = "{" + ",".join(allowed) + "}"
         else:
             options["metavar"] = _METAVARS[setting.type]
         groups[setting.group].add_argument(setting.flag, **options)

@@ -148,11 +148,16 @@ def _is_utf8(value: str) -> bool:
     return True
 
 
+def placeholder(pattern: str) -> str:
+    """Returns a pattern as help shows it: "cuda:N", "LANGUAGE"."""
+    return pattern.replace("[0-9]+", "N").replace("[a-z]{2,3}", "LANGUAGE")
+
+
 def choices_text(setting: Setting) -> str:
     """Returns "auto, cpu, cuda or cuda:N"; empty where everything is allowed."""
     allowed = [*setting.choices]
     if setting.pattern:
-        allowed.append(setting.pattern.replace("[0-9]+", "N"))
+        allowed.append(placeholder(setting.pattern))
     return " or ".join(filter(None, [", ".join(allowed[:-1]), *allowed[-1:]]))
 
 
@@ -442,6 +447,13 @@ class PretrainConfig:
     )
 
     data: str = _setting("builtin", "text file or folder of text files, or builtin", "data")
+    sentence_splitter: str = _setting(
+        "auto",
+        "sentences (auto = by the script of each line, line = a line is one, else a language: de)",
+        "data",
+        choices=("auto", "line"),
+        pattern="[a-z]{2,3}",
+    )
     tokenizer: str = _setting(
         "train", "path of a tokenizer or its folder, or train = train one on the data", "data"
     )

@@ -48,8 +48,8 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         monkeypatch.setitem(sys.modules, name, module)
         return module
 
-    found.export_run = object()
-    stand_in("fastbert.hf", export_run=found.export_run)
+    found.export_run, found.check_tokenizer = object(), object()
+    stand_in("fastbert.hf", export_run=found.export_run, check_tokenizer=found.check_tokenizer)
     stand_in("fastbert.train", __path__=[])
     stand_in("fastbert.train.loop", pretrain=receive)
     stand_in("benchmarks", __path__=[], step=stand_in("benchmarks.step", main=receive))
@@ -68,7 +68,7 @@ def test_pretrain_hands_over_the_config_and_the_export(
     assert config == PretrainConfig(
         max_steps=500, seed=7, nsp=False, whole_word_mask=True, learning_rate=5e-4, model="mini"
     )
-    assert options == {"export": rooms.export_run}
+    assert options == {"export": rooms.export_run, "check_tokenizer": rooms.check_tokenizer}
 
 
 def test_bench_step_hands_over_its_config(rooms: types.SimpleNamespace) -> None:

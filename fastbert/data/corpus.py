@@ -1,10 +1,14 @@
 """Raw text to documents to sentences, streamed; what cannot be used is counted, never silent.
 
 Text files follow https://github.com/google-research/bert: a blank line ends a document, a line
-holds one or more sentences. A .jsonl file holds one document per line, in its field `text`.
+holds one or more sentences. A JSON file holds documents, as strings or as objects with a string
+`text`. Which of them a file is, its first bytes say. One process cuts files into blocks at line
+ends; the blocks become sentences in as many processes as there are cores, and come back in order.
 """
 
 import ast
+import codecs
+import hashlib
 import importlib
 import json
 import os
@@ -12,35 +16,51 @@ import re
 import sys
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import cleandoc
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, TypeVar
 
+from fastbert.data.formats import HEAD, JSON, JSON_LINES, TEXT, Format, sniff
+from fastbert.data.parallel import MAX_WORKERS, available_cores, ordered_map
+from fastbert.data.sentences import AUTO, OURS, script_of, split_sentences
 from fastbert.errors import UserError
 
 BUILTIN = "builtin"
-SUFFIXES = (".txt", ".md", ".jsonl")
+SUFFIXES = (".txt", ".text", ".md", ".json", ".jsonl", ".ndjson")
+"""Of the files of a folder that are read, besides those without a suffix."""
 MAX_SENTENCE = 2_000
 """Characters of the longest sentence; a longer one is cut at whitespace."""
 MAX_DOCUMENT = 2**24
 """Characters after which a document is cut in two, so that memory stays bounded."""
 MAX_RECORD = 2**28
-"""Bytes of the longest JSONL record."""
+"""Bytes of the longest JSON record."""
 CHUNK = 2**20
-"""Bytes read at once; a longer line is worked on in pieces."""
+"""Bytes read at once and given to a worker; a longer line is worked on in pieces."""
+PARALLEL = 2**23
+"""Bytes of a corpus from which on workers read it; 8 MB take one core a second."""
+MAX_LOST = 0.5
+"""Share of a corpus, in lines that cannot be read, beyond which it is refused: the encoding is not
+what it should be, and what is left is no sample of the text."""
+MAX_UNBROKEN = 0.95
+"""The same with what has no whitespace, of which a corpus may hold long pieces (encoded images)."""
 
 INVALID_UTF8 = "{} line{s} with invalid UTF-8"
 NUL_BYTE = "{} line{s} with a NUL byte"
 UNBROKEN = f"part of {{}} line{{s}}: over {MAX_SENTENCE:,} characters without whitespace"
-NO_TEXT = '{} JSONL line{s} without an object that has a string "text"'
-LONG_RECORD = "{} JSONL line{s} of more than 256 MiB"
+NO_TEXT = '{} JSON record{s} without a string "text"'
+LONG_RECORD = "{} JSON record{s} of more than 256 MiB"
+BROKEN_JSON = "the rest of {} file{s} after invalid JSON"
+FOREIGN = "{} file{s} that hold no text"
 OTHER_FILE = "{} file{s} that are not " + ", ".join(SUFFIXES)
 NO_SYNTAX = "{} source file{s} that Python cannot parse"
 NO_TOKENS = "{} document{s} without a token"
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just read."""
+_Result = TypeVar("_Result")
 
 
 @dataclass
@@ -52,10 +72,17 @@ class Skipped:
     first: dict[str, str] = field(default_factory=dict)
     """Where each reason was met first, as file:line."""
     notes: list[str] = field(default_factory=list)
+    read: int = 0
+    """Bytes that were looked at."""
+    lost: int = 0
+    """Bytes of them in lines and records that were skipped whole."""
+    unbroken: int = 0
+    """Bytes of them in `UNBROKEN` parts."""
     _last: dict[str, str] = field(default_factory=dict, repr=False)
 
-    def skip(self, reason: str, where: str) -> None:
-        """Counts one more of `reason`, once per place."""
+    def skip(self, reason: str, where: str, lost: int = 0) -> None:
+        """Counts one more of `reason`, once per place, and the bytes that it costs."""
+        self.lost += lost
         if self._last.get(reason) == where:
             return
         self._last[reason] = where
@@ -67,6 +94,19 @@ class Skipped:
         if message not in self.notes:
             self.notes.append(message)
 
+    def add(self, later: "Skipped") -> None:
+        """Adds what was left out of the part that follows."""
+        for reason, count in later.counts.items():
+            same = self._last.get(reason) == later.first[reason]  # a line in two parts
+            self.counts[reason] = self.counts.get(reason, 0) + count - same
+            self.first.setdefault(reason, later.first[reason])
+        self._last.update(later._last)
+        for message in later.notes:
+            self.note(message)
+        self.read += later.read
+        self.lost += later.lost
+        self.unbroken += later.unbroken
+
     def summary(self) -> list[str]:
         """Returns one line per reason, then the notes."""
         lines = []
@@ -76,36 +116,145 @@ class Skipped:
         return lines + self.notes
 
 
+class Content(NamedTuple):
+    """A file of a corpus as it was read. `digest` is of its bytes, or of the first of what is
+    skipped for them; the rest is of its status and spares reading it again."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    digest: str
+
+
+Contents = dict[str, Content]
+"""By path."""
+
+
 def read_corpus(
-    source: str, report: Skipped, progress: Progress | None = None
+    source: str,
+    report: Skipped,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    splitter: str = AUTO,
 ) -> Iterator[list[str]]:
     """Yields documents, each a list of non-blank sentences, in an order that never varies.
 
     Args:
-        source: "builtin", a file (.jsonl, anything else is read as text), or a folder of .txt, .md
-            and .jsonl files, searched recursively in sorted order, hidden ones left out.
+        source: "builtin", a file, or a folder whose files with one of `SUFFIXES` or without a
+            suffix are read, recursively in sorted order, hidden ones left out. The first bytes of
+            each say whether it is text or JSON.
         report: filled as the corpus is read.
         progress: told of bytes as they are read, out of `corpus_bytes`.
+        workers: processes that read; None takes the cores there are if the corpus is large.
+        splitter: of lines into sentences, as in `split_sentences`.
 
     Raises:
-        UserError: the source is missing, unreadable, not UTF-8, or holds no text.
+        UserError: the source is missing, unreadable, no text, or nearly all of it was skipped.
+        RunError: a worker died.
     """
-    advance = progress or (lambda count: None)
-    sentences: Iterator[str | None]
-    if source == BUILTIN:
-        sentences = _builtin(report, advance)
-    else:
-        sentences = _files(corpus_files(source, report), report, advance)
-    found = False
-    for document in _documents(sentences, report):
-        found = True
+    for document, _ in read_pieces(source, report, progress, workers, splitter):
         yield document
+
+
+def read_pieces(
+    source: str,
+    report: Skipped,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    splitter: str = AUTO,
+    contents: Contents | None = None,
+) -> Iterator[tuple[list[str], bool]]:
+    """Yields documents as `read_corpus`, and whether each continues the one before.
+
+    Args:
+        contents: filled with each file as it has been read.
+        source, report, progress, workers, splitter, Raises: as in `read_corpus`.
+    """
+    parsed = _parsed(source, report, _groups, progress, workers, splitter, contents)
+    yield from _documents(parsed, report)
+
+
+def map_corpus(
+    source: str,
+    report: Skipped,
+    function: Callable[[list[str]], _Result],
+    progress: Progress | None = None,
+    workers: int | None = None,
+    splitter: str = AUTO,
+) -> Iterator[_Result]:
+    """Yields `function` of some MB of sentences at a time, in order, called by the workers.
+
+    Args:
+        function: of the top level of a module.
+        source, report, progress, workers, splitter, Raises: as in `read_corpus`.
+    """
+    flat = partial(_flat, function)
+    yield from _parsed(source, report, flat, progress, workers, splitter, None)
+
+
+def _groups(groups: list[list[str]]) -> list[list[str]]:
+    return groups
+
+
+def _flat(function: Callable[[list[str]], _Result], groups: list[list[str]]) -> _Result:
+    return function([sentence for group in groups for sentence in group])
+
+
+def _parsed(
+    source: str,
+    report: Skipped,
+    function: Callable[[list[list[str]]], _Result],
+    progress: Progress | None,
+    workers: int | None,
+    splitter: str,
+    contents: Contents | None,
+) -> Iterator[_Result]:
+    """Yields `function` of sentences in groups, between which a document ends, block by block."""
+    advance = progress or (lambda count: None)
+    found = False
+    if source == BUILTIN:
+        for groups in _builtin(report, advance):
+            found = True
+            yield function(groups)
+    else:
+        files = corpus_files(source, report)
+        if workers is None:
+            cores = min(available_cores(), MAX_WORKERS)
+            large = cores > 1 and sum(map(os.path.getsize, files)) >= PARALLEL
+            workers = cores if large else 0
+        kinds: Counter[str] = Counter()
+        blocks = _batched(_files(files, source in files, advance, contents, kinds))
+        for result, any_text, part in ordered_map(
+            partial(_parse, function, splitter), blocks, workers
+        ):
+            report.add(part)
+            if any_text:
+                found = True
+            yield result
+        _note_kinds(files, kinds, report)
+    why = "; ".join(report.summary())
     if not found:
-        why = "; ".join(report.summary())
         raise UserError(
             f"{source}: holds no text{f' ({why})' if why else ''}; it should hold sentences in "
             "UTF-8, documents separated by blank lines"
         )
+    lost, unbroken = report.lost, report.lost + report.unbroken
+    if lost > MAX_LOST * report.read or unbroken > MAX_UNBROKEN * report.read:
+        encoded = report.counts.get(INVALID_UTF8, 0) > 0
+        advice = "convert it to UTF-8, e.g. with iconv" if encoded else "mend it or leave it out"
+        share = (lost if lost > MAX_LOST * report.read else unbroken) / report.read
+        raise UserError(f"{source}: {share:.0%} of it would be skipped ({why}); {advice}")
+
+
+def _note_kinds(files: list[str], kinds: Counter[str], report: Skipped) -> None:
+    named = JSON_LINES if files[0].lower().endswith((".jsonl", ".ndjson")) else TEXT
+    if len(files) == 1 and set(kinds) <= {named}:
+        return
+    told = ", ".join(
+        f"{kinds[kind]:,} of {kind}" for kind in (TEXT, JSON_LINES, JSON) if kinds[kind]
+    )
+    total = sum(kinds.values())
+    report.note(f"read {total:,} file{'' if total == 1 else 's'}: {told}")
 
 
 def corpus_files(source: str, report: Skipped | None = None) -> list[str]:
@@ -125,9 +274,14 @@ def corpus_files(source: str, report: Skipped | None = None) -> list[str]:
     if not os.path.isdir(source):
         wrong = "is neither a file nor a folder" if os.path.exists(source) else "does not exist"
         raise UserError(f"{source}: {wrong}; give a text file, a folder of them, or {BUILTIN}")
-    files = list(_walk(source, report or Skipped()))
+    report = report or Skipped()
+    files = list(_walk(source, report))
     if not files:
-        raise UserError(f"{source}: the folder holds no {', '.join(SUFFIXES[:-1])} or .jsonl file")
+        seen = report.first.get(OTHER_FILE)
+        raise UserError(
+            f"{source}: the folder holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, nor "
+            f"one without a suffix{f', but e.g. {seen}' if seen else ''}"
+        )
     return files
 
 
@@ -138,6 +292,27 @@ def corpus_bytes(source: str) -> int:
         UserError: as in `corpus_files`.
     """
     return sum(os.path.getsize(path) for path in corpus_files(source))
+
+
+def content_digest(path: str) -> str:
+    """Returns the digest of a file as `read_pieces` gives it.
+
+    Raises:
+        UserError: the file is unreadable.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+            if not sniff(head, path).kind:
+                return _digest_of_head(head)
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _digest_of_head(head: bytes) -> str:
+    return f"head {hashlib.sha256(head).hexdigest()}"
 
 
 def _walk(folder: str, report: Skipped) -> Iterator[str]:
@@ -156,71 +331,189 @@ def _walk(folder: str, report: Skipped) -> Iterator[str]:
             path = os.path.join(parent, name)
             if name.startswith("."):
                 continue
-            if name.lower().endswith(SUFFIXES) and os.path.isfile(path):
+            is_read = os.path.splitext(name)[1].lower() in ("", *SUFFIXES)
+            if is_read and os.path.isfile(path):
                 yield path
             else:
                 report.skip(OTHER_FILE, path)
 
 
-def _files(paths: Iterable[str], report: Skipped, progress: Progress) -> Iterator[str | None]:
+class _Block(NamedTuple):
+    """A piece of a file that becomes sentences without a look at the others."""
+
+    path: str
+    line: int
+    """Number of its first line."""
+    kind: str
+    """`TEXT`, `JSON_LINES`, `JSON`, `_FILE_END`, or the reason why the file's next `size` bytes are
+    skipped."""
+    size: int
+    lines: bytes = b""
+    records: tuple[tuple[int, int, str | None], ...] = ()
+    """Of `JSON`: line number, size, and text if there is one."""
+    starts_inside: bool = False
+    """Whether the first line has begun in the block before."""
+    ends_inside: bool = False
+
+
+_FILE_END = "end of file"
+
+
+def _batched(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
+    """Yields blocks of small files together: a worker's turn costs as much as 1 kB of text."""
+    batch: list[_Block] = []
+    size = 0
+    for block in blocks:
+        batch.append(block)
+        size += block.size
+        if size >= CHUNK // 2:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _files(
+    paths: Iterable[str],
+    alone: bool,
+    progress: Progress,
+    contents: Contents | None,
+    kinds: Counter[str],
+) -> Iterator[_Block]:
     for path in paths:
         try:
             with open(path, "rb") as file:
-                _check_encoding(path, file)
-                if path.lower().endswith(".jsonl"):
-                    yield from _jsonl(path, file, report, progress)
-                else:
-                    yield from _text(path, file, report, progress)
+                yield from _blocks(path, file, alone, progress, contents, kinds)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        yield None
+        yield _Block(path, 0, _FILE_END, 0)
 
 
-_FOREIGN_MARKS = {  # the longer marks first: UTF-32's begins with UTF-16's
-    b"\xff\xfe\0\0": "UTF-32",
-    b"\0\0\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
+def _blocks(
+    path: str,
+    file: BinaryIO,
+    alone: bool,
+    progress: Progress,
+    contents: Contents | None,
+    kinds: Counter[str],
+) -> Iterator[_Block]:
+    status = os.fstat(file.fileno())
+    stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    head = file.read(HEAD)
+    found = sniff(head, path)
+    if not found.kind:
+        if alone:
+            raise UserError(f"{path}: looks like {found.looks_like}; {found.remedy}")
+        yield _Block(f"{path} ({found.looks_like})", 0, FOREIGN, 0)
+        progress(status.st_size)
+        if contents is not None:
+            contents[path] = Content(*stamp, _digest_of_head(head))
+        return
+    kinds[found.kind] += 1
+    file.seek(0)
+    raw = _Raw(file, progress, contents is not None)
+    chunks = _line_ends(_as_utf8(raw.chunks(found.mark), found))
+    if found.kind == JSON:
+        yield from _json_blocks(path, chunks)
+    else:
+        yield from _line_blocks(path, found.kind, chunks)
+    if contents is not None:
+        contents[path] = Content(*stamp, raw.digest.hexdigest())
 
 
-def _check_encoding(path: str, file: BinaryIO) -> None:
-    start = file.read(4)
-    for mark, name in _FOREIGN_MARKS.items():
-        if start.startswith(mark):
-            raise UserError(
-                f"{path}: is {name}; convert it to UTF-8, e.g. with iconv -f {name} -t UTF-8"
-            )
-    file.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
+class _Raw:
+    def __init__(self, file: BinaryIO, progress: Progress, hashed: bool) -> None:
+        self._file, self._progress, self._hashed = file, progress, hashed
+        self.digest = hashlib.sha256()
+
+    def chunks(self, mark: int) -> Iterator[bytes]:
+        """Yields the file from behind its byte order mark."""
+        while chunk := self._file.read(CHUNK):
+            self._progress(len(chunk))
+            if self._hashed:
+                self.digest.update(chunk)
+            yield chunk[mark:]
+            mark = max(mark - len(chunk), 0)
 
 
-def _text(path: str, file: BinaryIO, report: Skipped, progress: Progress) -> Iterator[str | None]:
-    for number, raw, whole in _pieces(file, progress):
-        where = f"{path}:{number}"
-        text = _decoded(raw, where, report)
-        if text is None:
+def _invalid(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff", error.end
+
+
+codecs.register_error("fastbert.invalid", _invalid)
+
+
+def _as_utf8(chunks: Iterator[bytes], found: Format) -> Iterator[bytes]:
+    """Yields UTF-16 and UTF-32 as UTF-8; what is invalid stays so, for its line to be counted."""
+    if found.encoding == "utf-8":
+        yield from chunks
+        return
+    decoder = codecs.getincrementaldecoder(found.encoding)("fastbert.invalid")
+    for chunk in chunks:
+        yield decoder.decode(chunk).encode("utf-8", "surrogateescape")
+    yield decoder.decode(b"", True).encode("utf-8", "surrogateescape")
+
+
+_RETURNS = re.compile(rb"\r++\n?")
+
+
+def _line_ends(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yields text whose line ends are all one byte: CRLF, and CR alone, as old Macs wrote."""
+    held = b""
+    for chunk in chunks:
+        if held or b"\r" in chunk:
+            chunk = held + chunk
+            kept = chunk.rstrip(b"\r")
+            held = chunk[len(kept) :]  # a line feed may follow
+            if len(held) > CHUNK:
+                kept, held = chunk, b""
+            chunk = kept.replace(b"\r\n", b"\n")
+            if b"\r" in chunk:
+                chunk = _RETURNS.sub(_one_or_many, chunk)
+        if chunk:
+            yield chunk
+    if held:
+        yield b"\n" * len(held)
+
+
+def _one_or_many(returns: re.Match[bytes]) -> bytes:
+    run = returns.group()
+    return b"\n" if run.endswith(b"\n") else b"\n" * len(run)
+
+
+def _line_blocks(path: str, kind: str, chunks: Iterator[bytes]) -> Iterator[_Block]:
+    line, inside, dropping = 1, False, False
+    limit = CHUNK if kind == TEXT else MAX_RECORD
+    parts: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        if dropping:
+            start = chunk.find(b"\n") + 1
+            if not start:
+                yield _Block(f"{path}:{line}", line, LONG_RECORD, len(chunk))
+                continue
+            chunk, line, dropping = chunk[start:], line + 1, False
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            lines = b"".join([*parts, chunk[:end]])
+            yield _Block(path, line, kind, len(lines), lines, starts_inside=inside)
+            line += lines.count(b"\n")
+            inside, parts, size = False, [], 0
+        parts.append(chunk[end:])
+        size += len(chunk) - end
+        if size < limit:
             continue
-        if text.isspace():
-            if whole:
-                yield None
+        if kind == TEXT:
+            piece = b"".join(parts)
+            cut = _last_break(piece)
+            yield _Block(path, line, kind, cut, piece[:cut], (), inside, True)
+            inside, parts, size = True, [piece[cut:]], len(piece) - cut
         else:
-            yield from _short_sentences(text, where, report)
-
-
-def _pieces(file: BinaryIO, progress: Progress) -> Iterator[tuple[int, bytes, bool]]:
-    """Yields (line number, bytes, whether they are the whole line)."""
-    number, carry, inside = 0, b"", False
-    while chunk := file.readline(CHUNK):
-        progress(len(chunk))
-        number += not inside
-        piece = carry + chunk
-        ended = len(chunk) < CHUNK or chunk.endswith(b"\n")
-        cut = len(piece) if ended else _last_break(piece)
-        carry = piece[cut:]
-        yield number, piece[:cut], ended and not inside
-        inside = not ended
-    if carry:
-        yield number, carry, False
+            yield _Block(f"{path}:{line}", line, LONG_RECORD, size)
+            dropping, parts, size = True, [], 0
+    if size:
+        yield _Block(path, line, kind, size, b"".join(parts), starts_inside=inside)
 
 
 def _last_break(piece: bytes) -> int:
@@ -233,119 +526,215 @@ def _last_break(piece: bytes) -> int:
     return len(piece)
 
 
+_SEPARATORS = re.compile(r"[\s,]*+")
+
+
+def _json_blocks(path: str, chunks: Iterator[bytes]) -> Iterator[_Block]:
+    """Cuts an array, or values one after another, into records; one that breaks ends the file."""
+    pieces = codecs.iterdecode(chunks, "utf-8", "surrogateescape")
+    decode = json.JSONDecoder().raw_decode
+    text, at, line, inside, whole = "", 0, 1, False, False
+    records: list[tuple[int, int, str | None]] = []
+    size = 0
+    while True:
+        start = at
+        match = _SEPARATORS.match(text, at)
+        assert match is not None
+        at = match.end()
+        value, end = None, -1
+        if at < len(text):
+            bracket = "[" if not inside else "]"
+            if text[at] == bracket:
+                inside = not inside
+                line += text.count("\n", start, at)
+                at += 1
+                continue
+            try:
+                value, end = decode(text, at)
+            except ValueError:
+                pass
+            except RecursionError:
+                break
+        line += text.count("\n", start, at)
+        if end >= 0 and (end < len(text) or whole):
+            records.append((line, end - at, _text_of(value)))
+            size += end - at
+            line += text.count("\n", at, end)
+            at = end
+            if size >= CHUNK // 2:
+                yield _Block(path, line, JSON, size, b"", tuple(records))
+                records, size = [], 0
+            continue
+        if whole or len(text) - at > MAX_RECORD:
+            break
+        more = list(_about(pieces, max(CHUNK, len(text) - at)))
+        text, at, whole = "".join([text[at:], *more]), 0, not more
+    if records:
+        yield _Block(path, line, JSON, size, b"", tuple(records))
+    if at < len(text) or inside:
+        rest = len(text) - at + sum(map(len, pieces))
+        yield _Block(f"{path}:{line}", line, BROKEN_JSON, rest)
+
+
+def _about(pieces: Iterator[str], size: int) -> Iterator[str]:
+    for piece in pieces:
+        yield piece
+        size -= len(piece)
+        if size <= 0:
+            return
+
+
+def _text_of(record: object) -> str | None:
+    text = record.get("text") if isinstance(record, dict) else record
+    return text if isinstance(text, str) else None
+
+
+def _parse(
+    function: Callable[[list[list[str]]], _Result], splitter: str, blocks: list[_Block]
+) -> tuple[_Result, bool, Skipped]:
+    """What a worker does: returns `function` of the blocks' groups, and what was left out."""
+    report = Skipped()
+    groups: list[list[str]] = [[]]
+    for block in blocks:
+        report.read += block.size
+        if block.kind == TEXT:
+            _text(block, groups, report, splitter)
+        elif block.kind == JSON_LINES:
+            for number, raw in enumerate(block.lines.split(b"\n"), block.line):
+                if raw and not raw.isspace():
+                    text = _record_text(raw, f"{block.path}:{number}", report)
+                    _record(text, len(raw), f"{block.path}:{number}", groups, report, splitter)
+        elif block.kind == JSON:
+            for number, size, text in block.records:
+                where = f"{block.path}:{number}"
+                if text is None:
+                    report.skip(NO_TEXT, where, size)
+                _record(text, size, where, groups, report, splitter)
+        elif block.kind == _FILE_END:
+            groups.append([])
+        else:
+            report.skip(block.kind, block.path, block.size)
+    return function(groups), any(groups), report
+
+
+_INNER = re.compile("[\x85\u2028\u2029]")
+"""Line ends that are characters: NEL, LS, PS."""
+
+
+def _text(block: _Block, groups: list[list[str]], report: Skipped, splitter: str) -> None:
+    lines = _decoded_lines(block, report)
+    last = block.line + len(lines) - 1
+    for number, line in enumerate(lines, block.line):
+        if line is None:
+            continue
+        whole = not (
+            (block.starts_inside and number == block.line) or (block.ends_inside and number == last)
+        )
+        for part in _INNER.split(line) if _INNER.search(line) else (line,):
+            if part and not part.isspace():
+                _append(part, f"{block.path}:{number}", groups[-1], report, splitter)
+            elif whole:
+                groups.append([])
+
+
+def _decoded_lines(block: _Block, report: Skipped) -> list[str | None]:
+    raw = block.lines[:-1] if block.lines.endswith(b"\n") else block.lines
+    if b"\0" not in raw:
+        try:
+            return list(raw.decode("utf-8").split("\n"))
+        except UnicodeDecodeError:
+            pass
+    lines = enumerate(raw.split(b"\n"), block.line)
+    return [_decoded(line, f"{block.path}:{number}", report) for number, line in lines]
+
+
 def _decoded(raw: bytes, where: str, report: Skipped) -> str | None:
     if b"\0" in raw:
-        report.skip(NUL_BYTE, where)
+        report.skip(NUL_BYTE, where, len(raw) + 1)
         return None
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
-        report.skip(INVALID_UTF8, where)
+        report.skip(INVALID_UTF8, where, len(raw) + 1)
         return None
 
 
-def _jsonl(path: str, file: BinaryIO, report: Skipped, progress: Progress) -> Iterator[str | None]:
-    number = 0
-    while raw := file.readline(MAX_RECORD):
-        number += 1
-        progress(len(raw))
-        where = f"{path}:{number}"
-        if len(raw) == MAX_RECORD and not raw.endswith(b"\n"):
-            report.skip(LONG_RECORD, where)
-            while (rest := file.readline(CHUNK)) and not rest.endswith(b"\n"):
-                progress(len(rest))
-            continue
-        if raw.isspace():
-            continue
-        for line in _record_text(raw, where, report).splitlines():
-            if "\0" in line:
-                report.skip(NUL_BYTE, where)
-            elif not line.isspace():
-                yield from _short_sentences(line, where, report)
-        yield None
-
-
-def _record_text(raw: bytes, where: str, report: Skipped) -> str:
+def _record_text(raw: bytes, where: str, report: Skipped) -> str | None:
     line = _decoded(raw, where, report)
     if line is None:
-        return ""
+        return None
     try:
-        record = json.loads(line)
+        text = _text_of(json.loads(line))
     except (ValueError, RecursionError):
-        record = None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        report.skip(NO_TEXT, where)
-        return ""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # an escaped half of a surrogate pair
-        report.skip(INVALID_UTF8, where)
-        return ""
+        text = None
+    if text is None:
+        report.skip(NO_TEXT, where, len(raw) + 1)
     return text
 
 
-def _documents(sentences: Iterable[str | None], report: Skipped) -> Iterator[list[str]]:
+def _record(
+    text: str | None,
+    size: int,
+    where: str,
+    groups: list[list[str]],
+    report: Skipped,
+    splitter: str,
+) -> None:
+    groups.append([])
+    if text is None:
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # an escaped half of a surrogate pair
+        report.skip(INVALID_UTF8, where, size)
+        return
+    for line in _INNER.sub("\n", text.replace("\r", "\n")).split("\n"):
+        if "\0" in line:
+            report.skip(NUL_BYTE, where, len(line))
+        elif line and not line.isspace():
+            _append(line, where, groups[-1], report, splitter)
+
+
+def _documents(
+    parsed: Iterable[list[list[str]]], report: Skipped
+) -> Iterator[tuple[list[str], bool]]:
     document: list[str] = []
-    size = 0
-    for sentence in sentences:
-        if sentence is not None:
-            document.append(sentence)
-            size += len(sentence)
-            if size < MAX_DOCUMENT:
+    size, continues = 0, False
+    for groups in parsed:
+        for number, group in enumerate(groups):
+            if number:
+                if document:
+                    yield document, continues
+                document, size, continues = [], 0, False
+            length = sum(map(len, group))
+            if size + length < MAX_DOCUMENT:
+                document += group
+                size += length
                 continue
-            report.note(f"documents of more than {MAX_DOCUMENT:,} characters were cut in two")
-        if document:
-            yield document
-            document, size = [], 0
+            for sentence in group:
+                document.append(sentence)
+                size += len(sentence)
+                if size >= MAX_DOCUMENT:
+                    report.note(
+                        f"documents of more than {MAX_DOCUMENT:,} characters were cut in two"
+                    )
+                    yield document, continues
+                    document, size, continues = [], 0, True
     if document:
-        yield document
+        yield document, continues
 
 
-# A sentence ends after .!? and closing quotes, before whitespace; or after its CJK counterpart.
-# Possessive repeats and the look-behind keep this linear on a megabyte of dots.
-_QUOTES = "\"'\u201c\u2018\u00ab"
-_CLOSING = "\"'\u201d\u2019\u00bb"
-_OPENING = _QUOTES + "([\u00bf\u00a1"
-_END = re.compile(
-    rf"(?<![.!?])[.!?]++[{_CLOSING})\]]*+\s++"
-    rf"|[\u3002\uff01\uff1f]++[{_CLOSING}\u300d\u300f\uff09]*+\s*+"
-)
-_ABBREVIATION = re.compile(
-    rf"(?:^|[\s(\[{_QUOTES}])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z]|"
-    r"Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|Rev|Hon|vs|cf|al|Fig|Eq|No|Vol|pp)\.$"
-)
-
-
-def split_sentences(text: str) -> list[str]:
-    """Returns the sentences of a text, each stripped and non-empty.
-
-    A sentence ends after `.`, `!` or `?` and closing quotes, where whitespace and a capital, a
-    digit or an opening quote follow, unless that full stop belongs to an abbreviation.
-    """
-    sentences = []
-    start = 0
-    for end in _END.finditer(text):
-        stop = end.end()
-        if stop < len(text) and end.group()[0] in ".!?":
-            following = text[stop]
-            if not (following.isupper() or following.isdigit() or following in _OPENING):
-                continue
-            before = text[max(start, end.start() - 12) : end.start() + 1]
-            if end.group().rstrip() == "." and _ABBREVIATION.search(before):
-                continue
-        sentences.append(text[start:stop].strip())
-        start = stop
-    sentences.append(text[start:].strip())
-    return [sentence for sentence in sentences if sentence]
-
-
-def _short_sentences(text: str, where: str, report: Skipped) -> Iterator[str]:
-    for sentence in split_sentences(text):
+def _append(text: str, where: str, group: list[str], report: Skipped, splitter: str) -> None:
+    """Adds the sentences of a text."""
+    if splitter == AUTO:
+        splitter, script = script_of(text)
+        if script:
+            report.note(f"{script} text was split into sentences by sentencex")
+    for sentence in split_sentences(text, splitter):
         if len(sentence) <= MAX_SENTENCE:
-            yield sentence
+            group.append(sentence)
         else:
-            yield from _cut(" ".join(sentence.split()), where, report)
+            group.extend(_cut(" ".join(sentence.split()), where, report))
 
 
 def _cut(sentence: str, where: str, report: Skipped) -> Iterator[str]:
@@ -357,6 +746,7 @@ def _cut(sentence: str, where: str, report: Skipped) -> Iterator[str]:
         else:
             report.skip(UNBROKEN, where)
             end = sentence.find(" ", start + MAX_SENTENCE)
+            report.unbroken += len(sentence[start : end if end >= 0 else None].encode())
             if end < 0:
                 return
         start = end + 1
@@ -375,18 +765,15 @@ def _stdlib_files() -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in sorted(names) if name.endswith(".py"))
 
 
-def _builtin(report: Skipped, progress: Progress) -> Iterator[str | None]:
+def _builtin(report: Skipped, progress: Progress) -> Iterator[list[list[str]]]:
     topics = _topics()
     for name in sorted(topics):
-        yield from _prose(topics[name], f"topic {name}", report)
-        yield None
+        yield [list(_prose(topics[name], f"topic {name}", report)), []]
     found = False
     for path in _stdlib_files():
         docstrings = _docstrings(path, report, progress)
         found = found or bool(docstrings)
-        for docstring in docstrings:
-            yield from _prose(docstring, path, report)
-        yield None
+        yield [[s for docstring in docstrings for s in _prose(docstring, path, report)], []]
     version = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     if not topics:
         report.note(f"{version} comes without pydoc_data.topics: read its docstrings only")
@@ -445,7 +832,9 @@ def _prose(text: str, where: str, report: Skipped) -> Iterator[str]:
         code = line.startswith((">>>", "... ")) or line == "..."
         ends = code or not line or _UNDERLINE.fullmatch(line)
         if (ends or _BULLET.match(line)) and paragraph:
-            yield from _short_sentences(" ".join(paragraph), where, report)
+            sentences: list[str] = []
+            _append(" ".join(paragraph), where, sentences, report, OURS)
+            yield from sentences
             paragraph = []
         if not ends:
             paragraph.append(line)

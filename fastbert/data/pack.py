@@ -551,6 +551,7 @@ class Packer:
 
     def _require_same(self, state: dict[str, Any], names: set[str]) -> None:
         theirs, ours = state.get("shape", {}), self._shape()
+        theirs = {"data": ours["data"], **theirs}  # checkpoints once had none
         if any(theirs.get(name) != ours[name] for name in names):
             raise UserError(
                 f"{self._shards.folder}: the checkpoint's data position is for other data or "
@@ -563,7 +564,7 @@ class Packer:
         Raises:
             UserError: the state belongs to other data.
         """
-        self._require_same(state, {"seed", "documents", "tokens"})
+        self._require_same(state, {"seed", "documents", "tokens", "data"})
         S, shorten = self._max_seq_length, self._planner.shorten
         self._batches = state["batches"]
         self._real_tokens, self._room = state["real_tokens"], state["room"]
@@ -572,7 +573,7 @@ class Packer:
         pending = [Spans(*spans) for spans in state["pending"]]
         self._pending = [spans if spans.length <= S else shorten(spans, S) for spans in pending]
 
-    def _shape(self) -> dict[str, int]:
+    def _shape(self) -> dict[str, Any]:
         return {
             "tokens_per_batch": self.T,
             "num_slots": self.N,
@@ -581,6 +582,7 @@ class Packer:
             "seed": self._seed,
             "documents": self._shards.num_documents,
             "tokens": self._shards.num_tokens,
+            "data": self._shards.digest,
         }
 
 

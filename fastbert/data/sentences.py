@@ -12,8 +12,8 @@ from itertools import pairwise
 
 from fastbert.errors import UserError
 
-AUTO, LINE = "auto", "line"
-"""Splitters beside a language's code: by the script of each line; none, a line is a sentence."""
+AUTO, LINE, OURS = "auto", "line", ""
+"""Splitters beside a language's code: by each line's script; none, a line is a sentence; ours."""
 
 # A sentence ends after .!? and closing quotes, before whitespace; or after its CJK counterpart.
 # Possessive repeats and the look-behind keep this linear on a megabyte of dots.
@@ -132,7 +132,7 @@ def split_sentences(text: str, splitter: str = AUTO) -> list[str]:
 
     Args:
         text: a line, or several joined to one.
-        splitter: `AUTO`, `LINE`, or the code of a language ("de").
+        splitter: `AUTO`, `LINE`, `OURS`, or the code of a language ("de").
 
     Raises:
         UserError: sentencex is needed and not installed.

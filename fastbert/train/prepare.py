@@ -2,9 +2,11 @@
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,9 +14,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fastbert.config import PretrainConfig, model_config, to_toml
-from fastbert.data.corpus import Skipped, corpus_bytes, read_corpus
-from fastbert.data.shards import Shards, build_shards, fingerprint, shards_fingerprint
+from fastbert.data.corpus import Skipped, corpus_bytes, map_corpus
+from fastbert.data.shards import (
+    Found,
+    Shards,
+    build_shards,
+    examine_shards,
+    files_digest,
+    fingerprint,
+)
 from fastbert.data.tokenize import WordPiece
+from fastbert.data.tokenizer_training import count_chunks
 from fastbert.errors import RunError, UserError
 
 RUNS = Path("runs")
@@ -143,11 +153,20 @@ def prepare_data(
     tokenizer_folder, data_folder = run / "tokenizer", run / "data"
     make_folder(run)
     tokenizer = _tokenizer(config, tokenizer_folder)
-    key = fingerprint(
-        config.data, tokenizer, validation_fraction=config.validation_fraction, seed=config.seed
-    )
-    found = shards_fingerprint(data_folder)
-    if found not in (None, key) and (run / "checkpoints").exists():
+    found = examine_shards(data_folder)
+    begun = (run / "checkpoints").exists()
+    changed = False
+    if found is not None and found.meta is not None:
+        key = fingerprint(
+            config.data,
+            tokenizer,
+            validation_fraction=config.validation_fraction,
+            seed=config.seed,
+            splitter=config.sentence_splitter,
+            folder=data_folder,
+        )
+        changed = found.meta["fingerprint"] != key
+    if changed and begun:
         raise UserError(
             f"data = {config.data!r} has changed since the run in {run} began: put it back as "
             "it was, or start a new run with another --out"
@@ -163,7 +182,9 @@ def prepare_data(
         raise RunError(f"{run}: cannot be written: {reason}") from None
     if check_tokenizer is not None:
         check_tokenizer(tokenizer, tokenizer_folder)
-    if found != key:
+    if found is None or changed or found.damage:
+        if found is not None and found.damage:
+            say(f"data: {found.damage}: prepared again from {config.data}")
         stats = build_shards(
             config.data,
             tokenizer,
@@ -171,18 +192,31 @@ def prepare_data(
             validation_fraction=config.validation_fraction,
             seed=config.seed,
             progress=True,
+            splitter=config.sentence_splitter,
+            expected=_begun_with(run, found) if begun else "",
         )
         for line in stats.skipped:
             say(f"data: {line}")
         total = sum(stats.tokens.values())
         say(
             f"data: {sum(stats.documents.values()):,} documents, {total:,} tokens "
-            f"({stats.unknown / max(total, 1):.2%} unknown), {stats.tokens['validation']:,} held "
-            f"out; {total / stats.seconds:,.0f} tokens/s"
+            f"({stats.unknown / max(total, 1):.2%} unknown, for "
+            f"{stats.unknown_characters / max(stats.characters, 1):.2%} of the characters), "
+            f"{stats.tokens['validation']:,} held out; {total / stats.seconds:,.0f} tokens/s"
         )
     train = Shards.open(data_folder, "train")
     validation = Shards.open(data_folder, "validation")
     return tokenizer, train, validation if validation.num_tokens else None
+
+
+def _begun_with(run: Path, found: Found | None) -> str:
+    """The digest of the data that a run's checkpoints go on with, "" where nothing tells it."""
+    if found is not None and found.meta is not None:
+        return files_digest(found.meta["files"])
+    for state in sorted(run.glob("checkpoints/*/state.json"), reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            return str(json.loads(state.read_text(encoding="utf-8"))["data"]["shape"]["data"])
+    return found.digest if found is not None else ""  # of a version that kept none
 
 
 def _write_config(config: PretrainConfig, run: Path) -> None:
@@ -211,7 +245,7 @@ def _tokenizer(config: PretrainConfig, of_run: Path) -> WordPiece:
             say(f"tokenizer: {note}")
         return given
     tokenizer = WordPiece.train(
-        _sentences(config.data),
+        _chunks(config),
         config.vocab_size,
         config.do_lower_case is not False,
         config.strip_accents,
@@ -223,9 +257,17 @@ def _tokenizer(config: PretrainConfig, of_run: Path) -> WordPiece:
     return tokenizer
 
 
-def _sentences(data: str) -> Iterator[str]:
+def _chunks(config: PretrainConfig) -> Counter[str]:
+    chunks: Counter[str] = Counter()
     with tqdm(
-        total=corpus_bytes(data), unit="B", unit_scale=True, desc="reading", file=sys.stderr
+        total=corpus_bytes(config.data), unit="B", unit_scale=True, desc="reading", file=sys.stderr
     ) as bar:
-        for document in read_corpus(data, Skipped(), bar.update):
-            yield from document
+        for counted in map_corpus(
+            config.data,
+            Skipped(),
+            count_chunks,
+            bar.update,
+            splitter=config.sentence_splitter,
+        ):
+            chunks.update(counted)
+    return chunks

@@ -4,12 +4,14 @@ import random
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from itertools import islice
 
 import pytest
 
 from fastbert.data import corpus
-from fastbert.data.corpus import Skipped, corpus_bytes, read_corpus, split_sentences
+from fastbert.data.corpus import Skipped, corpus_bytes, read_corpus
+from fastbert.data.sentences import split_sentences
 from fastbert.errors import UserError
 
 
@@ -69,7 +71,7 @@ def test_jsonl_is_one_document_per_record(tmp_path):
 
 def test_broken_records_are_counted(tmp_path):
     lines = [
-        b'{"text": "Good."}',
+        b'{"text": "Good."}' + b" " * 200_000,
         b"{broken",
         b'{"text": 3}',
         b"[" * 100_000,
@@ -81,23 +83,24 @@ def test_broken_records_are_counted(tmp_path):
     ]
     report = Skipped()
     path = write(tmp_path / "a.jsonl", b"\n".join(lines))
-    assert read(path, report) == [["Good."]]
-    assert report.counts == {corpus.NO_TEXT: 4, corpus.INVALID_UTF8: 2, corpus.NUL_BYTE: 1}
+    assert read(path, report) == [["Good."], ["text"]]
+    assert report.counts == {corpus.NO_TEXT: 3, corpus.INVALID_UTF8: 2, corpus.NUL_BYTE: 1}
     assert report.first[corpus.NO_TEXT] == f"{path}:2"
 
 
 def test_only_broken_records_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", "{}\n[]\n")
-    with pytest.raises(UserError, match=r"holds no text \(skipped 2 JSONL lines .*a\.jsonl:1\)"):
+    with pytest.raises(UserError, match=r"holds no text \(skipped 2 JSON records .*a\.jsonl:1\)"):
         read(path)
 
 
 def test_too_long_record(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "MAX_RECORD", 100)
     monkeypatch.setattr(corpus, "CHUNK", 16)
-    path = write(tmp_path / "a.jsonl", b'{"text": "%s"}\n{"text": "Short."}\n' % (b"x" * 500))
+    short = b'{"text": "Short."}\n'
+    path = write(tmp_path / "a.jsonl", b'{"text": "%s"}\n' % (b"x" * 500) + short * 40)
     report = Skipped()
-    assert read(path, report) == [["Short."]]
+    assert read(path, report) == [["Short."]] * 40
     assert report.counts == {corpus.LONG_RECORD: 1}
 
 
@@ -154,22 +157,35 @@ def test_unreadable_file(tmp_path, monkeypatch):
 
 
 def test_bad_lines_are_counted_with_their_place(tmp_path):
-    path = write(tmp_path / "a.txt", b"good\nbad \xff\nnul \0\n\nbad \xc3\nlast")
+    path = write(tmp_path / "a.txt", b"good line\nbad \xff\nnul \0\n\nbad \xc3\nlast line")
     report = Skipped()
-    assert read(path, report) == [["good"], ["last"]]
+    assert read(path, report) == [["good line"], ["last line"]]
     assert report.summary() == [
         f"skipped 2 lines with invalid UTF-8, first at {path}:2",
         f"skipped 1 line with a NUL byte, first at {path}:3",
     ]
 
 
-def test_byte_order_marks(tmp_path):
-    assert read(write(tmp_path / "a.txt", b"\xef\xbb\xbfText")) == [["Text"]]
-    for encoding in ("utf-16", "utf-16-be", "utf-32", "utf-32-be"):
-        mark = "" if encoding in ("utf-16", "utf-32") else "\ufeff"
-        path = write(tmp_path / "b.txt", (mark + "Text").encode(encoding))
-        with pytest.raises(UserError, match=f"is {encoding[:6].upper()}; convert it to UTF-8"):
-            read(path)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_byte_order_marks(tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(corpus, "CHUNK", 7)  # no character's size divides it
+    text = "Größe \U0001f600 и 中文.\r\nTwo.\n\nThree."
+    path = write(tmp_path / "a.txt", ("\ufeff" + text).encode(encoding))
+    first, second = ("".join(document).replace(" ", "") for document in read(path))
+    assert (first, second) == ("Größe\U0001f600и中文.Two.", "Three.")
+    records = [{"text": "Größe."}, {"text": "Two."}]
+    for content in (json.dumps(records, indent=1), "\n".join(map(json.dumps, records))):
+        write(path, ("\ufeff" + content).encode(encoding))
+        assert read(path) == [["Größe."], ["Two."]]
+
+
+def test_invalid_utf_16_is_counted(tmp_path):
+    lone, cut = "\ud800".encode("utf-16-le", "surrogatepass"), b"a"
+    good = "Good lines.\n".encode("utf-16-le")
+    path = write(tmp_path / "a.txt", b"\xff\xfe" + good * 9 + lone + b"\n\0" + good + cut)
+    report = Skipped()
+    assert read(path, report) == [["Good lines."] * 10]
+    assert report.counts == {corpus.INVALID_UTF8: 2}
 
 
 def test_long_sentence_is_cut_at_whitespace(tmp_path):
@@ -192,9 +208,10 @@ def test_line_of_20_megabytes(tmp_path, unit):
     report = Skipped()
     started = time.perf_counter()
     characters = 0
-    for document in read_corpus(str(path), report):
-        assert max(map(len, document)) <= 2_000
-        characters += sum(map(len, document))
+    with nullcontext() if unit == b"word " else pytest.raises(UserError, match="100% of it would"):
+        for document in read_corpus(str(path), report):
+            assert max(map(len, document)) <= 2_000
+            characters += sum(map(len, document))
     assert time.perf_counter() - started < 4
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     assert peak < 2_000  # MiB, of the whole test process

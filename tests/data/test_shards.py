@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from fastbert.data import shards as shards_module
-from fastbert.data.shards import Shards, build_shards, fingerprint, shards_fingerprint
+from fastbert.data.shards import (
+    Shards,
+    build_shards,
+    examine_shards,
+    files_digest,
+    fingerprint,
+    shards_fingerprint,
+)
 from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
 
@@ -148,10 +155,64 @@ def test_fingerprint(tmp_path, source, wordpiece):
     assert fingerprint(str(source), wordpiece, validation_fraction=0.2, seed=2) != key
     other = WordPiece.train(["the fox"], 100)
     assert fingerprint(str(source), other, **settings) != key
-    os.utime(source, ns=(1, 1))
+    moved = source.rename(tmp_path / "moved.txt")
+    assert fingerprint(str(moved), wordpiece, **settings) == key
+    moved.rename(source)
+    source.write_text(source.read_text().replace("fox", "dog", 1))
     assert fingerprint(str(source), wordpiece, **settings) != key
     builtin = fingerprint("builtin", wordpiece, **settings)
     assert builtin == fingerprint("builtin", wordpiece, **settings) != key
+
+
+def test_sources_are_read_again_only_if_touched(tmp_path, source, wordpiece, monkeypatch):
+    settings = {"validation_fraction": 0.2, "seed": 1, "folder": tmp_path / "s"}
+    read, digest = [], shards_module.content_digest
+    monkeypatch.setattr(
+        shards_module, "content_digest", lambda path: read.append(path) or digest(path)
+    )
+    build(source, wordpiece, tmp_path / "s")
+    key = shards_fingerprint(tmp_path / "s")
+    for touched in (False, True, False):
+        if touched:
+            os.utime(source, ns=(1, 1))
+        assert fingerprint(str(source), wordpiece, **settings) == key
+        assert len(read) == touched
+        read.clear()
+    content, times = source.read_bytes(), source.stat()
+    source.write_bytes(content.replace(b"fox", b"dog", 1))  # size and mtime as they were
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint(str(source), wordpiece, **settings) != key
+    source.write_bytes(content)
+    cache = tmp_path / "s" / "sources.json"
+    cache.write_text(cache.read_text().replace('"size"', "3").replace("1", "2"))
+    assert fingerprint(str(source), wordpiece, **settings) == key  # damaged: not believed
+    cache.unlink()
+    assert fingerprint(str(source), wordpiece, **settings) == key
+
+
+def test_folders_count_by_the_names_and_contents_of_what_is_read(tmp_path, wordpiece):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("the fox")
+    (folder / "b.txt").write_bytes(b"\x1f\x8b" + bytes(100))
+    keys = []
+
+    def key():
+        settings = {"validation_fraction": 0.2, "seed": 1}
+        return fingerprint(str(folder), wordpiece, **settings)
+
+    for change in (
+        lambda: (folder / "c.txt").write_text("the dog"),
+        lambda: (folder / "c.txt").write_text("the fox"),
+        lambda: (folder / "c.txt").rename(folder / "d.txt"),
+        lambda: (folder / "b.txt").write_bytes(b"the dog"),
+        lambda: (folder / "a.txt").unlink(),
+    ):
+        change()
+        keys.append(key())
+    (folder / "image.png").write_bytes(b"no matter")
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[-1]
 
 
 def test_shards_are_replaced_but_nothing_else(tmp_path, source, wordpiece):
@@ -226,17 +287,79 @@ def test_damage_is_told(tmp_path, source, wordpiece, name, damage):
         Shards.open(tmp_path / "s", "train")
 
 
+@pytest.mark.parametrize("bit", range(0, 40_000, 2_003))
+def test_every_flipped_bit_is_found(tmp_path_factory, bit, wordpiece, flippable):
+    folder, files = flippable
+    assert not examine_shards(folder).damage
+    path = folder / sorted(files)[bit % len(files)]
+    content = bytearray(files[path.name])
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+    found = examine_shards(folder)
+    path.write_bytes(files[path.name])
+    assert str(path) in found.damage
+    assert (found.meta is None) == (path.name == "meta.json")
+
+
+@pytest.fixture(scope="module")
+def flippable(tmp_path_factory, wordpiece):
+    folder = tmp_path_factory.mktemp("flippable")
+    (folder / "a.txt").write_text("\n\n".join(["the quick fox\nthe dog"] * 300))
+    build(folder / "a.txt", wordpiece, folder / "s")
+    names = [name for name in os.listdir(folder / "s") if name != "sources.json"]
+    return folder / "s", {name: (folder / "s" / name).read_bytes() for name in names}
+
+
+def test_what_examination_says(tmp_path, source, wordpiece):
+    folder = tmp_path / "s"
+    assert examine_shards(folder) is None
+    folder.mkdir()
+    assert examine_shards(folder) is None
+    build(source, wordpiece, folder)
+    found = examine_shards(folder)
+    assert found.digest == files_digest(found.meta["files"]) == Shards.open(folder, "train").digest
+    tokens = folder / "train-00000.bin"
+    content = tokens.read_bytes()
+    tokens.write_bytes(content[:-2])
+    size = len(content)
+    assert examine_shards(folder).damage == f"{tokens} has {size - 2} bytes of {size}"
+    tokens.unlink()
+    assert examine_shards(folder).damage == f"{tokens} is missing"
+    tokens.write_bytes(content)
+    (folder / "meta.json").unlink()
+    assert examine_shards(folder) == (None, f"{folder}/meta.json is missing", found.digest)
+    with pytest.raises(UserError, match="does not give the tokens again that"):
+        build(source, wordpiece, folder, seed=2, expected=found.digest)
+    assert tokens.read_bytes() == content
+    build(source, wordpiece, folder, expected=found.digest)
+    assert examine_shards(folder)[1:] == ("", found.digest)
+
+
 def test_damaged_offsets_and_other_formats(tmp_path, source, wordpiece):
     build(source, wordpiece, tmp_path / "s")
     path = tmp_path / "s" / "train-sentences.npy"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"{'descr'", b"{\ndescr'"))  # no exception of numpy's own
+    with pytest.raises(RunError, match="is damaged or cut short"):
+        Shards.open(tmp_path / "s", "train")
+    path.write_bytes(content)
     offsets = np.load(path)
     offsets[3] = offsets[5]
     np.save(path, offsets)
     with pytest.raises(RunError, match=r"is damaged or cut short; delete .*/s so that"):
         Shards.open(tmp_path / "s", "train")
     meta = tmp_path / "s" / "meta.json"
-    meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 99}))
-    with pytest.raises(RunError, match="has format 99"):
+    content = json.loads(meta.read_text())
+    for changes, message in (
+        ({"format": 99}, "has format 99, this version reads 2"),
+        ({"vocab_size": 99}, "is damaged"),
+        ({"format": []}, "is damaged"),
+    ):
+        meta.write_text(json.dumps({**content, **changes}))
+        with pytest.raises(RunError, match=message):
+            Shards.open(tmp_path / "s", "train")
+    meta.write_text("[" * 100_000)
+    with pytest.raises(RunError, match="is damaged"):
         Shards.open(tmp_path / "s", "train")
 
 
@@ -258,3 +381,60 @@ def test_progress_bar_goes_to_stderr(tmp_path, source, wordpiece, capsys):
     assert "tokens/s" in captured.err
     build(source, wordpiece, tmp_path / "s")
     assert not capsys.readouterr().err
+
+
+def share_held_out(tmp_path, wordpiece, documents, **changes):
+    (tmp_path / "a.txt").write_text("\n\n".join(documents))
+    build(tmp_path / "a.txt", wordpiece, tmp_path / "s", **changes)
+    train, validation = (Shards.open(tmp_path / "s", split) for split in ("train", "validation"))
+    tokens = [token for shards in (train, validation) for d in documents_of(shards) for token in d]
+    texts = [sentence for document in documents for sentence in document.split("\n")]
+    assert sorted(tokens) == sorted(wordpiece.encode_batch(texts))
+    return validation.num_tokens / (train.num_tokens + validation.num_tokens), train, validation
+
+
+SENTENCE = "the fox again"
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("fraction", [0.05, 0.4, 0.9])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [1] * 30,
+        [100, *[1] * 20],  # one is most of the corpus
+        [*[1] * 20, 100, 30],
+        [1_200, 1_000, 1_100],  # books
+        [1_500],
+        [*range(1, 40)],
+    ],
+    ids=["equal", "giant first", "giant", "books", "book", "ascending"],
+)
+def test_the_share_held_out_is_near_what_was_asked(tmp_path, wordpiece, sizes, fraction, seed):
+    documents = ["\n".join([SENTENCE] * size) for size in sizes]
+    settings = {"validation_fraction": fraction, "seed": seed}
+    share, *splits = share_held_out(tmp_path, wordpiece, documents, **settings)
+    assert fraction / 2 <= share <= fraction * 2
+    assert (1 - fraction) / 2 <= 1 - share <= 2 * (1 - fraction)
+    again = share_held_out(tmp_path, wordpiece, documents, **settings)
+    assert [documents_of(a) for a in splits] == [documents_of(b) for b in again[1:]]
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [4, 5, 6, 7], [40, 50, 60], [10] * 9])
+def test_small_documents_stay_whole(tmp_path, wordpiece, sizes):
+    documents = ["\n".join([SENTENCE] * size) for size in sizes]
+    _, train, validation = share_held_out(tmp_path, wordpiece, documents, validation_fraction=0.01)
+    whole = [len(d) for shards in (train, validation) for d in documents_of(shards)]
+    assert sorted(whole) == sizes
+    assert len(documents_of(validation)) == 1
+
+
+def test_one_line_of_a_whole_corpus(tmp_path, wordpiece, monkeypatch):
+    monkeypatch.setattr("fastbert.data.corpus.MAX_DOCUMENT", 10_000)
+    for documents in (["The quick fox. " * 2_500], ["The fox. " * 9_000, "The dog."]):
+        (tmp_path / "a.txt").write_text("\n\n".join(documents))
+        stats = build(tmp_path / "a.txt", wordpiece, tmp_path / "s", validation_fraction=0.05)
+        held = stats.tokens["validation"] / sum(stats.tokens.values())
+        assert held == pytest.approx(0.05, rel=0.02)
+        assert stats.documents["train"] > 2
+        assert "the end of document 1 is held out: whole ones are too large" in stats.skipped
