@@ -40,6 +40,12 @@ _FLAGS = {
 }
 _OWN_NORMALIZER = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes that take the normalizer of tokenizer.json and no setting beside it."""
+_BERT_LIKE = (
+    *("Bert", "ConvBert", "DistilBert", "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader"),
+    *("Electra", "LayoutLM", "Lxmert", "MobileBert", "Realm", "RetriBert", "SqueezeBert"),
+    *("VisualBert", "Basic"),
+)
+"""Classes, less "Tokenizer" and "TokenizerFast", that read vocab.txt as BERT's does."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class _Beside:
     added: list[dict[str, Any]] = field(default_factory=list)
     """As in a tokenizer.json, without `id` where the file claims none."""
     never_split: list[str] = field(default_factory=list)
-    own_normalizer: bool = False
+    tokenizer_class: str = ""
 
 
 def read(path: str, asked: dict[str, bool]) -> Description:
@@ -91,7 +97,7 @@ def read(path: str, asked: dict[str, bool]) -> Description:
     if path.endswith(".json"):
         state = _read_description(path)
         said = normalization(state["normalizer"])
-        if not beside.own_normalizer:
+        if beside.tokenizer_class not in _OWN_NORMALIZER:
             for name, value in beside.settings.items():
                 if said.get(name, value) != value:
                     raise UserError(
@@ -103,6 +109,12 @@ def read(path: str, asked: dict[str, bool]) -> Description:
                 own = _shown(said[name]) if name in said else "otherwise, by patterns of its own"
                 raise UserError(f"{path}: {name} = {_shown(value)}, but its normalizer says {own}")
         return _complete(path, state, beside, ())
+    kind = beside.tokenizer_class.removesuffix("Fast").removesuffix("Tokenizer")
+    if kind and kind not in _BERT_LIKE and beside.tokenizer_class not in _OWN_NORMALIZER:
+        raise UserError(
+            f"{path}: tokenizer_class = {beside.tokenizer_class!r} beside it does not part words "
+            f"as BERT does: give its {DESCRIPTION}, if its model is WordPiece"
+        )
     for name, value in asked.items():
         if beside.settings.get(name, value) != value:
             raise UserError(
@@ -463,7 +475,7 @@ def _object(path: str, content: Any) -> dict[str, Any]:
 
 def _read_config(path: str, beside: _Beside) -> None:
     config = _object(path, _read_json(path))
-    beside.own_normalizer = config.get("tokenizer_class") in _OWN_NORMALIZER
+    beside.tokenizer_class = str(config.get("tokenizer_class") or "")
     for name in _BERT:
         value = config.get(name)
         if value is None:
@@ -489,16 +501,20 @@ def _are_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
 
 
-def _read_special(path: str, content: dict[str, Any], beside: _Beside) -> None:
+def _read_special(path: str, names: dict[str, Any], beside: _Beside) -> None:
     """Takes the special tokens' names, each a string or an object with flags."""
     for role in ROLES:
-        token = content.get(f"{role}_token")
+        token = names.get(f"{role}_token")
         if token is None:
             continue
-        token = _added(path, token, None)
-        beside.roles.setdefault(role, token["content"])
+        content = _added(path, token, None)["content"]
+        if beside.roles.setdefault(role, content) != content:
+            raise UserError(
+                f"{path}: {role}_token = {content!r}, but {CONFIG} beside it says "
+                f"{beside.roles[role]!r}: mend one of them"
+            )
     for name in ("additional_special_tokens", "extra_special_tokens"):
-        more = content.get(name)
+        more = names.get(name)
         if isinstance(more, dict):  # by a name of its own
             more = list(more.values())
         if more is not None and not isinstance(more, list):

@@ -120,6 +120,7 @@ def test_special_tokens_of_other_names(tmp_path, file, form):
         ({"added_tokens_decoder": [1]}, {}, "must hold one JSON object"),
         ({"additional_special_tokens": "x"}, {}, "must be a list of tokens"),
         ({"added_tokens_decoder": {"13": {"content": "x", "lstrip": 1}}}, {}, "true or false"),
+        ({"tokenizer_class": "BertJapaneseTokenizer"}, {}, "'BertJapaneseTokenizer' beside it"),
         ({"wordpieces_prefix": 1}, {}, "wordpieces_prefix = 1 must be a string"),
     ],
 )
@@ -128,6 +129,13 @@ def test_contradictions_and_mistakes_name_both_sides(tmp_path, config, asked, me
     with pytest.raises(UserError, match=message) as caught:
         WordPiece.load(path, **asked)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_names_in_two_files_must_agree(tmp_path):
+    path = vocabulary(tmp_path, mask_token="[MASK]", tokenizer_class="ElectraTokenizerFast")
+    write(tmp_path, "special_tokens_map.json", {"mask_token": {"content": "er"}})
+    with pytest.raises(UserError, match=r"mask_token = 'er', but tokenizer_config.json .*\[MASK\]"):
+        WordPiece.load(path)
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", "\udcff", '{"a": 1e999}'])
