@@ -461,11 +461,11 @@ class PretrainConfig:
         4096, "tokens in the vocabulary of a trained tokenizer", "data", at_least=100
     )
     do_lower_case: bool | None = _setting(
-        None, "lower-case the text (none = as the tokenizer's files say, else yes)", "data"
+        None, "lower-case the text (unset = as the tokenizer's files say, else yes)", "data"
     )
     strip_accents: bool | None = _setting(
         None,
-        "take accents off (none = as the files say, else with lower case, where they are accents)",
+        "take accents off (unset = as the files say, else with lower case, where they are accents)",
         "data",
     )
     max_seq_length: int = _setting(128, "longest sequence, tokens", "data", at_least=8)
