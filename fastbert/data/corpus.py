@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import cleandoc
+from itertools import chain
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from fastbert.data.formats import HEAD, JSON, JSON_LINES, TEXT, Format, sniff
@@ -107,13 +108,17 @@ class Skipped:
         self.lost += later.lost
         self.unbroken += later.unbroken
 
-    def summary(self) -> list[str]:
-        """Returns one line per reason, then the notes."""
+    def losses(self) -> list[str]:
+        """Returns one line per reason."""
         lines = []
         for reason, count in self.counts.items():
             what = reason.format(f"{count:,}", s="" if count == 1 else "s")
             lines.append(f"skipped {what}, first at {self.first[reason]}")
-        return lines + self.notes
+        return lines
+
+    def summary(self) -> list[str]:
+        """Returns one line per reason, then the notes."""
+        return self.losses() + self.notes
 
 
 class Content(NamedTuple):
@@ -232,11 +237,13 @@ def _parsed(
                 found = True
             yield result
         _note_kinds(files, kinds, report)
-    why = "; ".join(report.summary())
+    why = "; ".join(report.losses())
     if not found:
+        records = 'JSON records should be strings or objects with a string "text"'
+        lines = "it should hold sentences in UTF-8, documents separated by blank lines"
         raise UserError(
-            f"{source}: holds no text{f' ({why})' if why else ''}; it should hold sentences in "
-            "UTF-8, documents separated by blank lines"
+            f"{source}: holds no text{f' ({why})' if why else ''}; "
+            f"{records if NO_TEXT in report.counts else lines}"
         )
     lost, unbroken = report.lost, report.lost + report.unbroken
     if lost > MAX_LOST * report.read or unbroken > MAX_UNBROKEN * report.read:
@@ -247,14 +254,15 @@ def _parsed(
 
 
 def _note_kinds(files: list[str], kinds: Counter[str], report: Skipped) -> None:
-    named = JSON_LINES if files[0].lower().endswith((".jsonl", ".ndjson")) else TEXT
-    if len(files) == 1 and set(kinds) <= {named}:
+    if len(files) > 1:
+        told = (f"{kinds[kind]:,} as {kind}" for kind in (TEXT, JSON_LINES, JSON) if kinds[kind])
+        report.note(f"{kinds.total():,} files read: {', '.join(told)}")
         return
-    told = ", ".join(
-        f"{kinds[kind]:,} of {kind}" for kind in (TEXT, JSON_LINES, JSON) if kinds[kind]
-    )
-    total = sum(kinds.values())
-    report.note(f"read {total:,} file{'' if total == 1 else 's'}: {told}")
+    suffix = os.path.splitext(files[0])[1].lower()
+    said = {".json": {JSON, JSON_LINES}, ".jsonl": {JSON_LINES}, ".ndjson": {JSON_LINES}}
+    for kind in kinds:
+        if kind not in said.get(suffix, {TEXT}):
+            report.note(f"{files[0]}: read as {kind}, for that is what it holds")
 
 
 def corpus_files(source: str, report: Skipped | None = None) -> list[str]:
@@ -412,7 +420,7 @@ def _blocks(
     kinds[found.kind] += 1
     file.seek(0)
     raw = _Raw(file, progress, contents is not None)
-    chunks = _line_ends(_as_utf8(raw.chunks(found.mark), found))
+    chunks = _line_ends(_as_utf8(raw.chunks(found.mark), found), found.kind)
     if found.kind == JSON:
         yield from _json_blocks(path, chunks)
     else:
@@ -456,25 +464,36 @@ def _as_utf8(chunks: Iterator[bytes], found: Format) -> Iterator[bytes]:
 
 
 _RETURNS = re.compile(rb"\r++\n?")
+_NEWLINES = re.compile("[\r\x85\u2028\u2029]")
+_UNICODE_ENDS = tuple(end.encode() for end in "\x85\u2028\u2029")  # NEL, LS, PS
+_HALF_ENDS = (b"\xe2\x80", b"\xe2", b"\xc2")
 
 
-def _line_ends(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yields text whose line ends are all one byte: CRLF, and CR alone, as old Macs wrote."""
+def _line_ends(chunks: Iterator[bytes], kind: str) -> Iterator[bytes]:
+    """Yields text whose line ends are all one byte: CRLF; CR alone, as old Macs wrote; Unicode's.
+
+    In JSON the last are characters like any other.
+    """
     held = b""
-    for chunk in chunks:
-        if held or b"\r" in chunk:
-            chunk = held + chunk
-            kept = chunk.rstrip(b"\r")
-            held = chunk[len(kept) :]  # a line feed may follow
-            if len(held) > CHUNK:
-                kept, held = chunk, b""
-            chunk = kept.replace(b"\r\n", b"\n")
-            if b"\r" in chunk:
-                chunk = _RETURNS.sub(_one_or_many, chunk)
+    for chunk in chain(chunks, (b"",)):
+        whole = held + chunk
+        kept, held = whole, b""
         if chunk:
-            yield chunk
-    if held:
-        yield b"\n" * len(held)
+            kept = whole.rstrip(b"\r")
+            if len(kept) == len(whole) and kind == TEXT:
+                half = next((end for end in _HALF_ENDS if whole.endswith(end)), b"")
+                kept = whole[: len(whole) - len(half)]
+            held = whole[len(kept) :]  # the rest of a line end may follow
+            if len(held) > CHUNK:
+                kept, held = whole, b""
+        if b"\r" in kept:
+            kept = kept.replace(b"\r\n", b"\n")
+        if b"\r" in kept:
+            kept = _RETURNS.sub(_one_or_many, kept)
+        for end in _UNICODE_ENDS if kind == TEXT else ():
+            kept = kept.replace(end, b"\n")
+        if kept:
+            yield kept
 
 
 def _one_or_many(returns: re.Match[bytes]) -> bytes:
@@ -617,10 +636,6 @@ def _parse(
     return function(groups), any(groups), report
 
 
-_INNER = re.compile("[\x85\u2028\u2029]")
-"""Line ends that are characters: NEL, LS, PS."""
-
-
 def _text(block: _Block, groups: list[list[str]], report: Skipped, splitter: str) -> None:
     lines = _decoded_lines(block, report)
     last = block.line + len(lines) - 1
@@ -630,11 +645,10 @@ def _text(block: _Block, groups: list[list[str]], report: Skipped, splitter: str
         whole = not (
             (block.starts_inside and number == block.line) or (block.ends_inside and number == last)
         )
-        for part in _INNER.split(line) if _INNER.search(line) else (line,):
-            if part and not part.isspace():
-                _append(part, f"{block.path}:{number}", groups[-1], report, splitter)
-            elif whole:
-                groups.append([])
+        if line and not line.isspace():
+            _append(line, f"{block.path}:{number}", groups[-1], report, splitter)
+        elif whole and (groups[-1] or len(groups) == 1):
+            groups.append([])
 
 
 def _decoded_lines(block: _Block, report: Skipped) -> list[str | None]:
@@ -688,7 +702,7 @@ def _record(
     except UnicodeEncodeError:  # an escaped half of a surrogate pair
         report.skip(INVALID_UTF8, where, size)
         return
-    for line in _INNER.sub("\n", text.replace("\r", "\n")).split("\n"):
+    for line in _NEWLINES.sub("\n", text).split("\n"):
         if "\0" in line:
             report.skip(NUL_BYTE, where, len(line))
         elif line and not line.isspace():

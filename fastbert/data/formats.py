@@ -3,6 +3,7 @@
 import codecs
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 HEAD = 2**16
@@ -86,7 +87,7 @@ _PATTERNS: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
         _UNPACK.format("bunzip2"),
     ),
     (re.compile(rb"(?s).{257}ustar"), "a tar archive", _UNPACK.format("tar -x")),
-    (re.compile(rb"(?s).{4}ftyp"), "MP4 video", _INSTEAD),
+    (re.compile(rb"(?s)\0.{3}ftyp"), "MP4 video", _INSTEAD),
     (
         re.compile(rb"(?s)RIFF.{4}(?:WAVE|WEBP|AVI )"),
         "sound or an image (RIFF)",
@@ -96,6 +97,7 @@ _PATTERNS: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
     (re.compile(rb"(?s)BM.{4}\0\0\0\0"), "a BMP image", _INSTEAD),
     (re.compile(rb"(?s)MZ.{0,254}\0"), "a program (Windows)", _INSTEAD),
     (re.compile(rb"(?s)\x80[\x02-\x05](?:\x95|[\]}(ckXq])"), "a Python pickle", _CONVERT),
+    (re.compile(rb"\(?[ld]p[0-9]+\n|[\]}]q\0\("), "an old Python pickle", _CONVERT),
     (re.compile(rb'(?s).{3}\0\0\0\0\0\{\s*"'), "safetensors weights", _INSTEAD),
     (
         re.compile(rb"(?i)\s*<(?:!doctype\s|\?xml\s|(?:html|mediawiki|rss|feed|svg|tei)[\s>])"),
@@ -103,8 +105,10 @@ _PATTERNS: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
         "extract its text first",
     ),
     (
-        re.compile(rb"""\s*[\[(]?\s*\{\s*'(?:[^'\\\n]|\\.)*'\s*:"""),
-        "Python dictionaries, not JSON",
+        re.compile(
+            rb"""\s*(?:[\[(]?\s*\{\s*'(?:[^'\\\n]|\\.)*+'\s*:|\[\s*'(?:[^'\\\n]|\\.)*+'[,\]])"""
+        ),
+        "Python's notation, not JSON",
         "write each as a line of JSON with json.dumps",
     ),
 )
@@ -138,7 +142,8 @@ def sniff(head: bytes, name: str) -> Format:
 
 def _foreign(head: bytes) -> Format | None:
     for magic, looks_like, remedy in _MAGIC:
-        if head.startswith(magic):
+        # letters alone could begin a text: ORCHARDS, PARENTS
+        if head.startswith(magic) and (not magic.isalnum() or _controls(head[:256])):
             return Format("", looks_like=looks_like, remedy=remedy)
     for pattern, looks_like, remedy in _PATTERNS:
         if pattern.match(head):
@@ -156,23 +161,36 @@ def _foreign(head: bytes) -> Format | None:
             share > 0.6 if is_nul else share < 0.1
             for share, is_nul in zip(shares, bytes_of_ascii, strict=True)
         ):
-            remedy = f"convert it, e.g. with iconv -f {encoding} -t UTF-8"
-            return Format("", looks_like=f"{encoding} without a byte order mark", remedy=remedy)
-    if len(head.translate(None, _CONTROL)) < (1 - MAX_CONTROL) * len(head):
+            return _unmarked(encoding)
+    if _controls(head) > MAX_CONTROL * len(head):
+        for encoding in ("UTF-16LE", "UTF-16BE"):  # of other scripts than Latin
+            with suppress(UnicodeDecodeError):
+                text = head[: len(head) // 4 * 4].decode(encoding)
+                odd = sum(not (char.isprintable() or char.isspace()) for char in text)
+                if odd < len(text) / 100 and " " in text.replace("\n", " "):
+                    return _unmarked(encoding)
         return Format("", looks_like="binary data", remedy=_INSTEAD)
     return None
+
+
+def _controls(head: bytes) -> int:
+    return len(head) - len(head.translate(None, _CONTROL))
+
+
+def _unmarked(encoding: str) -> Format:
+    remedy = f"convert it, e.g. with iconv -f {encoding} -t UTF-8"
+    return Format("", looks_like=f"{encoding} without a byte order mark", remedy=remedy)
 
 
 _STRING = r'"(?:[^"\\\n]|\\.)*+'
 _OBJECT = re.compile(rf'\{{\s*(?:{_STRING}"\s*:|\}}\s*(?:\n|$))')
 _ARRAY = re.compile(
-    rf'\[\s*(?:\{{\s*(?:{_STRING}"\s*:|\}})|{_STRING}(?:"\s*[,\]]|\\?$)|\[\s*(?:[\["{{\]\d]|-\d)|\]\s*$)'
+    rf'\[\s*(?:\[\s*)?(?:\{{\s*(?:{_STRING}"\s*:|\}})|{_STRING}(?:"\s*[,\]]|\\?$))|\[\s*\]\s*$'
 )
 _NUMBERS = re.compile(r"[\[\]\d\s,.eE+\-]+")
 
 
 def _kind(head: str, whole: bool, name: str) -> str:
-    named = name.lower().endswith(_JSON_SUFFIXES)
     start = head.lstrip()
     first = start[:1]
     if first == "[":
@@ -182,16 +200,22 @@ def _kind(head: str, whole: bool, name: str) -> str:
     lines = [line for line in start.splitlines() if line.strip()]
     if not whole:
         lines = lines[:-1]
+    objects = sum(_is_json(line, dict, list) for line in lines[:20])
     if first == "{":
-        if any(_is_json(line, dict, list) for line in lines[:20]):
+        if lines and lines[0].rstrip().endswith(",") and _is_json(lines[0].rstrip()[:-1], dict):
+            return JSON  # an array without its brackets
+        if objects:
             return JSON_LINES
-        if not lines and _OBJECT.match(start):  # one line that is longer than the head
-            return JSON_LINES
-        if _OBJECT.match(start) or start.rstrip() == "{":
+        if _OBJECT.match(start):  # a line that is longer than the head, or a record over several
+            return JSON if lines else JSON_LINES
+        if start.rstrip() == "{":
             return JSON
+    if objects > len(lines[:20]) / 2:  # the first is broken
+        return JSON_LINES
     if first == '"' and len(lines) > 1 and all(_is_json(line, str) for line in lines[:20]):
         return JSON_LINES
-    return JSON_LINES if named else TEXT
+    like_json = first in ("{", "[", '"') or (bool(lines) and _is_json(lines[0]))
+    return JSON_LINES if like_json and name.lower().endswith(_JSON_SUFFIXES) else TEXT
 
 
 def _is_json(text: str, *kinds: type) -> bool:

@@ -31,7 +31,10 @@ OPEN_DOCUMENTS = 64
 BALANCE = 8
 """How far labels 1 may outnumber labels 0 before chance is overruled, and the reverse."""
 SAMPLE = 4096
-"""Sequences planned on trial to learn how many a batch holds."""
+"""Sequences planned on trial to learn how many a batch holds, and which labels they have."""
+MAX_SKEW = 0.1
+"""How far the share of labels 0 may be from a half without a word: a document of 3 sentences has
+0.65, corpora that allow a choice 0.5."""
 
 
 class Spans(NamedTuple):
@@ -263,25 +266,88 @@ class _Planner:
         self._rng.bit_generator.state = state["rng"]
 
 
-def _slots(shards: Shards, T: int, planner: _Planner) -> int:
-    """Returns N, so that batches run out of tokens before they run out of sequences.
-
-    Plans a sample, 32 sequences of a document at most so that no book hides the short documents,
-    and takes the shortest mean over a look-ahead's worth, with a margin of a quarter.
-    """
+def _sample(shards: Shards, planner: _Planner) -> list[Spans]:
+    """Plans a sample, 32 sequences of a document at most so that no book hides the short ones."""
     rng = np.random.default_rng(0)
-    lengths: list[int] = []
-    while len(lengths) < SAMPLE:
+    sample: list[Spans] = []
+    while len(sample) < SAMPLE:
         document = int(rng.integers(shards.num_documents))
         units, unit = planner.units(document), 0
         for _ in range(max(32, SAMPLE // shards.num_documents)):
             spans, unit = planner.plan(document, units, unit)
-            lengths.append(spans.length)
+            sample.append(spans)
             if unit >= len(units) - 1:
                 break
-    total = np.concatenate([[0], np.cumsum(lengths)])
+    return sample
+
+
+def _slots(sample: list[Spans], T: int) -> int:
+    """Returns N, so that batches run out of tokens before they run out of sequences.
+
+    Takes the shortest mean over a look-ahead's worth, with a margin of a quarter.
+    """
+    total = np.concatenate([[0], np.cumsum([spans.length for spans in sample])])
     mean = float((total[LOOKAHEAD:] - total[:-LOOKAHEAD]).min()) / LOOKAHEAD
     return math.ceil(1.25 * T / mean) + 4
+
+
+class Labels(NamedTuple):
+    """How the next-sentence labels of a split fall.
+
+    Attributes:
+        mixed: whether there are both.
+        note: what the user should know, "" where half of them are "is next".
+    """
+
+    mixed: bool
+    note: str
+
+
+def next_sentence_labels(
+    shards: Shards, *, max_seq_length: int, short_seq_prob: float = 0.1, seed: int = 0
+) -> Labels:
+    """Returns what labels a sample of a split's sentence pairs has; arguments as in `Packer`."""
+    planner = _Planner(
+        shards,
+        max_seq_length=max_seq_length,
+        nsp=True,
+        short_seq_prob=short_seq_prob,
+        seed=seed,
+        shuffle=False,
+    )
+    return _labels(shards, _sample(shards, planner))
+
+
+def _labels(shards: Shards, sample: list[Spans]) -> Labels:
+    following = sum(spans.label == IS_NEXT for spans in sample)
+    random = sum(spans.label == IS_RANDOM for spans in sample)
+    single = shards.num_documents == 1
+    split = f"the {shards.split} split"
+    if not following + random:
+        return Labels(False, f"{split} is a single token: it gives no sentence pair")
+    if not random:
+        return Labels(
+            False,
+            f"{split} is one short document ({shards.num_sentences} sentence"
+            f"{'s' * (shards.num_sentences > 1)}): no random next sentence can come from elsewhere "
+            'in it, so every label is "is next"',
+        )
+    if not following:
+        return Labels(
+            False,
+            f"no document of {split} has two tokens, the least that a next sentence needs: every "
+            'label is "not next"',
+        )
+    notes = []
+    if single:
+        notes.append(
+            f"{split} is a single document: random next sentences come from elsewhere in it"
+        )
+    share = following / (following + random)
+    if abs(share - 0.5) > MAX_SKEW:
+        why = "it is short" if single else "many of its documents are single tokens"
+        notes.append(f'{share:.0%} of the labels of {split} are "is next", as {why}')
+    return Labels(True, "; ".join(notes))
 
 
 class Packer:
@@ -364,7 +430,8 @@ class Packer:
             )
 
         self.T = tokens_per_batch
-        self.N = num_slots or _slots(shards, self.T, planner(False, None))
+        sample = [] if num_slots else _sample(shards, planner(False, None))
+        self.N = num_slots or _slots(sample, self.T)
         needed = -(-self.T // max_seq_length) + 1
         if needed > self.N:
             raise UserError(f"num_slots = {self.N} must be at least {needed} for these shapes")
@@ -380,12 +447,8 @@ class Packer:
         self._batches = 0
         self._real_tokens = 0
         self._room = 0  # tokens that the batches so far could hold
-        self.notes: list[str] = []
-        if nsp and shards.num_documents == 1:
-            self.notes.append(
-                f"the {shards.split} split is a single document: random next sentences come from "
-                "elsewhere in it"
-            )
+        note = _labels(shards, sample).note if nsp and sample else ""
+        self.notes: list[str] = [note] if note else []
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -9,12 +9,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from fastbert.config import PretrainConfig, model_config, to_toml
 from fastbert.data.corpus import Skipped, corpus_bytes, map_corpus
+from fastbert.data.pack import next_sentence_labels
 from fastbert.data.shards import (
     Found,
     Shards,
@@ -206,7 +208,29 @@ def prepare_data(
         )
     train = Shards.open(data_folder, "train")
     validation = Shards.open(data_folder, "validation")
+    if config.nsp:
+        _check_labels(config, train, validation)
     return tokenizer, train, validation if validation.num_tokens else None
+
+
+def _check_labels(config: PretrainConfig, train: Shards, validation: Shards) -> None:
+    """Refuses to train next-sentence prediction on one label, and says where a test is of one."""
+    labels_of = partial(
+        next_sentence_labels,
+        max_seq_length=config.max_seq_length,
+        short_seq_prob=config.short_seq_prob,
+        seed=config.seed,
+    )
+    labels = labels_of(train)
+    if not labels.mixed:
+        raise UserError(
+            f"data = {config.data!r}: {labels.note}; give more text, or leave next-sentence "
+            "prediction out with --no-nsp"
+        )
+    if validation.num_tokens:
+        labels = labels_of(validation)
+        if labels.note:
+            say(f"data: {labels.note}")
 
 
 def _begun_with(run: Path, found: Found | None) -> str:

@@ -20,6 +20,7 @@ def read(path, report=None):
 
 
 def write(path, content):
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
@@ -239,6 +240,158 @@ def test_endless_document_is_cut(tmp_path, monkeypatch):
     documents = read(path, report)
     assert len(documents) == 10
     assert "cut in two" in report.summary()[0]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\r\n", "\x85", "\u2028", "\u2029"])
+@pytest.mark.parametrize("chunk", [3, 2**20])
+def test_line_ends(tmp_path, monkeypatch, end, chunk):
+    monkeypatch.setattr(corpus, "CHUNK", chunk)
+    path = write(tmp_path / "a.txt", end.join(["a b", "c", "", "", "d", ""]))
+    assert [" ".join(document) for document in read(path)] == ["a b c", "d"]
+    report = Skipped()
+    path = write(tmp_path / "a.txt", end.join(["some words", "", "more words"]).encode() + b"\r\0")
+    assert len(read(path, report)) == 2
+    assert report.first[corpus.NUL_BYTE] == f"{path}:4"
+    line = json.dumps({"text": end.join(["a b", "", "c"])}, ensure_ascii=False)
+    path = write(tmp_path / "a.jsonl", line + "\r\n" + line)
+    assert read(path) == [["a b", "c"]] * 2
+
+
+def test_many_returns_take_linear_time(tmp_path):
+    path = write(tmp_path / "a.txt", b"One." + b"\r" * 400_000 + b"\nTwo." + b"\r" * 400_000)
+    started = time.process_time()
+    assert [" ".join(document) for document in read(path)] in (["One.", "Two."], ["One. Two."])
+    assert time.process_time() - started < 5
+
+
+RECORDS = [{"text": "One. Two.", "id": 1}, {"text": "Three."}, {"id": 3}, {"text": "Four."}]
+READ = [["One.", "Two."], ["Three."], ["Four."]]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("chunk", [5, 2**20])
+def test_json_arrays_and_records_over_several_lines(tmp_path, monkeypatch, indent, chunk):
+    monkeypatch.setattr(corpus, "CHUNK", chunk)
+    strings = [record["text"] for record in RECORDS if "text" in record]
+    many = "\n".join(json.dumps(record, indent=2) for record in RECORDS)
+    for content in (json.dumps(RECORDS, indent=indent), json.dumps(strings, indent=indent), many):
+        for name in ("a.txt", "a.json", "a"):
+            report = Skipped()
+            path = write(tmp_path / name, content)
+            assert read(path, report) == READ
+            if content[0] == "[" and "id" in content:
+                assert report.first == {corpus.NO_TEXT: f"{path}:{1 if indent is None else 9}"}
+
+
+def test_an_array_that_breaks_off(tmp_path):
+    text = json.dumps([{"text": f"Sentence {n}."} for n in range(9)], indent=0)
+    path = write(tmp_path / "a.json", text[:-20])
+    report = Skipped()
+    assert read(path, report) == [[f"Sentence {n}."] for n in range(8)]
+    assert report.first == {corpus.BROKEN_JSON: f"{path}:26"}
+    write(path, text.replace("},", "}!,", 1))
+    with pytest.raises(UserError, match=r"skipped the rest of 1 file after invalid JSON, first at"):
+        read(path)
+    write(path, "[" * 100_000)
+    with pytest.raises(UserError, match="holds no text"):
+        read(path)
+
+
+def test_what_json_without_text_is_told(tmp_path):
+    for content in ('{"data": [{"text": "x"}]}', '[{"body": "x"}]', "[[1], [2]]", '{"text": []}'):
+        path = write(tmp_path / "a.txt", content)
+        with pytest.raises(UserError, match="JSON records should be strings or objects with a"):
+            read(path)
+
+
+def test_foreign_files_are_refused_alone_and_counted_in_a_folder(tmp_path):
+    foreign = write(tmp_path / "b.txt", b"\x1f\x8b\x08" + bytes(99))
+    with pytest.raises(
+        UserError, match=r"b\.txt: looks like gzip; unpack it first, e\.g\. with gun"
+    ):
+        read(foreign)
+    with pytest.raises(UserError, match=r"holds no text \(skipped 1 file that hold no text, first"):
+        read(tmp_path)
+    write(tmp_path / "a.md", "Text.")
+    write(tmp_path / "README", "No suffix.")
+    write(tmp_path / "c.json", "[]")
+    write(tmp_path / "d.csv", "no")
+    report = Skipped()
+    assert read(tmp_path, report) == [["No suffix."], ["Text."]]
+    assert report.summary() == [
+        f"skipped 1 file that are not {', '.join(corpus.SUFFIXES)}, first at {tmp_path}/d.csv",
+        f"skipped 1 file that hold no text, first at {foreign} (gzip)",
+        "3 files read: 2 as text, 1 as JSON",
+    ]
+
+
+def test_most_of_a_corpus_skipped_is_refused(tmp_path):
+    good, bad = b"A good line.\n", b"\xe4 bad line.\n"
+    read(write(tmp_path / "a.txt", good * 60 + bad * 40))
+    with pytest.raises(
+        UserError, match=r"a\.txt: 58% of it would be skipped \(skipped 60 lines wi"
+    ):
+        read(write(tmp_path / "a.txt", good * 40 + bad * 60))
+    write(tmp_path / "b.txt", good * 200)
+    assert len(read(tmp_path)) == 2
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A folder of every kind of file, with damage, long lines and documents over many blocks."""
+    folder, rng = tmp_path_factory.mktemp("mixture"), random.Random(0)
+    words = [
+        "fox",
+        "dog",
+        "Gr\u00f6\u00dfe",
+        "\u4e2d\u6587",
+        "end.",
+        "so!\n",
+        "x\n\n",
+        "\U0001f600",
+        "Then",
+    ]
+
+    def text(count):
+        return " ".join(rng.choices(words, k=count))
+
+    damaged = bytearray(text(4_000).encode())
+    for _ in range(30):
+        damaged[rng.randrange(len(damaged))] = rng.choice(b"\0\xff\r")
+    records = [rng.choice([{"text": text(50)}, {"id": 3}, text(9)]) for _ in range(60)]
+    write(folder / "a.txt", bytes(damaged))
+    write(folder / "b.txt", text(3_000).encode("utf-16"))
+    write(folder / "c.txt", "One line " * 2_000 + "x" * 3_000 + "\r\nNext.\r\n")
+    write(folder / "d.jsonl", "\n".join(map(json.dumps, records)) + "\n{broken\n")
+    write(folder / "e.json", json.dumps(records, indent=1)[:-20])
+    write(folder / "f.txt", b"%PDF-1.7\n")
+    for n in range(50):
+        write(folder / f"small/{n:02d}", text(5))
+    return folder
+
+
+@pytest.mark.parametrize("chunk", [256, 4_096])
+def test_workers_change_nothing(mixture, monkeypatch, chunk):
+    monkeypatch.setattr(corpus, "CHUNK", chunk)
+    monkeypatch.setattr(corpus, "MAX_DOCUMENT", 3_000)
+    found = []
+    for workers in (0, 1, 3):
+        report, bytes_read, contents = Skipped(), [], {}
+        pieces = list(
+            corpus.read_pieces(str(mixture), report, bytes_read.append, workers, contents)
+        )
+        assert sum(bytes_read) == corpus_bytes(str(mixture))
+        assert contents == {
+            path: (*contents[path][:3], corpus.content_digest(path))
+            for path in corpus.corpus_files(str(mixture))
+        }
+        found.append((pieces, report, contents))
+    assert found[0] == found[1] == found[2]
+    pieces, report, _ = found[0]
+    assert len(report.counts) == 5 + (chunk > 2_000)
+    assert any(continues for _, continues in pieces)
+    counts = list(corpus.map_corpus(str(mixture), Skipped(), len, workers=2))
+    assert sum(counts) == sum(len(document) for document, _ in pieces)
 
 
 def test_progress_is_the_bytes_read(tmp_path):

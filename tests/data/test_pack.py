@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastbert.data.batch import Batch
 from fastbert.data.corpus import Skipped, read_corpus
-from fastbert.data.pack import Packer, evaluation_batches
+from fastbert.data.pack import Packer, evaluation_batches, next_sentence_labels
 from fastbert.data.shards import Shards, build_shards
 from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
@@ -213,6 +213,41 @@ def test_single_document_takes_b_from_afar(make_shards, make_ids):
             if label == 1:
                 assert b[0] > a[-1] + 1 or b[-1] < a[0] - 1
     assert not packer(make_ids, make_shards([[5], [6]])).notes
+
+
+NO_RANDOM = 'every label is "is next"'
+NO_NEXT = 'every label is "not next"'
+
+
+@pytest.mark.parametrize(
+    ("documents", "labels", "note"),
+    [
+        ([[1]], set(), "is a single token: it gives no sentence pair"),
+        ([[20]], {0}, NO_RANDOM),
+        ([[2]], {0}, NO_RANDOM),
+        ([[10, 10]], {0}, NO_RANDOM),
+        ([[1, 1]], {0}, NO_RANDOM),
+        ([[10, 10, 10]], {0, 1}, 'elsewhere in it; 65% of the labels of the train split are "is n'),
+        ([[10] * 9], {0, 1}, "random next sentences come from elsewhere in it"),
+        ([[500]], {0, 1}, "random next sentences come from elsewhere in it"),  # cut into many
+        ([[1], [1]], {1}, NO_NEXT),
+        ([[1]] * 50, {1}, NO_NEXT),
+        ([[1]] * 50 + [[10] * 20], {0, 1}, "as many of its documents are single tokens"),
+        ([[2]] * 50, {0, 1}, ""),
+        ([[10], [10]], {0, 1}, ""),
+        ([[1, 1]] * 9, {0, 1}, ""),
+    ],
+)
+def test_notes_tell_what_labels_there_are(make_shards, make_ids, documents, labels, note):
+    shards = make_shards(documents)
+    source = packer(make_ids, shards, T=128, S=32)
+    found = {label for batch in islice(source, 40) for *_, label in segments(batch)}
+    assert found - {-100} == labels
+    said = next_sentence_labels(shards, max_seq_length=32, seed=1)
+    assert said.mixed == (labels == {0, 1})
+    assert note in said.note
+    assert source.notes == ([said.note] if note else [])
+    assert packer(make_ids, shards, T=128, S=32, nsp=False).notes == []
 
 
 def test_without_nsp_sequences_hold_whole_sentences_of_one_document(make_shards, make_ids):
