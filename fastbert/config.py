@@ -227,7 +227,7 @@ class ModelConfig:
         768, "width of the hidden states", "model", at_least=1, at_most=2**16
     )
     num_hidden_layers: int = _setting(
-        12, "layers of the encoder", "model", at_least=1, at_most=10**4
+        12, "layers of the encoder", "model", at_least=1, at_most=1000
     )
     num_attention_heads: int = _setting(
         12, "attention heads per layer", "model", at_least=1, at_most=2**16

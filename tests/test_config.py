@@ -198,7 +198,7 @@ def test_transformers_reads_our_config_json(name: str, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"hidden_size": 100}, "hidden_size = 100 must be a multiple of num_attention_heads = 12"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers = 0 must be at least 1 and at most 10000"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0 must be at least 1 and at most 1000"),
         ({"vocab_size": 7.5}, "vocab_size = 7.5 must be an integer"),
         ({"hidden_act": "relu"}, "hidden_act = 'relu' must be gelu, gelu_new or gelu_pytorch_tanh"),
         ({"hidden_dropout_prob": 1}, "hidden_dropout_prob = 1 must be at least 0 and less than 1"),
