@@ -53,10 +53,15 @@ from benchmarks.kernels import model_sizes
 from benchmarks.processes import one_line
 from benchmarks.result import HEADS, Row, cells, gaps
 from benchmarks.step import peak_of
-from fastbert.config import KERNEL_OPS, PRESETS, KernelBenchConfig
+from fastbert.config import KERNEL_OPS, PRESETS, KernelBenchConfig, model_config
 from fastbert.errors import RunError
 from fastbert.ops import cpu_ops
-from fastbert.train.device import can_compile, choose_device, keep_freed_memory
+from fastbert.train.device import (
+    can_compile,
+    check_weights,
+    choose_device,
+    keep_freed_memory,
+)
 from fastbert_kernels import reference, reference_optimizer
 
 TOLERANCE = 1e-4  # of an output in fp32, relative to its largest element
@@ -347,6 +352,9 @@ def run(config: KernelBenchConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     ops = KERNEL_OPS if config.op == "all" else config.op.split(",")
     model, lengths = config.model, config.lengths
+    if model != "auto":  # two layers' worth: operands, results and their gradients
+        sizes = dataclasses.replace(model_config(model), num_hidden_layers=2)
+        check_weights(model, sizes, device)
     # The processes of a GPU's ops work in another folder.
     if model not in ("auto", *PRESETS):
         model = os.path.abspath(model)

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,8 @@ def file_lengths(path: str) -> np.ndarray:
     if not lines:
         raise UserError(f"lengths = {path!r}: the file is empty")
     for number, line in enumerate(lines, start=1):
-        if not line.strip().isdecimal() or int(line) < 3:
-            raise UserError(f"{path}:{number}: {line!r} is not a length of at least 3 tokens")
+        if not re.fullmatch("[0-9]{1,9}", line.strip()) or int(line) < 3:
+            raise UserError(f"{path}:{number}: {line[:80]!r} is not a length of at least 3 tokens")
     return np.array([int(line) for line in lines])
 
 
@@ -158,6 +159,8 @@ def make_batches(
 
     Every batch has the same lengths, so T is constant; the longest first, as our loader lays them.
     """
+    if vocab_size <= low:
+        raise UserError(f"vocab_size = {vocab_size} of the model must be more than {low}")
     B = len(lengths)
     lengths = np.sort(lengths)[::-1]
     padded, packed = [], []

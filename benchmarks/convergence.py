@@ -52,7 +52,7 @@ from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
 from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
-from fastbert.train.device import Execution, choose_execution
+from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.evaluate import evaluate, unigram_log_probabilities
 from fastbert.train.graph import launcher
 from fastbert.train.prepare import prepare_data
@@ -137,6 +137,10 @@ class Task:
         execution = choose_execution(self.recipe, asked)  # a wrong device is told before the work
         if execution.dtype == torch.float16:
             raise UserError("precision = 'auto' is fp16 on this GPU, which has no bf16: use fp32")
+        least = dataclasses.replace(
+            asked, vocab_size=1, pad_token_id=0
+        )  # the tokenizer has its own
+        check_memory(self.recipe, least, execution.device, execution.dtype)
         self.tokenizer: WordPiece
         self.tokenizer, self.shards, held_out = prepare_data(self.recipe, folder)
         if held_out is None:

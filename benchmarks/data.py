@@ -45,7 +45,7 @@ from fastbert.data.shards import Shards, _SplitWriter, write_meta
 from fastbert.data.tokenize import TokenIds
 from fastbert.data.workers import BatchLoader, DevicePrefetcher
 from fastbert.errors import RunError, UserError
-from fastbert.train.device import choose_device
+from fastbert.train.device import check_workers, choose_device
 
 V = 30522
 """Tokens in the vocabulary of BERT, uncased; from `CONTINUATIONS` on they stand for "##" pieces."""
@@ -341,6 +341,7 @@ def run(config: DataBenchConfig) -> dict[str, Any]:
         RunError: a rival that does not deliver the same.
     """
     device, V = choose_device(config.device), model_config(config.model).vocab_size
+    check_workers("num_workers", max(integers("num_workers", config.num_workers, 0)))
     if V <= WORDS:
         raise UserError(f"model = {config.model!r}: vocab_size = {V} must be more than {WORDS}")
     asked = list(DATA_RIVAL_NAMES) if config.against == "auto" else config.against.split(",")

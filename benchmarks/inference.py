@@ -58,6 +58,7 @@ from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
 from fastbert.train.device import (
     can_compile,
+    check_weights,
     choose_device,
     choose_dtype,
     choose_execution,
@@ -396,6 +397,7 @@ def _batches(
 def run(config: InferenceBenchConfig) -> dict[str, Any]:
     """Measures as `config` says and returns the result."""
     device, sizes = choose_device(config.device), model_config(config.model)
+    check_weights(config.model, sizes, device, 4)
     dtype, _ = choose_dtype(config.precision, device)
     rng = np.random.default_rng(config.seed)
     lengths = lengths_asked(config.lengths, config.batch_size, config.max_seq_length, rng)

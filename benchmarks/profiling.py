@@ -39,7 +39,7 @@ from fastbert.data.batch import Batch
 from fastbert.errors import UserError
 from fastbert.model.bert import Bert
 from fastbert.ops import Ops
-from fastbert.train.device import Execution, choose_execution
+from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.graph import WARM_UP, launcher
 from fastbert.train.step import TrainStep, compile_model
 
@@ -369,6 +369,7 @@ class Runner:
         self.recipe = recipe
         self.execution: Execution = choose_execution(recipe, self.sizes)
         self.device = self.execution.device
+        check_memory(recipe, self.sizes, self.device, self.execution.dtype)
         rng = np.random.default_rng(config.seed)
         if lengths is None:
             asked = StepBenchConfig(

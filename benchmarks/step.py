@@ -40,6 +40,7 @@ from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
 from fastbert.train.device import (
     can_compile,
+    check_weights,
     choose_device,
     choose_execution,
     keep_freed_memory,
@@ -194,6 +195,7 @@ def run(config: StepBenchConfig) -> dict[str, Any]:
     """Measures as `config` says and returns the result."""
     device = choose_device(config.device)
     sizes = model_config(config.model)
+    check_weights(config.model, sizes, device)
     if config.max_seq_length > sizes.max_position_embeddings:
         raise UserError(
             f"max_seq_length = {config.max_seq_length} must be at most the model's "

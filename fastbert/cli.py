@@ -2,7 +2,9 @@
 
 Options come from the fields of the configurations. Rooms that import torch are imported only once
 the request is known to be good, so that help and mistakes answer at once. Exit codes: 0 done,
-1 failed, 2 bad request, 130 interrupted, 141 nobody reads the output any more.
+1 failed, 2 bad request, 129 interrupted by SIGHUP (a closed terminal), 130 by SIGINT (Ctrl-C),
+143 by SIGTERM (a scheduler), 141 nobody reads the output any more. A training that a signal stops
+has saved itself and exits with 1.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import platform
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -36,11 +39,12 @@ from fastbert.config import (
     StepBenchConfig,
     load_config,
     model_config,
-    placeholder,
+    pattern_text,
     settings,
     to_toml,
 )
 from fastbert.errors import FastbertError, UserError, did_you_mean
+from fastbert.train.interrupts import Interrupted, held_signals, interruptible, raise_lost
 
 BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
 INTERRUPTED = 130
@@ -53,14 +57,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the command's name; by default the process's own.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with interruptible(last=argv is None):
+            return _run(args)
+    except KeyboardInterrupt as interrupt:  # before the first word, or amid the last one
+        if "--debug" in args:
+            raise
+        return getattr(interrupt, "exit_code", INTERRUPTED)
+
+
+def _run(args: list[str]) -> int:
     debug = "--debug" in args
     try:
-        status = _dispatch(args)
+        try:
+            status = _dispatch(args)
+        except Exception:
+            raise_lost()  # what an interrupted import leaves fails later, and anyhow
+            raise
         sys.stdout.flush()
     except FastbertError as error:
         if debug:
             raise
         return _fail(f"error: {error}", error.exit_code)
+    except Interrupted as interrupt:
+        if debug:
+            raise
+        traceback.clear_frames(interrupt.__traceback__)  # whose progress bars end before our line
+        by = "" if interrupt.exit_code == INTERRUPTED else f" by {interrupt.name}"
+        return _fail(f"interrupted{by}", interrupt.exit_code)
     except KeyboardInterrupt:
         if debug:
             raise
@@ -71,12 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        if isinstance(error, MemoryError) or "can't allocate memory" in reason:
+            return _fail(f"error: out of memory: give smaller sizes ({reason[:300]})", 1)
         return _fail(f"failed: {reason} (run again with --debug for the traceback)", 1)
     return status
 
 
 def _fail(line: str, status: int) -> int:
-    print(f"fastbert: {line}", file=sys.stderr)
+    with suppress(OSError, ValueError):  # nobody hears it
+        print(f"fastbert: {line}", file=sys.stderr, flush=True)
     return status
 
 
@@ -278,7 +305,7 @@ def _add_settings(parser: argparse.ArgumentParser, config_class: type) -> None:
         if setting.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif setting.choices:
-            allowed = [*setting.choices, *filter(None, [placeholder(setting.pattern)])]
+            allowed = [*setting.choices, *filter(None, [pattern_text(setting)])]
             options["metavar"] = "{" + ",".join(allowed) + "}"
         else:
             options["metavar"] = _METAVARS[setting.type]
@@ -319,8 +346,9 @@ def _pretrain(args: argparse.Namespace) -> int:
         print(to_toml(config), end="")
         return 0
     check_pretrain(config)
-    from fastbert.hf import check_tokenizer, export_run
-    from fastbert.train.loop import pretrain
+    with held_signals():
+        from fastbert.hf import check_tokenizer, export_run
+        from fastbert.train.loop import pretrain
 
     pretrain(config, export=export_run, check_tokenizer=check_tokenizer)
     return 0
@@ -420,7 +448,9 @@ def _bench(name: str, args: argparse.Namespace) -> int:
         if hasattr(config, setting):
             _check_path(setting, getattr(config, setting), words=(word,))
     _check_outputs(config, "json", "png")
-    import_module(f"benchmarks.{module}").main(config)
+    with held_signals():
+        room = import_module(f"benchmarks.{module}")
+    room.main(config)
     return 0
 
 
@@ -429,7 +459,8 @@ def _profile_step(args: argparse.Namespace) -> int:
     _check_model(config.model, config.max_seq_length)
     _check_path("lengths", config.lengths, words=("natural", "full"))
     _check_outputs(config, "json", "trace")
-    from benchmarks import profiling
+    with held_signals():
+        from benchmarks import profiling
 
     profiling.main(config)
     return 0
@@ -443,7 +474,8 @@ def _profile_kernel(args: argparse.Namespace) -> int:
         raise UserError(f"unknown kernel {args.name!r}{meant} ({', '.join(OPS)})")
     config = load_config(ProfileKernelConfig, None, _overrides(ProfileKernelConfig, args))
     _check_outputs(config, "json", "png")
-    from benchmarks import profile_kernel
+    with held_signals():
+        from benchmarks import profile_kernel
 
     profile_kernel.main(args.name, config)
     return 0
@@ -458,7 +490,8 @@ def _report(args: argparse.Namespace) -> int:
             raise UserError(f"{path}: no such file or folder")
     if os.path.exists(config.out) and not os.path.isdir(config.out):
         raise UserError(f"out = {config.out!r} is a file: give a folder")
-    from benchmarks import report
+    with held_signals():
+        from benchmarks import report
 
     report.main(config, args.paths)
     return 0
@@ -469,7 +502,8 @@ def _estimate(args: argparse.Namespace) -> int:
     _check_model(config.model, config.max_seq_length)
     _check_path("lengths", config.lengths, words=("natural", "full"))
     _check_outputs(config, "json")
-    from benchmarks import estimate
+    with held_signals():
+        from benchmarks import estimate
 
     estimate.main(config)
     return 0

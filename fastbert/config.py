@@ -6,6 +6,7 @@ new setting is one new line. Names are Hugging Face's: `BertConfig` for the mode
 `TrainingArguments` for training. Standard library only, so that a mistake is told at once.
 """
 
+import codecs
 import json
 import math
 import os
@@ -28,6 +29,16 @@ GROUPS = {
     "estimate": "what is planned, and on what",
     "profile": "what is recorded, and where it is written",
 }
+
+# Upper bounds far beyond every use, and far below what would fill a memory by a typing mistake.
+_MOST_TOKENS = 2**24  # of a batch: an H100 holds 2**17 of BERT base
+_LONGEST = 2**20  # tokens of a sequence
+_MOST_STEPS = 10**7  # BERT has 10**6, and each step's learning rate is kept
+_MOST = 2**31 - 1  # of what only counts
+_MOST_WORDS = 10**6  # that a tokenizer can learn
+_MOST_WORKERS = 256
+_MOST_AHEAD = 256
+_LARGEST_SEED = 2**63 - 1
 
 _KINDS: dict[type, str] = {
     bool: "true or false",
@@ -99,7 +110,24 @@ def settings(config_class: type) -> tuple[Setting, ...]:
 
 
 def _show(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    """The value as a message shows it: what a file holds may be of any length and depth."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a deep {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:120]} ... ({len(text)} characters)"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | float | str | None) else _show(value)
+
+
+def _bound(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def checked(setting: Setting, value: Any, where: str = "") -> Any:
@@ -148,21 +176,21 @@ def _is_utf8(value: str) -> bool:
     return True
 
 
-def placeholder(pattern: str) -> str:
-    """Returns a pattern as help shows it: "cuda:N", "LANGUAGE"."""
-    return pattern.replace("[0-9]+", "N").replace("[a-z]{2,3}", "LANGUAGE")
-
-
 def choices_text(setting: Setting) -> str:
     """Returns "auto, cpu, cuda or cuda:N"; empty where everything is allowed."""
     allowed = [*setting.choices]
     if setting.pattern:
-        allowed.append(placeholder(setting.pattern))
+        allowed.append(pattern_text(setting))
     return " or ".join(filter(None, [", ".join(allowed[:-1]), *allowed[-1:]]))
 
 
+def pattern_text(setting: Setting) -> str:
+    """Returns "cuda:N" for the pattern of a device, "LANGUAGE" for that of a code like "de"."""
+    return re.sub(r"\[0-9\]\S*", "N", re.sub(r"\[a-z\]\S*", "LANGUAGE", setting.pattern))
+
+
 def _check_number(setting: Setting, value: float, shown: str) -> None:
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{shown} must be a finite number")
     bounds = [
         (setting.at_least, "at least", lambda bound: value >= bound),
@@ -172,7 +200,7 @@ def _check_number(setting: Setting, value: float, shown: str) -> None:
     ]
     given = [(bound, words, holds) for bound, words, holds in bounds if bound is not None]
     if not all(holds(bound) for bound, _, holds in given):
-        raise UserError(f"{shown} must be " + " and ".join(f"{w} {b:g}" for b, w, _ in given))
+        raise UserError(f"{shown} must be " + " and ".join(f"{w} {_bound(b)}" for b, w, _ in given))
 
 
 def _check_fields(config: Any) -> None:
@@ -192,11 +220,21 @@ class ModelConfig:
         UserError: a value is out of bounds, or two do not fit together.
     """
 
-    vocab_size: int = _setting(30522, "tokens in the vocabulary", "model", at_least=1)
-    hidden_size: int = _setting(768, "width of the hidden states", "model", at_least=1)
-    num_hidden_layers: int = _setting(12, "layers of the encoder", "model", at_least=1)
-    num_attention_heads: int = _setting(12, "attention heads per layer", "model", at_least=1)
-    intermediate_size: int = _setting(3072, "width inside the MLP", "model", at_least=1)
+    vocab_size: int = _setting(
+        30522, "tokens in the vocabulary", "model", at_least=1, at_most=2**24
+    )
+    hidden_size: int = _setting(
+        768, "width of the hidden states", "model", at_least=1, at_most=2**16
+    )
+    num_hidden_layers: int = _setting(
+        12, "layers of the encoder", "model", at_least=1, at_most=1000
+    )
+    num_attention_heads: int = _setting(
+        12, "attention heads per layer", "model", at_least=1, at_most=2**16
+    )
+    intermediate_size: int = _setting(
+        3072, "width inside the MLP", "model", at_least=1, at_most=2**18
+    )
     hidden_act: str = _setting(
         "gelu",
         "activation of the MLP: gelu is exact (erf), the other two are its tanh form",
@@ -209,15 +247,17 @@ class ModelConfig:
     attention_probs_dropout_prob: float = _setting(
         0.1, "dropout of attention probabilities", "model", at_least=0, less_than=1
     )
-    max_position_embeddings: int = _setting(512, "longest sequence, tokens", "model", at_least=1)
-    type_vocab_size: int = _setting(2, "token types", "model", at_least=1)
+    max_position_embeddings: int = _setting(
+        512, "longest sequence, tokens", "model", at_least=1, at_most=_LONGEST
+    )
+    type_vocab_size: int = _setting(2, "token types", "model", at_least=1, at_most=2**16)
     initializer_range: float = _setting(
-        0.02, "standard deviation of initial weights", "model", at_least=0
+        0.02, "standard deviation of initial weights", "model", at_least=0, at_most=100
     )
     layer_norm_eps: float = _setting(
-        1e-12, "added to the variance in LayerNorm", "model", more_than=0
+        1e-12, "added to the variance in LayerNorm", "model", at_least=1e-30, at_most=1
     )
-    pad_token_id: int = _setting(0, "token of padding", "model", at_least=0)
+    pad_token_id: int = _setting(0, "token of padding", "model", at_least=0, at_most=2**24 - 1)
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -231,6 +271,14 @@ class ModelConfig:
                 f"pad_token_id = {self.pad_token_id} must be less than "
                 f"vocab_size = {self.vocab_size}"
             )
+
+    def num_parameters(self, *, nsp: bool = True) -> int:
+        """Weights of BERT with its masked-word head, and with pooler and next-sentence head."""
+        H, F = self.hidden_size, self.intermediate_size
+        rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
+        layer = 4 * (H * H + H) + (H * F + F) + (F * H + H) + 2 * 2 * H
+        heads = H * H + 3 * H + self.vocab_size + (H * H + H + 2 * H + 2 if nsp else 0)
+        return rows * H + 2 * H + self.num_hidden_layers * layer + heads
 
     @property
     def head_size(self) -> int:
@@ -300,7 +348,7 @@ def model_config(name_or_path: str) -> ModelConfig:
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]()
     shown = f"model = {name_or_path!r}"
-    if not os.path.exists(name_or_path):
+    if not _exists(name_or_path):
         if name_or_path.endswith(".json") or os.path.dirname(name_or_path):
             raise UserError(f"{shown}: no such file or folder (nothing is downloaded)")
         raise UserError(
@@ -315,15 +363,43 @@ def model_config(name_or_path: str) -> ModelConfig:
     return _from_hf_dict(_read_json(path), path)
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def _exists(path: str) -> bool:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file)
+        return os.path.exists(path)
+    except ValueError:  # a NUL, or what no file name can hold
+        return False
+
+
+def _read_text(path: str, kind: str, most_bytes: int) -> str:
+    """A whole text file in UTF-8, with or without a byte order mark; line ends become "\\n".
+
+    Raises:
+        UserError: it cannot be read, or is something else; `kind` names what it should be.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(most_bytes + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > most_bytes:
+        raise UserError(f"{path}: not {kind}: it is larger than {most_bytes >> 20} MiB")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
+        raise UserError(f"{path}: not {kind}: it looks like UTF-16 or UTF-32; convert it to UTF-8")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not {kind}: it must be text in UTF-8, which byte {error.start} is not"
+        ) from None
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    text = _read_text(path, "JSON", 2**24)
+    try:
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, absurd numbers or nesting
+    except (ValueError, RecursionError) as error:  # absurd numbers or nesting
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold one JSON object, not {type(content).__name__}")
@@ -344,7 +420,7 @@ def _from_hf_dict(content: dict[str, Any], path: str) -> ModelConfig:
     for key, (right, absent) in _HF_MUST_BE.items():
         value = content.get(key, absent)
         if value != right:
-            given = f"{key} = {json.dumps(value)}" if key in content else f"{key} is missing: it"
+            given = f"{key} = {_json(value)}" if key in content else f"{key} is missing: it"
             raise UserError(f"{path}: {given} must be {json.dumps(right)}")
     known = [setting for setting in settings(ModelConfig) if setting.name in content]
     try:
@@ -370,7 +446,7 @@ def to_hf_dict(config: ModelConfig, architecture: str) -> dict[str, Any]:
     }
 
 
-_DEVICES: dict[str, Any] = {"choices": ("auto", "cpu", "cuda"), "pattern": "cuda:[0-9]+"}
+_DEVICES: dict[str, Any] = {"choices": ("auto", "cpu", "cuda"), "pattern": "cuda:[0-9]{1,2}"}
 _PRECISIONS: dict[str, Any] = {"choices": ("auto", "fp32", "tf32", "bf16", "fp16")}
 
 
@@ -387,7 +463,11 @@ class PretrainConfig:
     )
     device: str = _setting("auto", "device (auto = the GPU if there is one)", "run", **_DEVICES)
     seed: int = _setting(
-        42, "seed of weights, data order, masks and dropout", "run", at_least=0, at_most=2**63 - 1
+        42,
+        "seed of weights, data order, masks and dropout",
+        "run",
+        at_least=0,
+        at_most=_LARGEST_SEED,
     )
     resume: str = _setting(
         "", "checkpoint to go on from: its path, or auto = the last one under out", "run"
@@ -420,16 +500,24 @@ class PretrainConfig:
         "auto", "compile the model with torch.compile", "run", choices=("auto", "on", "off")
     )
     stop_at_step: int = _setting(
-        0, "end this call after that step, the schedule unchanged (0 = off)", "run", at_least=0
+        0,
+        "end this call after that step, the schedule unchanged (0 = off)",
+        "run",
+        at_least=0,
+        at_most=_MOST_STEPS,
     )
     num_threads: int = _setting(
-        0, "CPU threads of one operation (0 = torch's choice)", "run", at_least=0
+        0, "CPU threads of one operation (0 = torch's choice)", "run", at_least=0, at_most=1024
     )
     dataloader_num_workers: int | None = _setting(
-        None, "processes that pack and mask batches (none = 1 for a GPU, else 0)", "run", at_least=0
+        None,
+        "processes that pack and mask batches (none = 1 for a GPU, else 0)",
+        "run",
+        at_least=0,
+        at_most=_MOST_WORKERS,
     )
     dataloader_prefetch_factor: int = _setting(
-        2, "batches that each of them prepares ahead", "run", at_least=1
+        2, "batches that each of them prepares ahead", "run", at_least=1, at_most=_MOST_AHEAD
     )
 
     model: str = _setting(
@@ -458,7 +546,11 @@ class PretrainConfig:
         "train", "path of a tokenizer or its folder, or train = train one on the data", "data"
     )
     vocab_size: int = _setting(
-        4096, "tokens in the vocabulary of a trained tokenizer", "data", at_least=100
+        4096,
+        "tokens in the vocabulary of a trained tokenizer",
+        "data",
+        at_least=100,
+        at_most=_MOST_WORDS,
     )
     do_lower_case: bool | None = _setting(
         None, "lower-case the text (unset = as the tokenizer's files say, else yes)", "data"
@@ -468,7 +560,9 @@ class PretrainConfig:
         "take accents off (unset = as the files say, else with lower case, where they are accents)",
         "data",
     )
-    max_seq_length: int = _setting(128, "longest sequence, tokens", "data", at_least=8)
+    max_seq_length: int = _setting(
+        128, "longest sequence, tokens", "data", at_least=8, at_most=_LONGEST
+    )
     mlm_probability: float = _setting(
         0.15, "share of tokens to predict", "data", more_than=0, less_than=1
     )
@@ -478,7 +572,7 @@ class PretrainConfig:
         0.1, "share of sequences cut short on purpose", "data", at_least=0, at_most=1
     )
     tokens_per_batch: int = _setting(
-        4096, "tokens of one forward and backward pass", "data", at_least=8
+        4096, "tokens of one forward and backward pass", "data", at_least=8, at_most=_MOST_TOKENS
     )
     validation_fraction: float = _setting(
         0.05, "share of documents held out (0 = none)", "data", at_least=0, less_than=1
@@ -490,12 +584,18 @@ class PretrainConfig:
         "data",
     )
 
-    max_steps: int = _setting(2400, "optimizer steps of the whole run", "train", at_least=1)
+    max_steps: int = _setting(
+        2400, "optimizer steps of the whole run", "train", at_least=1, at_most=_MOST_STEPS
+    )
     learning_rate: float | None = _setting(
-        None, "peak learning rate (none = 2e-3 x 128 / hidden_size)", "train", more_than=0
+        None,
+        "peak learning rate (none = 2e-3 x 128 / hidden_size)",
+        "train",
+        more_than=0,
+        at_most=1000,
     )
     weight_decay: float = _setting(
-        0.01, "decay of weights, not of biases and LayerNorm", "train", at_least=0
+        0.01, "decay of weights, not of biases and LayerNorm", "train", at_least=0, at_most=1000
     )
     adam_beta1: float = _setting(0.9, "decay of the first moment", "train", at_least=0, less_than=1)
     # BERT's 0.999 remembers the large first gradients for a whole short run: after 2,400 steps like
@@ -504,10 +604,10 @@ class PretrainConfig:
         0.98, "decay of the second moment (BERT: 0.999)", "train", at_least=0, less_than=1
     )
     adam_epsilon: float = _setting(
-        1e-6, "added to the root of the second moment", "train", more_than=0
+        1e-6, "added to the root of the second moment", "train", at_least=1e-30, at_most=1000
     )
     max_grad_norm: float = _setting(
-        1.0, "clip the gradient to this norm (0 = off)", "train", at_least=0
+        1.0, "clip the gradient to this norm (0 = off)", "train", at_least=0, at_most=1e30
     )
     optim: str = _setting(
         "adamw",
@@ -525,19 +625,24 @@ class PretrainConfig:
         choices=("linear", "cosine", "constant", "warmup_stable_decay"),
     )
     warmup_steps: int = _setting(
-        200, "steps over which the learning rate rises", "train", at_least=0
+        200, "steps over which the learning rate rises", "train", at_least=0, at_most=_MOST
     )
     decay_steps: int = _setting(
-        0, "steps of warmup_stable_decay's fall (0 = 10% of max_steps)", "train", at_least=0
+        0,
+        "steps of warmup_stable_decay's fall (0 = 10% of max_steps)",
+        "train",
+        at_least=0,
+        at_most=_MOST_STEPS,
     )
     gradient_accumulation_steps: int = _setting(
-        1, "batches per optimizer step", "train", at_least=1
+        1, "batches per optimizer step", "train", at_least=1, at_most=2**16
     )
     batch_ramp_steps: int = _setting(
         0,
         "steps over which the batches per optimizer step grow from 1 to that number (0 = off)",
         "train",
         at_least=0,
+        at_most=_MOST_STEPS,
     )
     gradient_checkpointing: bool = _setting(
         False, "compute layers again in the backward: less memory, a third more time", "train"
@@ -548,15 +653,19 @@ class PretrainConfig:
         "train",
     )
 
-    logging_steps: int = _setting(10, "steps between log lines", "logs", at_least=1)
+    logging_steps: int = _setting(10, "steps between log lines", "logs", at_least=1, at_most=_MOST)
     eval_steps: int = _setting(
-        250, "steps between evaluations (0 = only at the end)", "logs", at_least=0
+        250, "steps between evaluations (0 = only at the end)", "logs", at_least=0, at_most=_MOST
     )
     save_steps: int = _setting(
-        250, "steps between checkpoints (0 = only at the end)", "logs", at_least=0
+        250, "steps between checkpoints (0 = only at the end)", "logs", at_least=0, at_most=_MOST
     )
-    save_total_limit: int = _setting(3, "newest checkpoints kept", "logs", at_least=1)
-    max_eval_batches: int = _setting(32, "batches of one evaluation at most", "logs", at_least=1)
+    save_total_limit: int = _setting(
+        3, "newest checkpoints kept", "logs", at_least=1, at_most=_MOST
+    )
+    max_eval_batches: int = _setting(
+        32, "batches of one evaluation at most", "logs", at_least=1, at_most=10**5
+    )
     report_to: str = _setting(
         "tensorboard", "where curves go beside the log", "logs", choices=("tensorboard", "none")
     )
@@ -589,11 +698,11 @@ class PretrainConfig:
         Raises:
             UserError: `curriculum` cannot be read, or does not fit `max_seq_length`.
         """
-        shown, found, share = f"curriculum = {self.curriculum!r}", [], 0.0
+        shown, found, share = f"curriculum = {_show(self.curriculum)}", [], 0.0
         for part in self.curriculum.split(",") if self.curriculum else []:
-            match = re.fullmatch(r"\s*([0-9]+):([0-9]*\.?[0-9]+)\s*", part)
+            match = re.fullmatch(r"\s*([0-9]{1,9}):([0-9]*\.?[0-9]+)\s*", part)
             if not match:
-                raise UserError(f"{shown}: {part!r} must be LENGTH:SHARE, e.g. 128:0.9")
+                raise UserError(f"{shown}: {_show(part)} must be LENGTH:SHARE, e.g. 128:0.9")
             length, share = int(match[1]), share + float(match[2])
             if not 8 <= length <= self.max_seq_length:
                 raise UserError(
@@ -653,8 +762,10 @@ class StepBenchConfig:
     model: str = _setting(
         "mini", "preset (" + ", ".join(PRESETS) + ") or path of a config.json", "bench"
     )
-    batch_size: int = _setting(32, "sequences per batch", "bench", at_least=1)
-    max_seq_length: int = _setting(128, "longest sequence, tokens", "bench", at_least=8)
+    batch_size: int = _setting(32, "sequences per batch", "bench", at_least=1, at_most=2**16)
+    max_seq_length: int = _setting(
+        128, "longest sequence, tokens", "bench", at_least=8, at_most=_LONGEST
+    )
     lengths: str = _setting(
         "natural",
         "of the sequences: natural (as in real text), full, or a file with one a line",
@@ -665,10 +776,12 @@ class StepBenchConfig:
         "rivals, separated by commas (none = no rival; +malloc = with our allocator setting)",
         "bench",
     )
-    rounds: int = _setting(5, "times each contender is measured, in turn", "bench", at_least=1)
+    rounds: int = _setting(
+        5, "times each contender is measured, in turn", "bench", at_least=1, at_most=10**4
+    )
     json: str = _setting("", "file to write the measurements to", "bench")
     seed: int = _setting(
-        42, "seed of weights, batches and dropout", "bench", at_least=0, at_most=2**63 - 1
+        42, "seed of weights, batches and dropout", "bench", at_least=0, at_most=_LARGEST_SEED
     )
     precision: str = _setting(
         "auto",
@@ -679,6 +792,7 @@ class StepBenchConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _check_tokens(self)
         names = [] if self.against in ("auto", "none") else self.against.split(",")
         for name in names:
             if name.removesuffix("+malloc") not in STEP_RIVAL_NAMES:
@@ -690,18 +804,29 @@ class StepBenchConfig:
             raise UserError("lengths = '' must not be empty")
 
 
-def integers(name: str, text: str, at_least: int) -> list[int]:
+def integers(name: str, text: str, at_least: int, at_most: int = _MOST) -> list[int]:
     """The integers of a setting like "512,128".
 
     Raises:
-        UserError: something else stands there, or a number is too small.
+        UserError: something else stands there, or a number is out of bounds.
     """
     parts = text.split(",")
-    if not all(part.isdecimal() and int(part) >= at_least for part in parts):
+    if not all(
+        re.fullmatch("[0-9]{1,12}", part) and at_least <= int(part) <= at_most for part in parts
+    ):
         raise UserError(
-            f"{name} = {text!r} must be integers of at least {at_least}, separated by commas"
+            f"{name} = {_show(text)} must be integers of at least {at_least} and at most "
+            f"{at_most}, separated by commas"
         )
     return [int(part) for part in parts]
+
+
+def _check_tokens(config: "StepBenchConfig | InferenceBenchConfig | ProfileStepConfig") -> None:
+    if config.batch_size * config.max_seq_length > _MOST_TOKENS:
+        raise UserError(
+            f"batch_size = {config.batch_size} x max_seq_length = {config.max_seq_length} tokens "
+            f"must be at most {_MOST_TOKENS}"
+        )
 
 
 def _check_names(setting: str, text: str, known: tuple[str, ...], words: tuple[str, ...]) -> None:
@@ -740,20 +865,26 @@ class DataBenchConfig:
     against: str = _setting("auto", "rivals, separated by commas (none = no rival)", "bench")
     max_seq_lengths: str = _setting("512,128", "each longest sequence to measure, tokens", "bench")
     num_workers: str = _setting("0,1,2,4", "each number of worker processes to measure", "bench")
-    tokens_per_batch: int = _setting(65536, "tokens of a batch", "bench", at_least=8)
-    dataloader_prefetch_factor: int = _setting(
-        2, "batches that each worker prepares ahead", "bench", at_least=1
+    tokens_per_batch: int = _setting(
+        65536, "tokens of a batch", "bench", at_least=8, at_most=_MOST_TOKENS
     )
-    corpus_tokens: int = _setting(2**24, "tokens of the random corpus", "bench", at_least=1000)
-    rounds: int = _setting(5, "times each is measured, in turn", "bench", at_least=1)
-    seconds: float = _setting(2.0, "of each round", "bench", more_than=0)
+    dataloader_prefetch_factor: int = _setting(
+        2, "batches that each worker prepares ahead", "bench", at_least=1, at_most=_MOST_AHEAD
+    )
+    corpus_tokens: int = _setting(
+        2**24, "tokens of the random corpus", "bench", at_least=1000, at_most=2**30
+    )
+    rounds: int = _setting(5, "times each is measured, in turn", "bench", at_least=1, at_most=10**4)
+    seconds: float = _setting(2.0, "of each round", "bench", more_than=0, at_most=3600)
     json: str = _setting("", "file to write the measurements to", "bench")
-    seed: int = _setting(42, "seed of corpus and batches", "bench", at_least=0, at_most=2**63 - 1)
+    seed: int = _setting(
+        42, "seed of corpus and batches", "bench", at_least=0, at_most=_LARGEST_SEED
+    )
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        lengths = integers("max_seq_lengths", self.max_seq_lengths, 8)
-        integers("num_workers", self.num_workers, 0)
+        lengths = integers("max_seq_lengths", self.max_seq_lengths, 8, _LONGEST)
+        integers("num_workers", self.num_workers, 0, _MOST_WORKERS)
         _check_names("against", self.against, DATA_RIVAL_NAMES, ("auto", "none"))
         if not self.lengths:
             raise UserError("lengths = '' must not be empty")
@@ -827,17 +958,23 @@ class InferenceBenchConfig:
     model: str = _setting(
         "mini", "preset (" + ", ".join(PRESETS) + ") or path of a config.json", "bench"
     )
-    batch_size: int = _setting(32, "sequences per batch", "bench", at_least=1)
-    max_seq_length: int = _setting(128, "longest sequence, tokens", "bench", at_least=8)
+    batch_size: int = _setting(32, "sequences per batch", "bench", at_least=1, at_most=2**16)
+    max_seq_length: int = _setting(
+        128, "longest sequence, tokens", "bench", at_least=8, at_most=_LONGEST
+    )
     lengths: str = _setting(
         "natural",
         "of the sequences: natural (as in real text), full, or a file with one a line",
         "bench",
     )
     against: str = _setting("auto", "rivals, separated by commas (none = no rival)", "bench")
-    rounds: int = _setting(5, "times each contender is measured, in turn", "bench", at_least=1)
+    rounds: int = _setting(
+        5, "times each contender is measured, in turn", "bench", at_least=1, at_most=10**4
+    )
     json: str = _setting("", "file to write the measurements to", "bench")
-    seed: int = _setting(42, "seed of weights and batches", "bench", at_least=0, at_most=2**63 - 1)
+    seed: int = _setting(
+        42, "seed of weights and batches", "bench", at_least=0, at_most=_LARGEST_SEED
+    )
     precision: str = _setting(
         "auto",
         "of weights and activations (auto = bf16 where the device is fast at it)",
@@ -847,6 +984,7 @@ class InferenceBenchConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _check_tokens(self)
         _check_names("against", self.against, INFERENCE_RIVAL_NAMES, ("auto", "none"))
         if not self.lengths:
             raise UserError("lengths = '' must not be empty")
@@ -872,27 +1010,44 @@ class ConvergenceBenchConfig:
         "train", "path of a tokenizer or its folder, or train = train one on the data", "bench"
     )
     vocab_size: int = _setting(
-        4096, "tokens in the vocabulary of a trained tokenizer", "bench", at_least=100
+        4096,
+        "tokens in the vocabulary of a trained tokenizer",
+        "bench",
+        at_least=100,
+        at_most=_MOST_WORDS,
     )
-    max_seq_length: int = _setting(128, "longest sequence, tokens", "bench", at_least=8)
+    max_seq_length: int = _setting(
+        128, "longest sequence, tokens", "bench", at_least=8, at_most=_LONGEST
+    )
     lengths: str = _setting(
         "natural", "of the sequences: natural (some cut short on purpose), or full", "bench"
     )
-    tokens_per_batch: int = _setting(4096, "tokens of a step", "bench", at_least=8)
-    max_steps: int = _setting(400, "optimizer steps of each contender", "bench", at_least=1)
+    tokens_per_batch: int = _setting(
+        4096, "tokens of a step", "bench", at_least=8, at_most=_MOST_TOKENS
+    )
+    max_steps: int = _setting(
+        400, "optimizer steps of each contender", "bench", at_least=1, at_most=_MOST_STEPS
+    )
     warmup_steps: int = _setting(
-        40, "steps over which the learning rate rises", "bench", at_least=0
+        40, "steps over which the learning rate rises", "bench", at_least=0, at_most=_MOST
     )
     learning_rate: float | None = _setting(
-        None, "peak learning rate (none = 2e-3 x 128 / hidden_size)", "bench", more_than=0
+        None,
+        "peak learning rate (none = 2e-3 x 128 / hidden_size)",
+        "bench",
+        more_than=0,
+        at_most=1000,
     )
-    eval_steps: int = _setting(50, "steps between evaluations", "bench", at_least=1)
-    max_eval_batches: int = _setting(8, "batches of one evaluation at most", "bench", at_least=1)
+    eval_steps: int = _setting(50, "steps between evaluations", "bench", at_least=1, at_most=_MOST)
+    max_eval_batches: int = _setting(
+        8, "batches of one evaluation at most", "bench", at_least=1, at_most=10**5
+    )
     target_loss: float | None = _setting(
         None,
         "held-out MLM loss to time (none = the highest final loss)",
         "bench",
         more_than=0,
+        at_most=1e6,
     )
     against: str = _setting(
         "auto",
@@ -902,7 +1057,7 @@ class ConvergenceBenchConfig:
     json: str = _setting("", "file to write the measurements to", "bench")
     png: str = _setting("", "file to draw loss over wall time into", "bench")
     seed: int = _setting(
-        42, "seed of weights, batches and dropout", "bench", at_least=0, at_most=2**63 - 1
+        42, "seed of weights, batches and dropout", "bench", at_least=0, at_most=_LARGEST_SEED
     )
     precision: str = _setting(
         "auto",
@@ -966,25 +1121,39 @@ class EstimateConfig:
         "of the sequences: natural (as in real text), full, or a file with one a line",
         "estimate",
     )
-    max_seq_length: int = _setting(512, "longest sequence, tokens", "estimate", at_least=8)
+    max_seq_length: int = _setting(
+        512, "longest sequence, tokens", "estimate", at_least=8, at_most=_LONGEST
+    )
     tokens: float | None = _setting(
-        None, "real tokens of the whole run (none = 1.31e11, as BERT)", "estimate", more_than=0
+        None,
+        "real tokens of the whole run (none = 1.31e11, as BERT)",
+        "estimate",
+        more_than=0,
+        at_most=1e18,
     )
     epochs: float | None = _setting(
-        None, "instead of tokens: times that the corpus is read", "estimate", more_than=0
+        None,
+        "instead of tokens: times that the corpus is read",
+        "estimate",
+        more_than=0,
+        at_most=1e9,
     )
     corpus_tokens: float | None = _setting(
-        None, "real tokens of the corpus, for epochs", "estimate", more_than=0
+        None, "real tokens of the corpus, for epochs", "estimate", more_than=0, at_most=1e18
     )
     gpu: str = _setting("h100", "what it runs on: " + ", ".join(ESTIMATE_GPUS), "estimate")
     gpus: int = _setting(
         1, "how many, with one copy of the model each", "estimate", at_least=1, at_most=1024
     )
     price_per_hour: float | None = _setting(
-        None, "dollars for one GPU and hour (none = no costs)", "estimate", at_least=0
+        None, "dollars for one GPU and hour (none = no costs)", "estimate", at_least=0, at_most=1e9
     )
     tokens_per_batch: int | None = _setting(
-        None, "of one GPU's forward and backward pass (none = what fits)", "estimate", at_least=8
+        None,
+        "of one GPU's forward and backward pass (none = what fits)",
+        "estimate",
+        at_least=8,
+        at_most=_MOST_TOKENS,
     )
     json: str = _setting("", "file to write the estimate to", "estimate")
 
@@ -1024,8 +1193,10 @@ class ProfileStepConfig:
     model: str = _setting(
         "mini", "preset (" + ", ".join(PRESETS) + ") or path of a config.json", "profile"
     )
-    batch_size: int = _setting(32, "sequences per batch", "profile", at_least=1)
-    max_seq_length: int = _setting(128, "longest sequence, tokens", "profile", at_least=8)
+    batch_size: int = _setting(32, "sequences per batch", "profile", at_least=1, at_most=2**16)
+    max_seq_length: int = _setting(
+        128, "longest sequence, tokens", "profile", at_least=8, at_most=_LONGEST
+    )
     lengths: str = _setting(
         "natural",
         "of the sequences: natural (as in real text), full, or a file with one a line",
@@ -1048,17 +1219,26 @@ class ProfileStepConfig:
         "", "file to write the Chrome trace to (empty = beside the JSON)", "profile"
     )
     seed: int = _setting(
-        42, "seed of weights, batches and dropout", "profile", at_least=0, at_most=2**63 - 1
+        42, "seed of weights, batches and dropout", "profile", at_least=0, at_most=_LARGEST_SEED
     )
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _check_tokens(self)
         for name in ("lengths", "json"):
             if not getattr(self, name):
                 raise UserError(f"{name} = '' must not be empty")
 
 
-_SIZE_LETTERS = ("T", "S", "H", "A", "F", "V", "M")
+_MOST_OF_SIZE = {
+    "T": _MOST_TOKENS,
+    "S": _LONGEST,
+    "H": 2**16,
+    "A": 2**16,
+    "F": 2**18,
+    "V": 2**24,
+    "M": _MOST_TOKENS,
+}
 
 
 @dataclass(frozen=True)
@@ -1094,13 +1274,16 @@ class ProfileKernelConfig:
         Raises:
             UserError: it is not written as LETTER=NUMBER,... with letters that are known.
         """
-        shown, found = f"shape = {self.shape!r}", {}
+        shown, found = f"shape = {_show(self.shape)}", {}
         for part in self.shape.split(",") if self.shape else []:
             match = re.fullmatch(r"\s*([A-Za-z]+)=([1-9][0-9]{0,9})\s*", part)
             if not match:
-                raise UserError(f"{shown}: {part!r} must be LETTER=NUMBER, e.g. T=4096")
-            if match[1] not in _SIZE_LETTERS:
-                raise UserError(f"{shown}: {match[1]!r} must be one of {', '.join(_SIZE_LETTERS)}")
+                raise UserError(f"{shown}: {_show(part)} must be LETTER=NUMBER, e.g. T=4096")
+            most = _MOST_OF_SIZE.get(match[1])
+            if most is None:
+                raise UserError(f"{shown}: {match[1]!r} must be one of {', '.join(_MOST_OF_SIZE)}")
+            if int(match[2]) > most:
+                raise UserError(f"{shown}: {match[1]} must be at most {most}")
             found[match[1]] = int(match[2])
         return found
 
@@ -1132,13 +1315,9 @@ def load_config(
 
 
 def _read_toml(path: str) -> dict[str, Any]:
+    text = _read_text(path, "TOML", 2**20)
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not TOML: it must be text in UTF-8") from None
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         told = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error))
         if told:
@@ -1155,9 +1334,9 @@ def _known_values(config_class: type, given: Mapping[str, Any], where: str) -> d
             continue
         if isinstance(value, dict):
             raise UserError(
-                f"{where}[{name}] is a table: settings stand at the top, as name = value"
+                f"{where}[{name[:100]}] is a table: settings stand at the top, as name = value"
             )
-        raise UserError(f"{where}unknown setting {name!r}{did_you_mean(name, by_name)}")
+        raise UserError(f"{where}unknown setting {_show(name)}{did_you_mean(name, by_name)}")
     return {name: checked(by_name[name], value, where) for name, value in given.items()}
 
 

@@ -38,7 +38,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
     An option keeps its dashes and gets no quotes: ": did you mean --learning-rate?".
     """
-    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = get_close_matches(word[:100], list(known), n=1, cutoff=0.6)
     if not near:
         return ""
     return f": did you mean {near[0] if near[0].startswith('-') else repr(near[0])}?"

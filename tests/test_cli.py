@@ -91,7 +91,7 @@ def test_bench_step_hands_over_its_config(rooms: types.SimpleNamespace) -> None:
         (
             MemoryError(),
             1,
-            "failed: MemoryError (run again with --debug for the traceback)",
+            "error: out of memory: give smaller sizes (MemoryError)",
         ),
         # A pipe to a worker, not stdout: that is a failure like any other.
         (

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastbert.cli import _parse
 from fastbert.config import (
     GROUPS,
     PRESETS,
@@ -67,6 +69,83 @@ def test_every_setting_is_described(config_class: type) -> None:
         assert "\n" not in setting.help
 
 
+NUMBERS = [
+    pytest.param(config_class, setting, id=f"{config_class.__name__}.{setting.name}")
+    for config_class in CONFIGS
+    for setting in settings(config_class)
+    if setting.type in (int, float)
+]
+
+
+@pytest.mark.parametrize(("config_class", "setting"), NUMBERS)
+def test_every_number_has_bounds_that_its_message_names(
+    config_class: type, setting: Setting, tmp_path: Path
+) -> None:
+    top = setting.at_most if setting.at_most is not None else setting.less_than
+    assert top is not None
+    if setting.type is int:
+        assert type(top) is int and setting.at_least is not None
+        wrong: list[Any] = [top + 1, 2**63, 10**20, 10**2000, -1, -(2**63)]
+        wrong += [2**31] if top < 2**31 else []
+    else:
+        wrong = [math.inf, -math.inf, math.nan, 1e308, 10**400, -1.0, -5e-324]
+    path = tmp_path / "run.toml"
+    for value in wrong:
+        if isinstance(value, float):
+            path.write_text(f"{setting.name} = {value!r}\n")
+        else:
+            path.write_text(f"{setting.name} = {hex(value) if value > 0 else value}\n")
+        typed = {setting.name: value}
+        for toml, overrides in ((path, {}), (None, typed)):
+            with pytest.raises(UserError) as raised:
+                load_config(config_class, toml, overrides)
+            message = str(raised.value)
+            assert f"{setting.name} = " in message and len(message) < 400
+            if math.isfinite(value) if isinstance(value, float) else value.bit_length() < 64:
+                bound = str(top) if type(top) is int else f"{top:g}"
+                assert message.endswith((f" at most {bound}", f" less than {bound}"))
+    for value in (2**31, 2**63, 10**20) if setting.type is int else ():
+        if value > top:
+            typed = {setting.name: _parse(setting, str(value))}
+            with pytest.raises(UserError, match=f"{setting.name} = {value} must be at least"):
+                load_config(config_class, None, typed)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "name"),
+    [
+        (PretrainConfig, "curriculum"),
+        (DataBenchConfig, "num_workers"),
+        (DataBenchConfig, "max_seq_lengths"),
+        (ProfileKernelConfig, "shape"),
+    ],
+)
+@pytest.mark.parametrize("number", [-1, 2**31, 2**63, 10**20, "9" * 5000])
+def test_numbers_inside_a_text_have_bounds(config_class: type, name: str, number: Any) -> None:
+    forms = {"curriculum": "{}:0.5", "shape": "T={}", "num_workers": "0,{}"}
+    with pytest.raises(UserError) as raised:
+        config_class(**{name: forms.get(name, "{}").format(number)})
+    assert str(raised.value).startswith(f"{name} = ") and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("config_class", [StepBenchConfig, InferenceBenchConfig, ProfileStepConfig])
+def test_products_have_bounds(config_class: type) -> None:
+    config_class(batch_size=2**16, max_seq_length=2**8)
+    with pytest.raises(UserError, match="tokens must be at most 16777216"):
+        config_class(batch_size=2**16, max_seq_length=2**20)
+
+
+@pytest.mark.parametrize("sizes", [ModelConfig(), ModelConfig(99, 16, 3, 2, 40, type_vocab_size=5)])
+@pytest.mark.parametrize("nsp", [True, False])
+def test_parameters_are_counted_without_making_them(sizes: ModelConfig, nsp: bool) -> None:
+    from fastbert.model.bert import Bert
+
+    with torch.device("meta"):
+        model = Bert(sizes, pooler=nsp, next_sentence=nsp)
+    made = sum(parameter.numel() for parameter in model.parameters())
+    assert made == sizes.num_parameters(nsp=nsp)
+
+
 @pytest.mark.parametrize(
     ("name", "layers", "hidden", "heads", "millions"),
     [
@@ -119,7 +198,7 @@ def test_transformers_reads_our_config_json(name: str, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"hidden_size": 100}, "hidden_size = 100 must be a multiple of num_attention_heads = 12"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers = 0 must be at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0 must be at least 1 and at most 1000"),
         ({"vocab_size": 7.5}, "vocab_size = 7.5 must be an integer"),
         ({"hidden_act": "relu"}, "hidden_act = 'relu' must be gelu, gelu_new or gelu_pytorch_tanh"),
         ({"hidden_dropout_prob": 1}, "hidden_dropout_prob = 1 must be at least 0 and less than 1"),
@@ -157,7 +236,16 @@ def test_unknown_model_names_the_nearest(name: str, message: str) -> None:
         ("", ":1:1: not JSON: "),
         ("[1]", ": must hold one JSON object, not list"),
         ("[" * 100_000, ": not JSON: "),
-        ("\xff", ": not JSON: "),
+        ("\xff", ": not JSON: it must be text in UTF-8"),
+        ("\xff\xfe{\0}\0", ": not JSON: it looks like UTF-16"),
+        ('{"model_type": "bert", "vocab_size": ' + "9" * 9000 + "}", ": not JSON: "),
+        ('{"model_type": "bert", "vocab_size": 1e400}', ": vocab_size = inf must be an integer"),
+        ('{"model_type": "bert", "vocab_size": NaN}', ": vocab_size = nan must be an integer"),
+        (
+            '{"model_type": "bert", "layer_norm_eps": -0.0}',
+            ": layer_norm_eps = -0.0 must be at least",
+        ),
+        ('{"model_type": ["bert"]}', ": model_type = ['bert'] must be"),
         ('{"hidden_size": 768}', ': model_type is missing: it must be "bert"'),
         ('{"model_type": "roberta"}', ': model_type = "roberta" must be "bert"'),
         (
@@ -289,7 +377,18 @@ def test_command_line_beats_toml_beats_default(tmp_path: Path) -> None:
         ("[train]\nmax_steps = 1", ": [train] is a table: settings stand at the top"),
         ("seed = 1\nmax_steps = = 2", ":2:13: not TOML: Invalid value"),
         ("seed = 1\nseed = 2\n", ":2:9: not TOML: Cannot overwrite a value"),
-        ("\xff", ": not TOML: it must be text in UTF-8"),
+        ("\xff", ": not TOML: it must be text in UTF-8, which byte 0 is not"),
+        ("\xff\xfes\0e\0e\0d\0", ": not TOML: it looks like UTF-16 or UTF-32; convert it to UTF-8"),
+        ("s\0e\0e\0d\0", ": not TOML: it looks like UTF-16"),
+        ("#" * 2**20 + "\n", ": not TOML: it is larger than 1 MiB"),
+        (
+            "seed = 0x" + "f" * 9000,
+            ": seed = a number of 36000 bits must be at least 0 and at most",
+        ),
+        ("seed = " + "9" * 9000, ": not TOML: "),
+        ("seed = " + "[" * 100_000, ": not TOML: "),
+        (f"seed = '{'x' * 9000}'", ": seed = 'xxxx"),
+        (f"{'x' * 9000} = 1", ": unknown setting 'xxxx"),
     ],
 )
 def test_broken_toml_is_one_line(content: str, message: str, tmp_path: Path) -> None:
@@ -299,6 +398,15 @@ def test_broken_toml_is_one_line(content: str, message: str, tmp_path: Path) -> 
         load_config(PretrainConfig, path, {})
     assert str(raised.value).startswith(f"{path}{message}")
     assert "\n" not in str(raised.value)
+
+
+def test_a_byte_order_mark_is_no_setting(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfseed = 7\r\nnsp = false\r\n")
+    assert load_config(PretrainConfig, tmp_path / "run.toml", {}) == PretrainConfig(
+        seed=7, nsp=False
+    )
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"model_type": "bert", "vocab_size": 99}')
+    assert model_config(str(tmp_path)) == ModelConfig(vocab_size=99)
 
 
 def test_missing_toml(tmp_path: Path) -> None:
@@ -334,9 +442,10 @@ def values(setting: Setting) -> st.SearchStrategy[Any]:
         text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
         strategy = text.filter(bool)
     elif setting.type is int:
-        strategy = st.integers(int(setting.at_least or 0), 2**62)
+        strategy = st.integers(int(setting.at_least or 0), int(setting.at_most or 0))
     else:
         high = setting.less_than or setting.at_most
+        high = high if high is None else float(high)
         strategy = st.floats(
             setting.more_than if setting.more_than is not None else setting.at_least,
             high,

@@ -124,10 +124,12 @@ class BatchLoader(_Stream):
         packer = bytes(ForkingPickler.dumps(self._packer))
         record = _record(self.T, self.N, self.M)
         # A signal to the process group, as Ctrl-C sends it, is for the caller alone: a mask is
-        # inherited. The tracker comes first, as its start would lift the mask.
-        resource_tracker.ensure_running()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        # inherited. The tracker's start lifts that of the two signals which it ignores.
+        ours = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
         try:
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, ours)
             for number in range(self._num_workers):
                 turn = (number, self._num_workers)
                 self._workers.append(_Worker(packer, turn, record, self._prefetch_factor))

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastbert.errors import RunError, UserError
+from fastbert.train.interrupts import held_signals
 
 FORMAT = 2
 _FILES = ("weights.safetensors", "optimizer.safetensors")
@@ -72,9 +73,10 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         for path in (*(temporary / name for name in _FILES), temporary / "state.json", temporary):
             _flush(path)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
+        with held_signals():
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
         _flush(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -86,6 +88,9 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"{final}: cannot write the checkpoint: {_reason(error)}; make room and go on with "
             f"--resume auto ({kept})"
         ) from None
+    except BaseException:  # a second signal
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     earlier = [folder for folder in _folders(run) if _step_of(folder) < checkpoint.step]
     kept_folders = {final, *earlier[: keep - 1]}
     for folder in list(_folders(run)):
@@ -125,7 +130,7 @@ def _folders(run: Path) -> Iterator[Path]:
     found = [
         path
         for path in (run / "checkpoints").glob("step-*")
-        if path.is_dir() and path.name.removeprefix("step-").isdigit()
+        if path.is_dir() and path.name.removeprefix("step-").isdecimal()
     ]
     yield from sorted(found, key=_step_of, reverse=True)
 

@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import re
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,6 +16,9 @@ from fastbert.train.flat import FlatParameters
 
 # On 2 cores the compiled pieces cost 15 s at the start and then save a quarter of the time.
 _COMPILE_WORTH_FLOPS = {"cpu": 1e13, "cuda": 1e16}
+_BATCH_BYTES = 43  # of a token in a batch: 5 int64 and what belongs to sequences
+_WORKER_BYTES = 300 * 2**20  # of a data worker, which imports torch
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = torch.device(re.sub(":0+(?=[0-9])", ":", name))
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
@@ -159,27 +164,154 @@ def what_fits(
     device: torch.device,
     too_many: int,
 ) -> str:
-    """Advice where `too_many` tokens do not fit, with the number that would.
-
-    Between forward and backward, a layer keeps 8 tensors of hidden_size and 2 of intermediate_size
-    a token (inputs of the matrix products and norms, Q, K and V, the GELU's both sides).
-    """
+    """Advice where `too_many` tokens do not fit, with the number that would."""
     buffers = {b.data_ptr(): b for b in (flat.master, flat.weights, flat.grad)}
     state = sum(b.numel() * b.element_size() for b in buffers.values()) + 8 * flat.master.numel()
-    per_token = (8 * model.hidden_size + 2 * model.intermediate_size) * dtype.itemsize
-    per_token *= model.num_hidden_layers
+    per_token = _activations(model, dtype) * model.num_hidden_layers
     if device.type == "cuda":  # what others hold on this GPU is not ours to use
         free, total = torch.cuda.mem_get_info(device)
         total = free + torch.cuda.memory_reserved(device)
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     tokens = min(too_many - 1, max(0, int(0.9 * (total - state) / per_token)))
-    gib = 2**30
     return (
-        f"{device} has {total / gib:.1f} GiB for us, of which weights, gradients and moments take "
-        f"{state / gib:.1f}, which leaves room for about {tokens} tokens: lower --max-seq-length "
+        f"{device} has {_gib(total)} GiB for us, of which weights, gradients and moments take "
+        f"{_gib(state)}, which leaves room for about {tokens} tokens: lower --max-seq-length "
         "and --tokens-per-batch to fit, or use --gradient-checkpointing or a smaller --model"
     )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new process could take there: of a CPU, within its control group's limit."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":") for line in file)
+        free = sum(int(lines[key].split()[0]) for key in ("MemAvailable", "SwapFree")) * 1024
+    except (OSError, KeyError, ValueError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "file "),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache "),
+    ):
+        group = Path("/sys/fs/cgroup")
+        try:
+            room = int((group / limit).read_text()) - int((group / used).read_text())
+            stat = (group / limit).with_name("memory.stat").read_text().splitlines()
+        except (OSError, ValueError):  # no control group, or "max"
+            continue
+        room += sum(int(line.split()[1]) for line in stat if line.startswith(cache))
+        free = min(free, max(room, 0))
+    return free
+
+
+def check_memory(
+    config: PretrainConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuses what cannot fit, from its sizes alone: nothing is allocated.
+
+    Counted is the least that a run takes. A GPU where a batch does not fit halves it, a CPU cannot.
+
+    Raises:
+        UserError: the model's weights, gradients and moments, the activations of a batch, or the
+            data workers need more memory than is free.
+    """
+    free = free_memory(device)
+    each = 12 + (2 if config.gradient_precision == "bf16" else 4)  # master, two moments; gradient
+    each += dtype.itemsize if dtype != torch.float32 else 0
+    state = check_weights(config.model, model, device, each, nsp=config.nsp)
+    T, L = config.tokens_per_batch, model.num_hidden_layers
+    batches = (config.gradient_accumulation_steps + 1) * T * _BATCH_BYTES
+    step = batches
+    if device.type == "cpu":
+        layers = 1 if config.gradient_checkpointing else L
+        # 0.6 GiB are counted so where BERT tiny took 0.8 (2**15 tokens in sequences of 128).
+        step += T * _activations(model, dtype) * layers
+        step += int(T * config.mlm_probability) * model.vocab_size * 8  # logits, their gradient
+        dropout = config.attention_probs_dropout_prob
+        if (model.attention_probs_dropout_prob if dropout is None else dropout) > 0:
+            # The bits of a whole score matrix, a byte each, and in 8 bytes while they are drawn.
+            step += T * config.max_seq_length * model.num_attention_heads * (layers + 8)
+    if state + step > free:
+        raise UserError(
+            f"tokens_per_batch = {T} with gradient_accumulation_steps = "
+            f"{config.gradient_accumulation_steps} and max_seq_length = {config.max_seq_length} "
+            f"needs {_gib(step)} GiB a step beside the model's {_gib(state)}, but only "
+            f"{_gib(free)} GiB are free on {device}: lower them"
+        )
+    check_workers("dataloader_num_workers", config.dataloader_num_workers or 0)
+
+
+def check_weights(
+    name: str, model: ModelConfig, device: torch.device, each: int = 16, *, nsp: bool = True
+) -> int:
+    """Bytes of a model's parameters with what belongs to each, once they are known to fit.
+
+    Args:
+        name: what the user called the model.
+        model: its sizes.
+        device: where it goes.
+        each: bytes for a parameter; 16 are a weight, a gradient and two moments in fp32.
+        nsp: whether it has pooler and next-sentence head.
+
+    Raises:
+        UserError: they need more memory than is free.
+    """
+    free, count = free_memory(device), model.num_parameters(nsp=nsp)
+    if count * each > free:
+        whole = "weights" if each == 4 else "weights, gradients and moments"
+        raise UserError(
+            f"model = {name!r} needs {_gib(count * each)} GiB ({count / 1e6:,.1f}M parameters x "
+            f"{each} bytes of {whole}), but only {_gib(free)} GiB are free on {device}: give a "
+            "smaller --model"
+        )
+    return count * each
+
+
+def check_workers(name: str, workers: int) -> None:
+    """Refuses more data workers than the machine has a use or memory for.
+
+    Raises:
+        UserError: they are too many.
+    """
+    _check_count(name, workers)
+    free = free_memory(torch.device("cpu"))
+    if workers * _WORKER_BYTES > free:
+        raise UserError(
+            f"{name} = {workers} needs {_gib(workers * _WORKER_BYTES)} GiB, but only "
+            f"{_gib(free)} GiB are free: at most {free // _WORKER_BYTES} fit"
+        )
+
+
+def check_threads(num_threads: int) -> None:
+    """Refuses more threads than the machine has a use for: OpenMP spins on each.
+
+    Raises:
+        UserError: they are too many.
+    """
+    _check_count("num_threads", num_threads)
+
+
+def _check_count(name: str, count: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    most = max(16, 4 * (cores or 1))
+    if count > most:
+        raise UserError(f"{name} = {count} must be at most {most} on {cores} CPU cores")
+
+
+def _activations(model: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that a layer keeps for a token between forward and backward.
+
+    8 tensors of hidden_size and 2 of intermediate_size: inputs of the matrix products and norms, Q,
+    K and V, the GELU's both sides.
+    """
+    return (8 * model.hidden_size + 2 * model.intermediate_size) * dtype.itemsize
+
+
+def _gib(count: float) -> str:
+    return f"{count / _GIB:,.1f}"
 
 
 def fast_bf16(device: torch.device) -> bool:

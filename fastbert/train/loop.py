@@ -9,12 +9,9 @@ import gc
 import json
 import math
 import shlex
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -30,10 +27,18 @@ from fastbert.data.workers import BatchLoader, DevicePrefetcher
 from fastbert.errors import RunError, UserError
 from fastbert.model.bert import Bert
 from fastbert.train import checkpoint
-from fastbert.train.device import Execution, choose_execution, is_out_of_memory, what_fits
+from fastbert.train.device import (
+    Execution,
+    check_memory,
+    check_threads,
+    choose_execution,
+    is_out_of_memory,
+    what_fits,
+)
 from fastbert.train.evaluate import Evaluation, evaluate, fill_masks, unigram_log_probabilities
 from fastbert.train.graph import launcher
-from fastbert.train.prepare import prepare_data, run_folder, say, taken_back_on_failure
+from fastbert.train.interrupts import interruptible, noting_signals
+from fastbert.train.prepare import held_run, prepare_data, say, taken_back_on_failure
 from fastbert.train.report import Reporter
 from fastbert.train.schedule import learning_rate
 from fastbert.train.step import Metrics, TrainStep, compile_model
@@ -59,17 +64,27 @@ def pretrain(
         RunError: the run failed: disk full, three non-finite gradients in a row.
     """
     if config.num_threads:
+        check_threads(config.num_threads)
         torch.set_num_threads(config.num_threads)
-    run = run_folder(config)
-    config = dataclasses.replace(resolved(config), out=str(run))
-    choose_execution(config, _asked_model(config))  # a wrong device is told before the work
-    restored = _restored(config, run)
-    with taken_back_on_failure(run):
-        trainer = _prepared(config, run, restored, check_tokenizer)
-    with _graceful_stop() as stop:
-        trainer.run(stop)
-    trainer.finish(export)
+    with interruptible(), held_run(config) as run:
+        config = dataclasses.replace(resolved(config), out=str(run))
+        _check_device(config)
+        restored = _restored(config, run)
+        with taken_back_on_failure(run):
+            trainer = _prepared(config, run, restored, check_tokenizer)
+        with noting_signals() as stop:
+            trainer.run(stop)
+        trainer.finish(export)
     return run
+
+
+def _check_device(config: PretrainConfig) -> None:
+    """A wrong device, or a model that cannot fit on it, is told before the work."""
+    sizes = _asked_model(config)
+    execution = choose_execution(config, sizes)
+    # The vocabulary is the tokenizer's, yet unknown.
+    least = dataclasses.replace(sizes, vocab_size=1, pad_token_id=0)
+    check_memory(config, least, execution.device, execution.dtype)
 
 
 def _prepared(
@@ -83,6 +98,7 @@ def _prepared(
     tokenizer, train_shards, validation_shards = prepare_data(config, run, check)
     sizes = _model_sizes(config, tokenizer)
     execution = choose_execution(config, sizes)
+    check_memory(config, sizes, execution.device, execution.dtype)
     if config.warmup_steps >= config.max_steps:
         say(
             f"warmup_steps = {config.warmup_steps} is not less than max_steps = "
@@ -134,29 +150,6 @@ def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
         if getattr(config, name) is not None:
             changes[name] = getattr(config, name)
     return dataclasses.replace(_asked_model(config), **changes)
-
-
-@contextmanager
-def _graceful_stop() -> Iterator[Callable[[], str]]:
-    """Yields a function that names the first signal received; a second one interrupts at once."""
-    received: list[str] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            before[number] = signal.signal(number, handler)
-        except ValueError:  # not the main thread: whoever runs us handles signals
-            break
-    try:
-        yield lambda: received[0] if received else ""
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 class _Trainer:

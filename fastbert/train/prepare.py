@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from fastbert.data.shards import (
 from fastbert.data.tokenize import WordPiece
 from fastbert.data.tokenizer_training import count_chunks
 from fastbert.errors import RunError, UserError
+from fastbert.train import lock
+from fastbert.train.interrupts import held_signals
 
 RUNS = Path("runs")
 _PREPARED = ("config.toml", "tokenizer", "data", "metrics.jsonl", "tensorboard")
@@ -42,6 +44,8 @@ def say(line: str) -> None:
 def run_folder(config: PretrainConfig) -> Path:
     """The folder of the run: as told by `out`, by `resume`, or the next free runs/pretrain-NNN.
 
+    What is in it counts only once its lock is held: a folder that has one passes here.
+
     Raises:
         UserError: the folder holds something that is not to be written into, or `resume` is not one
             of its checkpoints.
@@ -53,9 +57,19 @@ def run_folder(config: PretrainConfig) -> Path:
     else:
         run = _numbered(newest=config.resume == "auto")
     try:
+        has_lock = (run / lock.NAME).is_file()
+    except OSError as error:
+        raise UserError(f"out = {str(run)!r} cannot be used: {error.strerror}") from None
+    if not has_lock:
+        _check_content(run, config)
+    return run
+
+
+def _check_content(run: Path, config: PretrainConfig) -> None:
+    try:
         if run.exists() and not run.is_dir():
             raise UserError(f"out = {str(run)!r} is a file: name a folder")
-        holds_files = run.is_dir() and any(run.iterdir())
+        holds_files = run.is_dir() and not _is_empty(run)
         holds_run = (run / "config.toml").exists()
     except OSError as error:
         raise UserError(f"out = {str(run)!r} cannot be used: {error.strerror}") from None
@@ -66,7 +80,41 @@ def run_folder(config: PretrainConfig) -> Path:
             f"out = {str(run)!r} already holds another run: name another folder, or continue it "
             "with --resume auto"
         )
-    return run
+
+
+def _is_empty(run: Path) -> bool:
+    return all(path.name == lock.NAME for path in run.iterdir())
+
+
+@contextmanager
+def held_run(config: PretrainConfig) -> Iterator[Path]:
+    """The folder of the run, made if missing, its lock held before anything in it is read.
+
+    Folders made for it go again where the run fails and leaves nothing in them.
+
+    Raises:
+        UserError: as `run_folder`; another process works there; it cannot be made or written.
+        RunError: the disk is full.
+    """
+    with ExitStack() as stack:
+        with held_signals():  # amid this, what was made would stay
+            while True:
+                run = run_folder(config)
+                numbered = config.out == "auto" and not config.resume
+                made = make_folder(run, ours_alone=numbered)
+                if made is not None:  # else another process was given the same number
+                    break
+            stack.push(partial(_unmake, made))
+            stack.enter_context(lock.locked(run, say))
+        if config.resume in ("", "auto"):
+            _check_content(run, config)
+        yield run
+
+
+def _unmake(folders: list[Path], error: type[BaseException] | None, *about: object) -> None:
+    for folder in folders if error else ():
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _run_of(checkpoint: Path, out: str) -> Path:
@@ -87,8 +135,7 @@ def _run_of(checkpoint: Path, out: str) -> Path:
 @contextmanager
 def taken_back_on_failure(run: Path) -> Iterator[None]:
     """Removes what a new run has written if its preparation fails, so that it can start again."""
-    is_new = not run.exists() or not any(run.iterdir())
-    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    is_new = _is_empty(run)
     try:
         yield
     except BaseException:
@@ -98,23 +145,33 @@ def taken_back_on_failure(run: Path) -> Iterator[None]:
             else:
                 with suppress(OSError):
                     (run / name).unlink()
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
         raise
 
 
-def make_folder(run: Path) -> None:
-    """Makes the run's folder.
+def make_folder(run: Path, *, ours_alone: bool = False) -> list[Path] | None:
+    """Makes the run's folder and returns those that were missing, the innermost first.
+
+    Args:
+        run: the folder.
+        ours_alone: None is returned where it is there already.
 
     Raises:
         UserError: it cannot be made there.
         RunError: the disk is full.
     """
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        made = [folder for folder in (run, *run.parents) if not folder.exists()]
+        for parent in reversed(made[1:]):
+            parent.mkdir(exist_ok=True)
+        try:
+            run.mkdir(exist_ok=not ours_alone)
+        except FileExistsError:
+            if run.is_dir():
+                return None
+            raise
         if not os.access(run, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return made
     except OSError as error:
         kind = RunError if error.errno in _FULL else UserError
         raise kind(
@@ -126,7 +183,7 @@ def _numbered(newest: bool) -> Path:
     taken = sorted(
         (int(path.name.removeprefix("pretrain-")), path)
         for path in RUNS.glob("pretrain-*")
-        if path.name.removeprefix("pretrain-").isdigit()
+        if path.name.removeprefix("pretrain-").isdecimal()
     )
     if newest and taken:
         return taken[-1][1]

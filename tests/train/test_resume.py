@@ -172,7 +172,7 @@ def test_killed_and_resumed(
     assert not list(killed.rglob(".*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(
     pretrain: Run,
     resume: Run,
