@@ -157,7 +157,7 @@ def read_corpus(
         UserError: the source is missing, unreadable, no text, or nearly all of it was skipped.
         RunError: a worker died.
     """
-    for document, _ in read_pieces(source, report, progress, workers, splitter):
+    for document, _ in read_pieces(source, report, progress, workers, None, splitter):
         yield document
 
 
@@ -166,8 +166,8 @@ def read_pieces(
     report: Skipped,
     progress: Progress | None = None,
     workers: int | None = None,
-    splitter: str = AUTO,
     contents: Contents | None = None,
+    splitter: str = AUTO,
 ) -> Iterator[tuple[list[str], bool]]:
     """Yields documents as `read_corpus`, and whether each continues the one before.
 
