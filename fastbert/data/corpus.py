@@ -26,7 +26,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 from fastbert.data.formats import HEAD, JSON, JSON_LINES, TEXT, Format, sniff
 from fastbert.data.parallel import MAX_WORKERS, available_cores, ordered_map
-from fastbert.data.sentences import AUTO, OURS, script_of, split_sentences
+from fastbert.data.sentences import AUTO, LINE, OURS, script_of, split_sentences
 from fastbert.errors import UserError
 
 BUILTIN = "builtin"
@@ -217,6 +217,10 @@ def _parsed(
     """Yields `function` of sentences in groups, between which a document ends, block by block."""
     advance = progress or (lambda count: None)
     found = False
+    if splitter == LINE:
+        report.note("each line was taken as one sentence")
+    elif splitter not in (AUTO, OURS):
+        report.note(f"sentences were split by sentencex for the language {splitter!r}")
     if source == BUILTIN:
         for groups in _builtin(report, advance):
             found = True

@@ -3,6 +3,7 @@ import builtins
 
 import pytest
 
+from fastbert.data.corpus import Skipped, read_corpus
 from fastbert.data.sentences import LINE, script_of, split_sentences
 from fastbert.errors import UserError
 
@@ -55,6 +56,23 @@ def test_language_named():
 def test_a_line_is_a_sentence_where_it_is_said():
     assert split_sentences(" One. Two. ", LINE) == ["One. Two."]
     assert split_sentences(" \t ", LINE) == []
+
+
+@pytest.mark.parametrize(
+    ("splitter", "sentences", "note"),
+    [
+        ("auto", ["Am 5.", "Mai.", "这是。", "好。"], "Chinese text was split into sentences"),
+        ("line", ["Am 5. Mai.", "这是。好。"], "each line was taken as one sentence"),
+        ("de", ["Am 5. Mai.", "这是。", "好。"], "by sentencex for the language 'de'"),
+        ("zh", ["Am 5.", "Mai.", "这是。", "好。"], "by sentencex for the language 'zh'"),
+    ],
+)
+def test_a_corpus_says_how_it_was_split(tmp_path, splitter, sentences, note):
+    path = tmp_path / "corpus.txt"
+    path.write_text("Am 5. Mai.\n这是。好。\n", encoding="utf-8")
+    report = Skipped()
+    assert list(read_corpus(str(path), report, splitter=splitter)) == [sentences]
+    assert any(note in line for line in report.notes)
 
 
 @pytest.mark.parametrize("splitter", ["auto", "th", "en"])
