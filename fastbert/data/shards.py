@@ -105,10 +105,15 @@ def fingerprint(
             old = known.get(_name(path, source))
             digest = old.digest if old and old[:3] == stamp else content_digest(path)
             contents[path] = Content(*stamp, digest)
-        if known and {_name(path, source): contents[path] for path in contents} != known:
+        found = {_name(path, source): content for path, content in contents.items()}
+        if found != known and _digests(found) == _digests(known):  # touched
             with contextlib.suppress(OSError):  # it would only be read again the next time
                 _write_contents(os.fspath(folder or ""), contents, source)
     return _fingerprint(source, contents, tokenizer, validation_fraction, seed)
+
+
+def _digests(contents: Contents) -> dict[str, str]:
+    return {name: content.digest for name, content in contents.items()}
 
 
 def _fingerprint(
@@ -220,7 +225,11 @@ def examine_shards(folder: str | os.PathLike[str]) -> Found | None:
     if not os.path.exists(path):
         damage = f"{path} is missing"
     expected: Files = meta["files"] if meta else {}
-    present = [name for name in names if _IS_DATA.fullmatch(name)]
+    present = [
+        name
+        for name in names
+        if _IS_DATA.fullmatch(name) and os.path.isfile(os.path.join(folder, name))
+    ]
     files = _sums(folder, present)
     for name, (size, crc) in expected.items():
         path = os.path.join(folder, name)
@@ -328,10 +337,7 @@ def _replaceable(folder: str) -> bool:
     if not os.path.isdir(folder):
         return False
     names = os.listdir(folder)
-    if "meta.json" in names:
-        return True
-    ours = {"sources.json", ".sources.json.tmp"}
-    return all(name in ours or _IS_DATA.fullmatch(name) for name in names)
+    return not names or any(name == "meta.json" or _IS_DATA.fullmatch(name) for name in names)
 
 
 def _remove_stale(parent: str, name: str) -> None:
@@ -749,6 +755,12 @@ class DamagedShardsError(RunError):
         self.what = what
 
 
+_META = {
+    **{"dtype": str, "shards": dict, "vocab_size": int},
+    **{"fingerprint": str, "stats": dict, "files": dict},
+}
+
+
 def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the meta.json of shards.
 
@@ -763,7 +775,10 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if meta["format"] != FORMAT and isinstance(meta["format"], int):
             what = f"{path}: has format {meta['format']}, this version reads {FORMAT}"
             raise DamagedShardsError(what, folder)
-        if meta != _signed(meta):
+        whole = meta == _signed(meta) and all(
+            isinstance(meta[name], kind) for name, kind in _META.items()
+        )
+        if not whole:
             raise _damaged(path)
     except OSError as error:
         raise DamagedShardsError(f"{path}: cannot be read ({error.strerror})", folder) from None

@@ -168,8 +168,9 @@ def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, 
         reason = error.strerror if isinstance(error, OSError) else error
         raise RunError(f"{run}: cannot be written: {reason}") from None
     if found is None or changed or found.damage:
-        if found is not None and found.damage:
-            say(f"data: {found.damage}: prepared again from {config.data}")
+        damage = found.damage if found else f"{data_folder} is missing" if begun else ""
+        if damage:
+            say(f"data: {damage}; prepared again from {config.data}")
         stats = build_shards(
             config.data,
             tokenizer,
