@@ -100,7 +100,10 @@ def fingerprint(
     if source != BUILTIN:
         known = {} if folder is None else _known_contents(folder)
         for path in corpus_files(source):
-            status = os.stat(path)
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from None
             stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
             old = known.get(_name(path, source))
             digest = old.digest if old and old[:3] == stamp else content_digest(path)
@@ -213,7 +216,10 @@ def examine_shards(folder: str | os.PathLike[str]) -> Found | None:
         RunError: a file cannot be read.
     """
     folder = os.fspath(folder)
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    try:
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be read ({error.strerror})") from None
     if not names:
         return None
     path = os.path.join(folder, "meta.json")
