@@ -82,11 +82,11 @@ class Begun(Command):
         assert self.resume(capsys)[0] == 0
         self.undisturbed = self.weights
 
-    def resume(self, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    def resume(self, capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[int, list[str]]:
         """Goes on with the run as it is, or as it was where nothing has been put there."""
         if not self.out.exists():
             self.put_back()
-        return self.run(capsys, **self.options, resume="auto")
+        return self.run(capsys, **self.options, **options, resume="auto")
 
     def put_back(self) -> None:
         shutil.rmtree(self.out, ignore_errors=True)
@@ -180,15 +180,17 @@ def test_other_data_is_refused(
         shutil.rmtree(data)
     elif damage != "none":
         DAMAGES[damage][1](data / DAMAGES[damage][0])
-    before = {path: path.read_bytes() for path in data.rglob("*")}
-    status, lines = begun.resume(capsys)
+    kept = [*data.rglob("*"), begun.out / "config.toml"]
+    before = {path: path.read_bytes() for path in kept}
+    status, lines = begun.resume(capsys, logging_steps=7)
     assert status == 2
     known = damage in ("none", "a token")
     expected = "has changed since" if known else "does not give the tokens again that"
     assert lines[-1].startswith("fastbert: error: ")
     assert expected in lines[-1]
     assert "put it back as it was, or start a new run with another --out" in lines[-1]
-    assert {path: path.read_bytes() for path in data.rglob("*")} == before
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(list(data.rglob("*"))) == len(before) - 1
     begun.corpus.write_text(TEXT)
     assert begun.resume(capsys)[0] == 0
     assert begun.weights == begun.undisturbed

@@ -109,9 +109,10 @@ def fingerprint(
             digest = old.digest if old and old[:3] == stamp else content_digest(path)
             contents[path] = Content(*stamp, digest)
         found = {_name(path, source): content for path, content in contents.items()}
-        if found != known and _digests(found) == _digests(known):  # touched
-            with contextlib.suppress(OSError):  # it would only be read again the next time
-                _write_contents(os.fspath(folder or ""), contents, source)
+        touched = found != known and (not known or _digests(found) == _digests(known))
+        if folder is not None and touched:
+            with contextlib.suppress(OSError):  # they would only be read again the next time
+                _write_contents(os.fspath(folder), contents, source)
     return _fingerprint(source, contents, tokenizer, validation_fraction, seed)
 
 
@@ -264,7 +265,10 @@ def _sums(folder: str, names: list[str]) -> Files:
             def summed(path: str) -> list[Any]:
                 crc, size = 0, os.path.getsize(path)
                 if size:
-                    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=1) as content:
+                    with (
+                        open(path, "rb") as file,
+                        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+                    ):
                         for start in range(0, size, VERIFY_CHUNK):
                             with memoryview(content) as view, view[start:][:VERIFY_CHUNK] as chunk:
                                 crc = zlib.crc32(chunk, crc)

@@ -161,12 +161,8 @@ def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, 
             f"data = {config.data!r} has changed since the run in {run} began: put it back as "
             "it was, or start a new run with another --out"
         )
-    try:
-        _write_config(config, run)
-        tokenizer.save(tokenizer_folder)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RunError(f"{run}: cannot be written: {reason}") from None
+    if not begun:
+        _write_settings(config, tokenizer, run)
     if found is None or changed or found.damage:
         damage = found.damage if found else f"{data_folder} is missing" if begun else ""
         if damage:
@@ -188,9 +184,11 @@ def prepare_data(config: PretrainConfig, run: Path) -> tuple[WordPiece, Shards, 
             f"({stats.unknown / max(total, 1):.2%} unknown), {stats.tokens['validation']:,} held "
             f"out; {total / stats.seconds:,.0f} tokens/s"
         )
+    if begun:  # only now is it sure that the run goes on
+        _write_settings(config, tokenizer, run)
     train = Shards.open(data_folder, "train")
     validation = Shards.open(data_folder, "validation")
-    if config.nsp:
+    if config.nsp and not begun:
         _check_labels(config, train, validation)
     return tokenizer, train, validation if validation.num_tokens else None
 
@@ -223,6 +221,15 @@ def _begun_with(run: Path, found: Found | None) -> str:
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             return str(json.loads(state.read_text(encoding="utf-8"))["data"]["shape"]["data"])
     return found.digest if found is not None else ""  # of a version that kept none
+
+
+def _write_settings(config: PretrainConfig, tokenizer: WordPiece, run: Path) -> None:
+    try:
+        _write_config(config, run)
+        tokenizer.save(run / "tokenizer")
+    except Exception as error:  # the tokenizers library raises bare Exception
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(f"{run}: cannot be written: {reason}") from None
 
 
 def _write_config(config: PretrainConfig, run: Path) -> None:
