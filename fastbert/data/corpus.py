@@ -214,18 +214,19 @@ def _parsed(
             yield function(groups)
     else:
         files = corpus_files(source, report)
+        alone = files == [source]
         if workers is None:
             cores = min(available_cores(), MAX_WORKERS)
             large = cores > 1 and sum(map(os.path.getsize, files)) >= PARALLEL
             workers = cores if large else 0
         kinds: Counter[str] = Counter()
-        blocks = _batched(_files(files, source in files, advance, contents, kinds))
+        blocks = _batched(_files(files, alone, advance, contents, kinds))
         for result, any_text, part in ordered_map(partial(_parse, function), blocks, workers):
             report.add(part)
             if any_text:
                 found = True
             yield result
-            if source in files and report.read >= ENOUGH:
+            if alone and report.read >= ENOUGH:
                 _refuse_if_lost(source, report, MAX_UNBROKEN)
         _note_kinds(files, kinds, report)
     why = "; ".join(report.losses())
