@@ -47,6 +47,8 @@ MAX_LOST = 0.5
 what it should be, and what is left is no sample of the text."""
 MAX_UNBROKEN = 0.95
 """The same with what has no whitespace, of which a corpus may hold long pieces (encoded images)."""
+ENOUGH = 2**26
+"""Bytes of a single file after which it is refused at once if so nearly all of them are lost."""
 
 INVALID_UTF8 = "{} line{s} with invalid UTF-8"
 NUL_BYTE = "{} line{s} with a NUL byte"
@@ -54,8 +56,8 @@ UNBROKEN = f"part of {{}} line{{s}}: over {MAX_SENTENCE:,} characters without wh
 NO_TEXT = '{} JSON record{s} without a string "text"'
 LONG_RECORD = "{} JSON record{s} of more than 256 MiB"
 BROKEN_JSON = "the rest of {} file{s} after invalid JSON"
-FOREIGN = "{} file{s} that hold no text"
-OTHER_FILE = "{} file{s} that are not " + ", ".join(SUFFIXES)
+FOREIGN = "{} file{s} without text"
+OTHER_FILE = "{} file{s} of other kinds than " + ", ".join(SUFFIXES)
 NO_SYNTAX = "{} source file{s} that Python cannot parse"
 NO_TOKENS = "{} document{s} without a token"
 
@@ -227,12 +229,13 @@ def _parsed(
             yield function(groups)
     else:
         files = corpus_files(source, report)
+        alone = files == [source]
         if workers is None:
             cores = min(available_cores(), MAX_WORKERS)
             large = cores > 1 and sum(map(os.path.getsize, files)) >= PARALLEL
             workers = cores if large else 0
         kinds: Counter[str] = Counter()
-        blocks = _batched(_files(files, source in files, advance, contents, kinds))
+        blocks = _batched(_files(files, alone, advance, contents, kinds))
         for result, any_text, part in ordered_map(
             partial(_parse, function, splitter), blocks, workers
         ):
@@ -240,6 +243,8 @@ def _parsed(
             if any_text:
                 found = True
             yield result
+            if alone and report.read >= ENOUGH:
+                _refuse_if_lost(source, report, MAX_UNBROKEN)
         _note_kinds(files, kinds, report)
     why = "; ".join(report.losses())
     if not found:
@@ -249,12 +254,18 @@ def _parsed(
             f"{source}: holds no text{f' ({why})' if why else ''}; "
             f"{records if NO_TEXT in report.counts else lines}"
         )
+    _refuse_if_lost(source, report, MAX_LOST)
+
+
+def _refuse_if_lost(source: str, report: Skipped, max_lost: float) -> None:
     lost, unbroken = report.lost, report.lost + report.unbroken
-    if lost > MAX_LOST * report.read or unbroken > MAX_UNBROKEN * report.read:
-        encoded = report.counts.get(INVALID_UTF8, 0) > 0
-        advice = "convert it to UTF-8, e.g. with iconv" if encoded else "mend it or leave it out"
-        share = (lost if lost > MAX_LOST * report.read else unbroken) / report.read
-        raise UserError(f"{source}: {share:.0%} of it would be skipped ({why}); {advice}")
+    if lost <= max_lost * report.read and unbroken <= MAX_UNBROKEN * report.read:
+        return
+    encoded = report.counts.get(INVALID_UTF8, 0) > 0
+    advice = "convert it to UTF-8, e.g. with iconv" if encoded else "mend it or leave it out"
+    share = (lost if lost > max_lost * report.read else unbroken) / report.read
+    why = "; ".join(report.losses())
+    raise UserError(f"{source}: {share:.0%} of it would be skipped ({why}); {advice}")
 
 
 def _note_kinds(files: list[str], kinds: Counter[str], report: Skipped) -> None:

@@ -10,6 +10,8 @@ HEAD = 2**16
 """Bytes that decide."""
 MAX_CONTROL = 0.05
 """Share of control bytes beyond which a file is binary: of compressed bytes they are 0.1."""
+MAX_LIKE_JSON = 0.8
+"""Share of a head in lines that look like JSON beyond which it is no text: manuals stay below."""
 
 TEXT, JSON_LINES, JSON = "text", "JSON lines", "JSON"
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -98,15 +100,15 @@ _PATTERNS: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
     (re.compile(rb"(?s)MZ.{0,254}\0"), "a program (Windows)", _INSTEAD),
     (re.compile(rb"(?s)\x80[\x02-\x05](?:\x95|[\]}(ckXq])"), "a Python pickle", _CONVERT),
     (re.compile(rb"\(?[ld]p[0-9]+\n|[\]}]q\0\("), "an old Python pickle", _CONVERT),
-    (re.compile(rb'(?s).{3}\0\0\0\0\0\{\s*"'), "safetensors weights", _INSTEAD),
+    (re.compile(rb'(?s).{3}\0\0\0\0\0\{\s*+"'), "safetensors weights", _INSTEAD),
     (
-        re.compile(rb"(?i)\s*<(?:!doctype\s|\?xml\s|(?:html|mediawiki|rss|feed|svg|tei)[\s>])"),
+        re.compile(rb"(?i)\s*+<(?:!doctype\s|\?xml\s|(?:html|mediawiki|rss|feed|svg|tei)[\s>])"),
         "HTML or XML",
         "extract its text first",
     ),
     (
         re.compile(
-            rb"""\s*(?:[\[(]?\s*\{\s*'(?:[^'\\\n]|\\.)*+'\s*:|\[\s*'(?:[^'\\\n]|\\.)*+'[,\]])"""
+            rb"""\s*+(?:[\[(]?\s*+\{\s*+'(?:[^'\\\n]|\\.)*+'\s*+:|\[\s*+'(?:[^'\\\n]|\\.)*+'[,\]])"""
         ),
         "Python's notation, not JSON",
         "write each as a line of JSON with json.dumps",
@@ -133,11 +135,23 @@ def sniff(head: bytes, name: str) -> Format:
         if head.startswith(mark):
             text = head[len(mark) :].decode(encoding, "replace")
             found = _foreign(text.encode("utf-8", "replace"))
-            return found or Format(_kind(text, len(head) < HEAD, name), encoding, len(mark))
+            return found or _readable(text, len(head) < HEAD, name, encoding, len(mark))
     found = _foreign(head)
-    if found is not None:
-        return found
-    return Format(_kind(head.decode("utf-8", "replace"), len(head) < HEAD, name))
+    return found or _readable(head.decode("utf-8", "replace"), len(head) < HEAD, name, "utf-8", 0)
+
+
+def _readable(head: str, whole: bool, name: str, encoding: str, mark: int) -> Format:
+    kind = _kind(head, whole, name)
+    if kind == TEXT:
+        like_json = sum(
+            len(line)
+            for line in head.split("\n")
+            if _LIKE_JSON.fullmatch(line) or _ARRAY.match(line)
+        )
+        if like_json > MAX_LIKE_JSON * len(head):
+            looks_like = "JSON that does not begin as it should"
+            return Format("", looks_like=looks_like, remedy="mend its beginning")
+    return Format(kind, encoding, mark)
 
 
 def _foreign(head: bytes) -> Format | None:
@@ -183,10 +197,12 @@ def _unmarked(encoding: str) -> Format:
 
 
 _STRING = r'"(?:[^"\\\n]|\\.)*+'
-_OBJECT = re.compile(rf'\{{\s*(?:{_STRING}"\s*:|\}}\s*(?:\n|$))')
+_OBJECT = re.compile(rf'\{{\s*+(?:{_STRING}"\s*+:|\}}\s*+(?:\n|$))')
 _ARRAY = re.compile(
-    rf'\[\s*(?:\[\s*)?(?:\{{\s*(?:{_STRING}"\s*:|\}})|{_STRING}(?:"\s*[,\]]|\\?$))|\[\s*\]\s*$'
+    rf'\[\s*+(?:\[\s*+)?(?:\{{\s*+(?:{_STRING}"\s*+:|\}})|{_STRING}(?:"\s*+[,\]]|\\?$))|\[\s*+\]\s*+$'
 )
+_LIKE_JSON = re.compile(rf'\s*+(?:[\[\]{{}}]+,?|{_STRING}"\s*+:.*|\{{\s*+{_STRING}"\s*+:.*)\s*+')
+"""A line of a record that is written over several, or a record."""
 _NUMBERS = re.compile(r"[\[\]\d\s,.eE+\-]+")
 
 

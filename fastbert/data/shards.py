@@ -107,15 +107,24 @@ def fingerprint(
     if source != BUILTIN:
         known = {} if folder is None else _known_contents(folder)
         for path in corpus_files(source):
-            status = os.stat(path)
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from None
             stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
             old = known.get(_name(path, source))
             digest = old.digest if old and old[:3] == stamp else content_digest(path)
             contents[path] = Content(*stamp, digest)
-        if known and {_name(path, source): contents[path] for path in contents} != known:
-            with contextlib.suppress(OSError):  # it would only be read again the next time
-                _write_contents(os.fspath(folder or ""), contents, source)
+        found = {_name(path, source): content for path, content in contents.items()}
+        touched = found != known and (not known or _digests(found) == _digests(known))
+        if folder is not None and touched:
+            with contextlib.suppress(OSError):  # they would only be read again the next time
+                _write_contents(os.fspath(folder), contents, source)
     return _fingerprint(source, contents, tokenizer, validation_fraction, seed, splitter)
+
+
+def _digests(contents: Contents) -> dict[str, str]:
+    return {name: content.digest for name, content in contents.items()}
 
 
 def _fingerprint(
@@ -228,7 +237,10 @@ def examine_shards(folder: str | os.PathLike[str]) -> Found | None:
         RunError: a file cannot be read.
     """
     folder = os.fspath(folder)
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    try:
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be read ({error.strerror})") from None
     if not names:
         return None
     path = os.path.join(folder, "meta.json")
@@ -240,7 +252,11 @@ def examine_shards(folder: str | os.PathLike[str]) -> Found | None:
     if not os.path.exists(path):
         damage = f"{path} is missing"
     expected: Files = meta["files"] if meta else {}
-    present = [name for name in names if _IS_DATA.fullmatch(name)]
+    present = [
+        name
+        for name in names
+        if _IS_DATA.fullmatch(name) and os.path.isfile(os.path.join(folder, name))
+    ]
     files = _sums(folder, present)
     for name, (size, crc) in expected.items():
         path = os.path.join(folder, name)
@@ -269,7 +285,10 @@ def _sums(folder: str, names: list[str]) -> Files:
             def summed(path: str) -> list[Any]:
                 crc, size = 0, os.path.getsize(path)
                 if size:
-                    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=1) as content:
+                    with (
+                        open(path, "rb") as file,
+                        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+                    ):
                         for start in range(0, size, VERIFY_CHUNK):
                             with memoryview(content) as view, view[start:][:VERIFY_CHUNK] as chunk:
                                 crc = zlib.crc32(chunk, crc)
@@ -352,10 +371,7 @@ def _replaceable(folder: str) -> bool:
     if not os.path.isdir(folder):
         return False
     names = os.listdir(folder)
-    if "meta.json" in names:
-        return True
-    ours = {"sources.json", ".sources.json.tmp"}
-    return all(name in ours or _IS_DATA.fullmatch(name) for name in names)
+    return not names or any(name == "meta.json" or _IS_DATA.fullmatch(name) for name in names)
 
 
 def _remove_stale(parent: str, name: str) -> None:
@@ -791,6 +807,12 @@ class DamagedShardsError(RunError):
         self.what = what
 
 
+_META = {
+    **{"dtype": str, "shards": dict, "vocab_size": int},
+    **{"fingerprint": str, "stats": dict, "files": dict},
+}
+
+
 def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the meta.json of shards.
 
@@ -805,7 +827,10 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if meta["format"] != FORMAT and isinstance(meta["format"], int):
             what = f"{path}: has format {meta['format']}, this version reads {FORMAT}"
             raise DamagedShardsError(what, folder)
-        if meta != _signed(meta):
+        whole = meta == _signed(meta) and all(
+            isinstance(meta[name], kind) for name, kind in _META.items()
+        )
+        if not whole:
             raise _damaged(path)
     except OSError as error:
         raise DamagedShardsError(f"{path}: cannot be read ({error.strerror})", folder) from None

@@ -230,20 +230,14 @@ def prepare_data(
             f"data = {config.data!r} has changed since the run in {run} began: put it back as "
             "it was, or start a new run with another --out"
         )
-    try:
-        _write_config(dataclasses.replace(config, do_lower_case=tokenizer.do_lower_case), run)
-        tokenizer.save(
-            tokenizer_folder,
-            model_max_length=model_config(config.model).max_position_embeddings,
-        )
-    except Exception as error:  # the tokenizers library raises bare Exception
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RunError(f"{run}: cannot be written: {reason}") from None
-    if check_tokenizer is not None:
-        check_tokenizer(tokenizer, tokenizer_folder)
+    if not begun:
+        _write_settings(config, tokenizer, run)
+        if check_tokenizer is not None:
+            check_tokenizer(tokenizer, run / "tokenizer")
     if found is None or changed or found.damage:
-        if found is not None and found.damage:
-            say(f"data: {found.damage}: prepared again from {config.data}")
+        damage = found.damage if found else f"{data_folder} is missing" if begun else ""
+        if damage:
+            say(f"data: {damage}; prepared again from {config.data}")
         stats = build_shards(
             config.data,
             tokenizer,
@@ -263,9 +257,11 @@ def prepare_data(
             f"{stats.unknown_characters / max(stats.characters, 1):.2%} of the characters), "
             f"{stats.tokens['validation']:,} held out; {total / stats.seconds:,.0f} tokens/s"
         )
+    if begun:  # only now is it sure that the run goes on
+        _write_settings(config, tokenizer, run)
     train = Shards.open(data_folder, "train")
     validation = Shards.open(data_folder, "validation")
-    if config.nsp:
+    if config.nsp and not begun:
         _check_labels(config, train, validation)
     return tokenizer, train, validation if validation.num_tokens else None
 
@@ -298,6 +294,18 @@ def _begun_with(run: Path, found: Found | None) -> str:
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             return str(json.loads(state.read_text(encoding="utf-8"))["data"]["shape"]["data"])
     return found.digest if found is not None else ""  # of a version that kept none
+
+
+def _write_settings(config: PretrainConfig, tokenizer: WordPiece, run: Path) -> None:
+    try:
+        _write_config(dataclasses.replace(config, do_lower_case=tokenizer.do_lower_case), run)
+        tokenizer.save(
+            run / "tokenizer",
+            model_max_length=model_config(config.model).max_position_embeddings,
+        )
+    except Exception as error:  # the tokenizers library raises bare Exception
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(f"{run}: cannot be written: {reason}") from None
 
 
 def _write_config(config: PretrainConfig, run: Path) -> None:

@@ -310,7 +310,7 @@ def test_foreign_files_are_refused_alone_and_counted_in_a_folder(tmp_path):
         UserError, match=r"b\.txt: looks like gzip; unpack it first, e\.g\. with gun"
     ):
         read(foreign)
-    with pytest.raises(UserError, match=r"holds no text \(skipped 1 file that hold no text, first"):
+    with pytest.raises(UserError, match=r"holds no text \(skipped 1 file without text, first"):
         read(tmp_path)
     write(tmp_path / "a.md", "Text.")
     write(tmp_path / "README", "No suffix.")
@@ -319,8 +319,9 @@ def test_foreign_files_are_refused_alone_and_counted_in_a_folder(tmp_path):
     report = Skipped()
     assert read(tmp_path, report) == [["No suffix."], ["Text."]]
     assert report.summary() == [
-        f"skipped 1 file that are not {', '.join(corpus.SUFFIXES)}, first at {tmp_path}/d.csv",
-        f"skipped 1 file that hold no text, first at {foreign} (gzip)",
+        "skipped 1 file of other kinds than .txt, .text, .md, .json, .jsonl, .ndjson, first at "
+        f"{tmp_path}/d.csv",
+        f"skipped 1 file without text, first at {foreign} (gzip)",
         "3 files read: 2 as text, 1 as JSON",
     ]
 
@@ -334,6 +335,16 @@ def test_most_of_a_corpus_skipped_is_refused(tmp_path):
         read(write(tmp_path / "a.txt", good * 40 + bad * 60))
     write(tmp_path / "b.txt", good * 200)
     assert len(read(tmp_path)) == 2
+
+
+def test_a_large_file_is_refused_before_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "ENOUGH", 1_000)
+    monkeypatch.setattr(corpus, "CHUNK", 500)
+    path = write(tmp_path / "a.txt", b"A good line.\n" + b"\xe4 bad line.\n" * 900)
+    read_so_far = []
+    with pytest.raises(UserError, match=r"9\d% of it would be skipped"):
+        list(read_corpus(str(path), Skipped(), read_so_far.append))
+    assert sum(read_so_far) < 3_000
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import random
 import sqlite3
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -39,6 +40,8 @@ KINDS = {
         ),
         *("BM25 ranks.\n", "MZ opens\n", "\x1b[1mBold\x1b[0m text\n" * 9, "\fPage\v two\t\n" * 20),
         PROSE + "\n" + LINES.split("\n")[0],
+        "# Manual\n" + PROSE[:400] + json.dumps({str(n): n for n in range(60)}, indent=1),
+        '"Yes": so he spoke.\n' + PROSE,
     ],
     JSON_LINES: [
         *(LINES, "\n\n" + LINES, LINES.replace("\n", "\r\n"), "{broken\n" + LINES),
@@ -134,6 +137,8 @@ def test_what_is_foreign(tmp_path: Path) -> None:
         *((f"{code}LE without", PROSE.encode(f"{code}-le")) for code in ("UTF-16", "UTF-32")),
         *((f"{code}BE without", PROSE.encode(f"{code}-be")) for code in ("UTF-16", "UTF-32")),
         *(("UTF-16LE", other.encode("utf-16-le")) for other in (chinese, russian)),
+        ("JSON that does not", b"// exported\n" + ARRAY.encode()),
+        ("JSON that does not", json.dumps(RECORDS * 4, indent=1).encode()[7:]),
         ("program", Path(sys.executable).read_bytes()[:HEAD]),
     ]
     for name, content in samples:
@@ -141,3 +146,14 @@ def test_what_is_foreign(tmp_path: Path) -> None:
         assert not found.kind, name
         assert name in found.looks_like
         assert found.remedy
+
+
+@pytest.mark.parametrize(
+    "unit", [" ", "\r", "\n", "[", "{", '"', '\\"', "{'", '["', '"a":', "[1,", "< "]
+)
+def test_sniffing_is_linear(unit: str) -> None:
+    head = (unit * HEAD)[:HEAD].encode()
+    started = time.process_time()
+    for start in (b"", b"{", b"[", b'"'):
+        sniff((start + head)[:HEAD], "corpus.json")
+    assert time.process_time() - started < 1
