@@ -7,6 +7,7 @@ new setting is one new line. Names are Hugging Face's: `BertConfig` for the mode
 """
 
 import codecs
+import hashlib
 import json
 import math
 import os
@@ -1281,6 +1282,8 @@ def load_config(
     config_class: type[Config],
     toml_path: str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
+    *,
+    sealed: bool = False,
 ) -> Config:
     """Returns the defaults, overridden by a TOML file, overridden by the command line.
 
@@ -1288,6 +1291,7 @@ def load_config(
         config_class: `PretrainConfig` or another configuration of this file.
         toml_path: file of flat `name = value` lines, or None.
         overrides: settings by name, already of their types.
+        sealed: the file must be as `sealed_toml` made it.
 
     Raises:
         UserError: the file is missing or broken, a name is unknown, a value is wrong.
@@ -1295,13 +1299,18 @@ def load_config(
     values: dict[str, Any] = {}
     if toml_path is not None:
         path = os.fspath(toml_path)
+        if sealed and not _has_seal(_read_text(path, "TOML", _MOST_TOML)):
+            raise UserError(
+                f"{path}: was damaged or changed since the run wrote it: put it back or, if that "
+                f"was you, give it as --config {path}"
+            )
         values |= _known_values(config_class, _read_toml(path), f"{path}: ")
     values |= _known_values(config_class, overrides, "")
     return config_class(**values)
 
 
 def _read_toml(path: str) -> dict[str, Any]:
-    text = _read_text(path, "TOML", 2**20)
+    text = _read_text(path, "TOML", _MOST_TOML)
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1344,6 +1353,21 @@ def to_toml(config: Any) -> str:
         value = getattr(config, setting.name)
         lines.append(f"# {setting.name} =" if value is None else f"{setting.name} = {_toml(value)}")
     return "\n".join(lines) + "\n"
+
+
+_SEAL = "\n# SHA-256 of what stands above: "
+_MOST_TOML = 2**20
+
+
+def sealed_toml(config: Any) -> str:
+    """Returns `to_toml` with a last line that tells whether the file is still that."""
+    text = to_toml(config)
+    return f"{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def _has_seal(text: str) -> bool:
+    text, _, digest = text.rpartition(_SEAL)
+    return digest == hashlib.sha256(text.encode()).hexdigest() + "\n"
 
 
 def _toml(value: bool | int | float | str) -> str:
