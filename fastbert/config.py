@@ -1217,6 +1217,7 @@ class ProfileStepConfig:
                 raise UserError(f"{name} = '' must not be empty")
 
 
+_MOST_ELEMENTS = 2**33
 _MOST_OF_SIZE = {
     "T": _MOST_TOKENS,
     "S": _LONGEST,
@@ -1272,6 +1273,9 @@ class ProfileKernelConfig:
             if int(match[2]) > most:
                 raise UserError(f"{shown}: {match[1]} must be at most {most}")
             found[match[1]] = int(match[2])
+        for rows, columns in (("T", "S"), ("T", "H"), ("T", "F"), ("M", "V")):
+            if found.get(rows, 1) * found.get(columns, 1) > _MOST_ELEMENTS:
+                raise UserError(f"{shown}: {rows} x {columns} must be at most {_MOST_ELEMENTS}")
         return found
 
 
