@@ -362,7 +362,8 @@ def _config_of_run(config: PretrainConfig, overrides: dict[str, Any]) -> Pretrai
     run = run_folder(config)
     if not (run / "config.toml").exists():
         return config
-    return load_config(PretrainConfig, run / "config.toml", overrides | {"out": str(run)})
+    overrides = overrides | {"out": str(run)}
+    return load_config(PretrainConfig, run / "config.toml", overrides, sealed=True)
 
 
 def check_pretrain(config: PretrainConfig) -> None:

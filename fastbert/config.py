@@ -7,6 +7,7 @@ new setting is one new line. Names are Hugging Face's: `BertConfig` for the mode
 """
 
 import codecs
+import hashlib
 import json
 import math
 import os
@@ -1230,6 +1231,7 @@ class ProfileStepConfig:
                 raise UserError(f"{name} = '' must not be empty")
 
 
+_MOST_ELEMENTS = 2**33
 _MOST_OF_SIZE = {
     "T": _MOST_TOKENS,
     "S": _LONGEST,
@@ -1285,6 +1287,9 @@ class ProfileKernelConfig:
             if int(match[2]) > most:
                 raise UserError(f"{shown}: {match[1]} must be at most {most}")
             found[match[1]] = int(match[2])
+        for rows, columns in (("T", "S"), ("T", "H"), ("T", "F"), ("M", "V")):
+            if found.get(rows, 1) * found.get(columns, 1) > _MOST_ELEMENTS:
+                raise UserError(f"{shown}: {rows} x {columns} must be at most {_MOST_ELEMENTS}")
         return found
 
 
@@ -1295,6 +1300,8 @@ def load_config(
     config_class: type[Config],
     toml_path: str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
+    *,
+    sealed: bool = False,
 ) -> Config:
     """Returns the defaults, overridden by a TOML file, overridden by the command line.
 
@@ -1302,6 +1309,7 @@ def load_config(
         config_class: `PretrainConfig` or another configuration of this file.
         toml_path: file of flat `name = value` lines, or None.
         overrides: settings by name, already of their types.
+        sealed: the file must be as `sealed_toml` made it.
 
     Raises:
         UserError: the file is missing or broken, a name is unknown, a value is wrong.
@@ -1309,13 +1317,18 @@ def load_config(
     values: dict[str, Any] = {}
     if toml_path is not None:
         path = os.fspath(toml_path)
+        if sealed and not _has_seal(_read_text(path, "TOML", _MOST_TOML)):
+            raise UserError(
+                f"{path}: was damaged or changed since the run wrote it: put it back or, if that "
+                f"was you, give it as --config {path}"
+            )
         values |= _known_values(config_class, _read_toml(path), f"{path}: ")
     values |= _known_values(config_class, overrides, "")
     return config_class(**values)
 
 
 def _read_toml(path: str) -> dict[str, Any]:
-    text = _read_text(path, "TOML", 2**20)
+    text = _read_text(path, "TOML", _MOST_TOML)
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1358,6 +1371,21 @@ def to_toml(config: Any) -> str:
         value = getattr(config, setting.name)
         lines.append(f"# {setting.name} =" if value is None else f"{setting.name} = {_toml(value)}")
     return "\n".join(lines) + "\n"
+
+
+_SEAL = "\n# SHA-256 of what stands above: "
+_MOST_TOML = 2**20
+
+
+def sealed_toml(config: Any) -> str:
+    """Returns `to_toml` with a last line that tells whether the file is still that."""
+    text = to_toml(config)
+    return f"{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def _has_seal(text: str) -> bool:
+    text, _, digest = text.rpartition(_SEAL)
+    return digest == hashlib.sha256(text.encode()).hexdigest() + "\n"
 
 
 def _toml(value: bool | int | float | str) -> str:

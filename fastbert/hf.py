@@ -133,57 +133,122 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
-    """Reads all weights of a Hugging Face folder, safetensors (whole or sharded) or a .bin file.
+    """Reads all weights of a Hugging Face folder: safetensors or .bin files, whole or sharded.
 
     A .bin file is read with `weights_only=True`: nothing in it is executed.
 
     Raises:
-        UserError: no weights there, or a file that cannot be read.
+        UserError: no weights there, a file that cannot be read, or something else than weights.
     """
-    index = folder / "model.safetensors.index.json"
-    try:
-        if index.exists():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if any(os.path.basename(shard) != shard for shard in shards):
-                raise UserError(f"{index}: names a file outside its folder")
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            files = _weight_files(folder, whole)
             state: dict[str, Tensor] = {}
-            for shard in sorted(shards):
-                state |= load_file(folder / shard)
-            return state
-        if (folder / "model.safetensors").exists():
-            return load_file(folder / "model.safetensors")
-        if (folder / "pytorch_model.bin").exists():
-            path = folder / "pytorch_model.bin"
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: its weights cannot be read: {error}") from None
-    except Exception as error:  # torch.load's UnpicklingError and zip errors
-        raise UserError(f"{folder}: its weights cannot be read: {type(error).__name__}") from None
+            for file in files:
+                if file.suffix == ".bin":
+                    state |= torch.load(file, map_location="cpu", weights_only=True)
+                else:
+                    state |= load_file(file)
+        except UserError:
+            raise
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder}: its weights cannot be read: {error}") from None
+        except Exception as error:  # torch.load's UnpicklingError and zip errors
+            kind = type(error).__name__
+            raise UserError(f"{folder}: its weights cannot be read: {kind}") from None
+        if files:
+            return _checked_weights(state, folder)
     raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
 
 
-def _modern(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of today: "bert." in front, LayerNorm.weight / .bias where old files have gamma / beta.
+def _weight_files(folder: Path, whole: str) -> list[Path]:
+    index = folder / f"{whole}.index.json"
+    if not index.exists():
+        return [folder / whole] if (folder / whole).exists() else []
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if any(os.path.basename(shard) != shard or not shard.strip(".") for shard in shards):
+        raise UserError(f"{index}: names a file outside its folder")
+    return [folder / shard for shard in sorted(shards)]
+
+
+def _checked_weights(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(f"{folder}: {str(name)[:100]!r} is no tensor: not a file of weights")
+    return state
+
+
+_WORD, _DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+_BIAS, _DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
+
+
+def _modern(state: dict[str, Tensor], *, mlm: bool = True) -> tuple[dict[str, Tensor], list[str]]:
+    """Each weight under its one name of today, and what the user should know of it.
+
+    "bert." stands in front, LayerNorm has weight and bias where old files have gamma and beta, and
+    the output layer of `mlm` has the word embedding's matrix, from whichever of both is there, and
+    one bias: as in transformers 5, the decoder's where there are two (transformers 4 ties them to
+    the other).
 
     Raises:
-        UserError: an output matrix that is not the word embedding.
+        UserError: an output matrix that is not the word embedding, or a name given twice.
     """
-    bare = not any(name.startswith(("bert.", "cls.")) for name in state)
-    renamed = {
-        ("bert." + name if bare else name)
-        .replace("LayerNorm.gamma", "LayerNorm.weight")
-        .replace("LayerNorm.beta", "LayerNorm.bias"): tensor
-        for name, tensor in state.items()
-        if not name.endswith("embeddings.position_ids")
-    }
-    word = renamed.get("bert.embeddings.word_embeddings.weight")
-    decoder = renamed.pop("cls.predictions.decoder.weight", None)
-    if decoder is not None and word is not None and not torch.equal(decoder, word):
+    renamed: dict[str, Tensor] = {}
+    for old, tensor in state.items():
+        name = old.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if name.startswith(("embeddings.", "encoder.", "pooler.")):
+            name = "bert." + name
+        if name in renamed and not _same(renamed[name], tensor):
+            raise UserError(f"{name} is there twice, with different values, by an old name as well")
+        renamed[name] = tensor
+    notes = []
+    decoder, word = renamed.pop(_DECODER, None), renamed.get(_WORD)
+    if decoder is not None and word is None:
+        renamed[_WORD] = decoder
+    elif decoder is not None and mlm and not _same(decoder, word):
         raise UserError("the output matrix is not tied to the word embedding: not a BERT we load")
-    decoder_bias = renamed.pop("cls.predictions.decoder.bias", None)
-    if decoder_bias is not None:
-        renamed.setdefault("cls.predictions.bias", decoder_bias)
-    return renamed
+    bias = renamed.pop(_DECODER_BIAS, None)
+    if bias is not None:
+        if mlm and _BIAS in renamed and not _same(bias, renamed[_BIAS]):
+            notes.append(
+                f"{_BIAS} and {_DECODER_BIAS} differ: the second is taken, as transformers 5 does "
+                "(transformers 4 takes the first)"
+            )
+        renamed[_BIAS] = bias
+    return renamed, notes
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and torch.equal(one, other)
+
+
+def _check_parts(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Checks type and shape of the weights that a model takes; returns what is to be said of them.
+
+    Raises:
+        UserError: one of them is no floating-point tensor of that shape.
+    """
+    infinite = []
+    for name, parameter in wanted.items():
+        tensor = state.get(name)
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{name} is {kind}: weights must be fp32, fp16, bf16 or fp64")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise UserError(f"{name} is no dense tensor")
+        if tensor.shape != parameter.shape:
+            raise UserError(
+                f"{name} has shape {tuple(tensor.shape)}, but config.json asks for "
+                f"{tuple(parameter.shape)}"
+            )
+        if not tensor.isfinite().all():
+            infinite.append(name)
+    if not infinite:
+        return []
+    return [f"{len(infinite)} weights hold NaN or infinity, {infinite[0]} first"]
 
 
 def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path:
@@ -253,18 +318,17 @@ class _HuggingFaceModel(nn.Module):
         folder = _local_folder(name_or_folder)
         config = model_config(os.fspath(folder))
         model = cls(config, ops)
-        try:
-            state = from_hf(_modern(read_state(folder)), config)
-        except UserError as error:
-            where = "" if str(error).startswith(str(folder)) else f"{folder}: "
-            raise UserError(f"{where}{error}") from None
         parameters = dict(model.packed.named_parameters())
-        for name, tensor in state.items():
-            if name in parameters and parameters[name].shape != tensor.shape:
-                raise UserError(
-                    f"{folder}: {name} has shape {tuple(tensor.shape)}, but config.json asks for "
-                    f"{tuple(parameters[name].shape)}"
-                )
+        try:
+            theirs, notes = _modern(read_state(folder), mlm=cls.parts["mlm"])
+            notes += _check_parts(theirs, to_hf(parameters, config))
+        except UserError as error:
+            told = str(error).startswith((f"{folder}:", f"{folder}{os.sep}"))
+            where = "" if told else f"{folder}: "
+            raise UserError(f"{where}{error}") from None
+        for note in notes:
+            warnings.warn(f"{folder}: {note}", stacklevel=2)
+        state = from_hf(theirs, config)
         missing = [name for name in parameters if name not in state]
         lost = [name for name in missing if name.startswith(cls.required)]
         if lost:

@@ -130,6 +130,8 @@ def test_numbers_inside_a_text_have_bounds(config_class: type, name: str, number
 
 @pytest.mark.parametrize("config_class", [StepBenchConfig, InferenceBenchConfig, ProfileStepConfig])
 def test_products_have_bounds(config_class: type) -> None:
+    with pytest.raises(UserError, match="T x S must be at most 8589934592"):
+        ProfileKernelConfig(shape="T=16777216,S=1048576,A=64")
     config_class(batch_size=2**16, max_seq_length=2**8)
     with pytest.raises(UserError, match="tokens must be at most 16777216"):
         config_class(batch_size=2**16, max_seq_length=2**20)

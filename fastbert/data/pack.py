@@ -262,6 +262,13 @@ class _Planner:
                 document, unit = cursor
                 token = self.units(document, their_room)[unit]
                 cursor[1] = bisect_right(self.units(document), token) - 1
+        for document, unit in self._open:
+            units = self._units[document] = self.units(document)
+            if unit >= len(units) - 1:
+                raise UserError(
+                    f"{self._shards.folder}: the checkpoint's data position lies behind document "
+                    f"{document}: it belongs to other data"
+                )
         self._order = self._epoch_order()
         self._rng.bit_generator.state = state["rng"]
 

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastbert.config import ModelConfig, PretrainConfig, checked, settings
 from fastbert.errors import RunError, UserError
 from fastbert.train.interrupts import held_signals
 
@@ -158,18 +160,109 @@ def _read(folder: Path) -> Checkpoint:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
-            raise UserError(f"{folder}: has format {state['format']}, this version reads {FORMAT}")
+            shown = repr(state["format"])[:50]
+            raise UserError(f"{folder}: has format {shown}, this version reads {FORMAT}")
         if state.pop("sha256") != _digest(state):
             raise _damaged(folder, "state.json is changed")
         for name in _FILES:
             if _fingerprint(folder / name) != state["files"][name]:
                 raise _damaged(folder, f"{name} is cut short or changed")
+        wrong = _what_is_wrong(state)
+        if wrong:
+            raise _damaged(folder, f"state.json: {wrong}")
         weights, optimizer = (load_file(folder / name) for name in _FILES)
-        return Checkpoint(int(state["step"]), weights, optimizer, state)
+        return Checkpoint(state["step"], weights, optimizer, state)
     except OSError as error:
         raise _damaged(folder, f"{Path(error.filename or folder).name}: {error.strerror}") from None
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _damaged(folder, "state.json is cut short or changed") from None
+
+
+_COUNT = range(2**63)
+
+
+def _what_is_wrong(state: dict[str, Any]) -> str:
+    """What no checkpoint of ours says, whatever its digest; empty where there is nothing."""
+    for name in ("step", "updates", "skipped", "tokens", "streak", "micro_batches"):
+        if not _is_count(state.get(name)):
+            return f"{name} must be a count"
+    if state["updates"] + state["skipped"] != state["step"]:
+        return "updates and skipped must add up to step"
+    if not _is_count(state.get("split")) or state["split"] & (state["split"] - 1):
+        return "split must be a power of 2"
+    window: Any = state.get("window")
+    scale: Any = state.get("loss_scale")
+    if not (_is_list(window, 2) and _is_number(window[0]) and _is_count(window[1])):
+        return "window must be a sum and a count"
+    if scale is not None and not (
+        _is_list(scale, 2) and _is_number(scale[0]) and scale[0] > 0 and _is_count(scale[1])
+    ):
+        return "loss_scale must be a factor and a count"
+    for name, config in (("recipe", PretrainConfig), ("sizes", ModelConfig)):
+        given, known = state.get(name), {setting.name: setting for setting in settings(config)}
+        if not isinstance(given, dict) or (config is ModelConfig and given.keys() != known.keys()):
+            return f"{name} must be settings"
+        try:
+            for key in given.keys() & known.keys():
+                checked(known[key], given[key])
+        except UserError as error:
+            return f"{name} must be settings ({error})"
+    return _what_is_wrong_with_data(state.get("data"))
+
+
+def _what_is_wrong_with_data(data: Any) -> str:
+    shape = data.get("shape") if isinstance(data, dict) else None
+    if not (isinstance(shape, dict) and all(map(_is_count, shape.values()))):
+        return "data.shape must be sizes"
+    names = {"tokens_per_batch", "num_slots", "max_masked", "max_seq_length", "seed"}
+    if shape.keys() != names | {"documents", "tokens"}:
+        return "data.shape must be sizes"
+    for name in ("batches", "real_tokens", "room"):
+        if not _is_count(data.get(name)):
+            return f"data.{name} must be a count"
+    planner, pending = data.get("planner"), data.get("pending")
+    if not isinstance(planner, dict) or not isinstance(pending, list):
+        return "data.planner and data.pending must be there"
+    for spans in pending:
+        if not (_is_list(spans, 5) and all(map(_is_count, spans[:4]))):
+            return "data.pending must be spans"
+        a_start, a_end, b_start, b_end, label = spans
+        length = a_end - a_start + b_end - b_start
+        if not (a_start < a_end <= shape["tokens"] and b_start <= b_end <= shape["tokens"]):
+            return "data.pending must be spans of the data"
+        if length > shape["max_seq_length"] or type(label) is not int or label not in (0, 1, -100):
+            return "data.pending must be sequences with a label"
+    for name in ("epoch", "position"):
+        if not _is_count(planner.get(name)):
+            return f"data.planner.{name} must be a count"
+    if planner["position"] > shape["documents"] or type(planner.get("balance")) is not int:
+        return "data.planner must stand in the data"
+    if abs(planner["balance"]) > 2**31:
+        return "data.planner must stand in the data"
+    opened = planner.get("open")
+    if not (isinstance(opened, list) and opened) or not all(
+        _is_list(cursor, 2) and all(map(_is_count, cursor)) and cursor[0] < shape["documents"]
+        for cursor in opened
+    ):
+        return "data.planner.open must be documents and places"
+    rng: Any = planner.get("rng")
+    try:
+        np.random.PCG64(0).state = rng
+    except (ValueError, TypeError, KeyError, OverflowError, AttributeError):
+        return "data.planner.rng must be a PCG64"
+    return ""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value in _COUNT
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2.0**1000
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length
 
 
 def _damaged(folder: Path, what: str) -> UserError:

@@ -21,6 +21,10 @@ PATIENCE = 5
 """Seconds after the first signal in which the next ones wait for the cleaning up."""
 
 
+TOGETHER = 1
+"""Seconds in which signals are one request: a closing session sends SIGHUP and SIGTERM."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal that ends the command.
 
@@ -42,6 +46,7 @@ class _Signals:
         self.before: dict[int, Any] = {}
         self.raised_at: float | None = None
         self.noted: list[str] | None = None  # a list where the first signal is to be noted
+        self.noted_at = 0.0
         self.number = 0  # of the first signal that was raised, or is to be
         self.holding = False
         self.terminals: list[int] = []
@@ -52,7 +57,10 @@ class _Signals:
             self.let_go_of_terminals()
         if self.noted is not None and not self.noted:
             self.noted.append(signal.Signals(number).name)
+            self.noted_at = time.monotonic()
         elif self.raised_at is None:
+            if self.noted and time.monotonic() - self.noted_at < TOGETHER:
+                return
             self.raised_at, self.number = time.monotonic(), number
             if not self.holding:
                 raise Interrupted(number)
@@ -148,7 +156,7 @@ def held_signals() -> Iterator[None]:
 
 @contextmanager
 def noting_signals() -> Iterator[Callable[[], str]]:
-    """Yields a function that names the first signal received inside; the second is raised.
+    """Yields a function that names the first signal received inside; a later one is raised.
 
     Raises:
         Interrupted: one was raised before and somebody has caught it, as a library's import may.

@@ -1,7 +1,7 @@
 """Pre-training from raw text to a trained model: the straight line through every room.
 
 A run's folder: config.toml, tokenizer/, data/ (token shards), metrics.jsonl, tensorboard/,
-checkpoints/step-000010/, loss.png, hf/.
+checkpoints/step-000010/, loss.png, hf/; and run.lock while a process works there.
 """
 
 import dataclasses

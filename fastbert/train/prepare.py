@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastbert.config import PretrainConfig, model_config, to_toml
+from fastbert.config import PretrainConfig, model_config, sealed_toml
 from fastbert.data.corpus import Skipped, corpus_bytes, map_corpus
 from fastbert.data.pack import next_sentence_labels
 from fastbert.data.shards import (
@@ -312,7 +312,7 @@ def _write_config(config: PretrainConfig, run: Path) -> None:
     temporary = run / ".config.toml.tmp"
     written = dataclasses.replace(config, resume="", stop_at_step=0)
     try:
-        temporary.write_text(to_toml(written), encoding="utf-8")
+        temporary.write_text(sealed_toml(written), encoding="utf-8")
         os.replace(temporary, run / "config.toml")
     finally:
         temporary.unlink(missing_ok=True)

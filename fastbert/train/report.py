@@ -15,17 +15,26 @@ from fastbert.errors import RunError
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The lines of a metrics.jsonl; one cut short, or else no row of numbers, is left out."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if (
+                isinstance(row, dict)
+                and type(row.get("step")) is int
+                and all(map(_drawn, row.values()))
+            ):
                 rows.append(row)
     return rows
+
+
+def _drawn(value: Any) -> bool:
+    """Whether a picture can show it."""
+    return type(value) in (int, float) and abs(value) < 2.0**1000
 
 
 class Reporter:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import BertConfig
 from transformers import BertForMaskedLM as HFMaskedLM
 from transformers import BertForPreTraining as HFPreTraining
@@ -190,6 +191,142 @@ def test_old_names_and_bin_files_load(tmp_path):
     ours = fastbert.BertForPreTraining.from_pretrained(tmp_path).hf_state_dict()
     for name, parameter in theirs.named_parameters():
         assert torch.equal(ours[name], parameter), name
+
+
+def variants(theirs):
+    """By name: weights that a folder may hold, and whether transformers 5 loads them as we do."""
+    plain = {name: t.clone() for name, t in theirs.state_dict().items() if "decoder" not in name}
+    word = plain["bert.embeddings.word_embeddings.weight"]
+    no_word = {name: t for name, t in plain.items() if t is not word}
+    no_bias = {name: t for name, t in plain.items() if name != "cls.predictions.bias"}
+    bias = torch.randn(len(word))
+    return {
+        "no decoder": plain,
+        "two biases": {**plain, "cls.predictions.decoder.bias": bias},
+        "two biases, the other order": {"cls.predictions.decoder.bias": bias, **plain},
+        "the decoder's bias alone": {**no_bias, "cls.predictions.decoder.bias": bias},
+        "the decoder's matrix alone": {**no_word, "cls.predictions.decoder.weight": word},
+        "no prefix": {name.removeprefix("bert."): t for name, t in plain.items()},
+        "fp16": {name: t.half() for name, t in plain.items()},
+        "fp64": {name: t.double() for name, t in plain.items()},
+        "more than is read": {
+            **plain,
+            "bert.encoder.layer.9.output.dense.bias": bias,
+            "lm.weight": bias.long(),
+        },
+    }
+
+
+VARIANTS = tuple(variants(HFPreTraining(hf_config(1, 16, vocab_size=31, num_hidden_layers=1))))
+
+
+@pytest.mark.filterwarnings("ignore:.*differ. the second is taken, as transformers 5 does")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_form_of_the_names_gives_transformers_logits(tmp_path, name):
+    config = hf_config(1, 16, vocab_size=31, num_hidden_layers=1)
+    state = variants(randomized(HFPreTraining(config)))[name]
+    config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    theirs = HFPreTraining.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ours = fastbert.BertForPreTraining.from_pretrained(tmp_path)
+    batch = {k: v for k, v in padded_batch([9, 5], 31).items() if "label" not in k}
+    real = batch["attention_mask"].bool()
+    want, got = theirs(**batch), ours(**batch)
+    assert largest(got.prediction_logits[real], want.prediction_logits[real]) < 1e-5
+    assert largest(got.seq_relationship_logits, want.seq_relationship_logits) < 1e-5
+
+
+def test_two_biases_are_told(tmp_path):
+    config = hf_config(1, 16, vocab_size=31, num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    state = variants(HFPreTraining(config))["two biases"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"decoder\.bias differ: the second is taken"):
+        fastbert.BertForPreTraining.from_pretrained(tmp_path)
+    fastbert.BertModel.from_pretrained(tmp_path)  # has no use for either
+
+
+BAD_WEIGHTS = {
+    "another matrix": ({"cls.predictions.decoder.weight": torch.ones(31, 16)}, "is not tied"),
+    "integers": (
+        {"bert.embeddings.word_embeddings.weight": torch.ones(31, 16).long()},
+        "word_embeddings.weight is int64: weights must be fp32",
+    ),
+    "a part's shape": (
+        {"bert.encoder.layer.0.attention.self.query.weight": torch.ones(16, 8)},
+        "query.weight has shape (16, 8), but config.json asks for (16, 16)",
+    ),
+    "parts that add up": (
+        {
+            "bert.encoder.layer.0.attention.self.query.weight": torch.ones(8, 16),
+            "bert.encoder.layer.0.attention.self.key.weight": torch.ones(24, 16),
+        },
+        "query.weight has shape (8, 16)",
+    ),
+    "a number": ({"bert.pooler.dense.bias": torch.tensor(1.0)}, "has shape ()"),
+    "old and new": (
+        {"bert.embeddings.LayerNorm.gamma": torch.full((16,), 7.0)},
+        "bert.embeddings.LayerNorm.weight is there twice",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
+def test_weights_that_cannot_be_taken_are_named(tmp_path, changes, message):
+    config = hf_config(1, 16, vocab_size=31, num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    state = {**variants(HFPreTraining(config))["no decoder"], **changes}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as raised:
+        fastbert.BertForPreTraining.from_pretrained(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path}: ") and message in str(raised.value)
+
+
+def test_weights_that_are_not_finite_are_told(tmp_path):
+    theirs = HFPreTraining(hf_config(1, 16, vocab_size=31, num_hidden_layers=1))
+    with torch.no_grad():
+        theirs.bert.pooler.dense.bias[0] = torch.nan
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"1 weights hold NaN or infinity, bert\.pooler\.dense\.bias"
+    ):
+        fastbert.BertForPreTraining.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("whole", ["model.safetensors", "pytorch_model.bin"])
+def test_sharded_weights_of_both_kinds(tmp_path, whole):
+    theirs = randomized(HFModel(hf_config()))
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    weight_map = {}
+    for part in (0, 1):
+        shard = {name: t for index, (name, t) in enumerate(state.items()) if index % 2 == part}
+        file = f"part-{part}.{whole.rpartition('.')[2]}"
+        (torch.save if whole.endswith(".bin") else save_file)(shard, tmp_path / file)
+        weight_map |= dict.fromkeys(shard, file)
+    index = tmp_path / f"{whole}.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    ours = fastbert.BertModel.from_pretrained(tmp_path).hf_state_dict()
+    for name, tensor in state.items():
+        assert torch.equal(ours["bert." + name], tensor), name
+    for wrong in ("../x.bin", "..", ".", "", 5, None, ["a"]):
+        index.write_text(json.dumps({"weight_map": {"a": wrong}}))
+        with pytest.raises(UserError):
+            fastbert.BertModel.from_pretrained(tmp_path)
+    for wrong in ("[]", "{}", '{"weight_map": []}', "[" * 10**5, "\0", '{"weight_map": 1'):
+        index.write_text(wrong)
+        with pytest.raises(UserError, match="cannot be read"):
+            fastbert.BertModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {1: torch.ones(1)}, torch.ones(3), None])
+def test_a_bin_file_of_something_else(tmp_path, content):
+    hf_config().save_pretrained(tmp_path)
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError) as raised:
+        fastbert.BertModel.from_pretrained(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path}: ") and "\n" not in str(raised.value)
 
 
 class _Exploit:

@@ -77,11 +77,13 @@ def test_one_that_comes_later_still_ends_the_process(monkeypatch: pytest.MonkeyP
     assert ended == [130]
 
 
-def test_noted_where_a_run_saves_itself() -> None:
+def test_noted_where_a_run_saves_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with noting_signals() as stop:
         assert stop() == ""
         send(signal.SIGTERM)
         assert stop() == "SIGTERM"
+        send(signal.SIGHUP, signal.SIGTERM)  # with the first: one request
+        monkeypatch.setattr(interrupts, "TOGETHER", 0)
         with pytest.raises(Interrupted, match="SIGHUP"):
             send(signal.SIGHUP)
 

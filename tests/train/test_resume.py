@@ -1,13 +1,14 @@
 """A run can die at any moment and go on bit for bit; a damaged checkpoint is never trusted."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastbert.train import checkpoint
 from fastbert.train.loop import _Trainer
 from fastbert.train.report import read_metrics
 
@@ -261,6 +263,121 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
         assert shown[1] == "resume: going on from step 3", case
         assert (run / "hf/model.safetensors").read_bytes() == weights, case
         assert_same(original, run, 6)
+
+
+def rewritten(folder: Path, state: dict[str, Any]) -> None:
+    """A state.json whose digest is right, whatever it says."""
+    state.pop("sha256", None)
+    state["sha256"] = checkpoint._digest(state)
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where a value stands in JSON: every key, and the first of every list."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list) and value:
+        items = [(0, value[0])]
+    for key, below in items:
+        yield (*path, key)
+        yield from places(below, (*path, key))
+
+
+RANDOM = ("data", "planner", "rng")
+WRONG: list[Any] = [None, [], {}, "x", True, -1, 1.5, 2**70, -(2**70), math.nan, math.inf]
+
+
+def test_a_state_of_the_wrong_types_is_damage_whatever_its_digest(
+    pretrain: Run, resume: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain("run", "--max-steps 2 --validation-fraction 0 --precision fp16")
+    folder = step_folder(run, 2)
+    text = (folder / "state.json").read_text()
+    found = [
+        path for path in places(json.loads(text)) if path[0] not in ("sha256", "files", "format")
+    ]
+    assert len(found) > 100
+    told = 0
+    for path in found:
+        for wrong in (*WRONG, *(("missing",) if isinstance(path[-1], str) else ())):
+            state = json.loads(text)
+            place = state
+            for key in path[:-1]:
+                place = place[key]
+            if wrong == "missing":
+                del place[path[-1]]
+            else:
+                place[path[-1]] = wrong
+            # A setting may be of any value in its bounds (but is compared with the run's own), a
+            # random state any number, and nothing may wait.
+            free = path[0] in ("recipe", "sizes", "loss_scale") or path[:3] == RANDOM
+            free |= path in (("window", 0), ("data", "pending"), ("data", "planner", "balance"))
+            said = checkpoint._what_is_wrong(state)
+            assert said or free, (path, wrong)
+            told += bool(said)
+            assert len(said) < 300
+    assert told > 800
+
+    capsys.readouterr()
+    cases: list[tuple[str, Any]] = [("tokens", "x"), ("data", []), ("sizes", {}), ("step", 10**30)]
+    cases += [("format", []), ("files", None), ("files", {"weights.safetensors": 1})]
+    for name, value in cases:
+        rewritten(folder, {**json.loads(text), name: value})
+        for asked in ("auto", str(folder)):
+            resume("run", f"--resume {asked}", exit_code=2)
+            assert capsys.readouterr().err.count("\n") == 1
+    state = json.loads(text)
+    state["data"]["planner"]["open"][0][1] = 10**6  # behind its document's end
+    rewritten(folder, state)
+    resume("run", exit_code=2)
+    assert "data position lies behind document" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_config_that_is_not_as_the_run_wrote_it(
+    pretrain: Run, resume: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain("run", "--max-steps 2 --save-steps 1 --validation-fraction 0")
+    path = run / "config.toml"
+    whole = path.read_text()
+    weights = (run / "hf/model.safetensors").read_bytes()
+    changed = whole.replace("max_steps = 2\n", "max_steps = 3\n")
+    for content in (changed, whole[: len(whole) // 2], whole.rpartition("#")[0], "", whole + "\n"):
+        path.write_text(content)
+        capsys.readouterr()
+        resume("run", exit_code=2)
+        assert capsys.readouterr().err == (
+            f"fastbert: error: {path}: was damaged or changed since the run wrote it: put it back "
+            f"or, if that was you, give it as --config {path}\n"
+        )
+    path.write_bytes(b"\xff\xfe" + whole.encode("utf-16-le"))
+    resume("run", exit_code=2)
+    assert "it looks like UTF-16" in capsys.readouterr().err
+    path.write_text(whole)
+    resume("run")
+    assert (run / "hf/model.safetensors").read_bytes() == weights
+    path.write_text(changed)
+    resume("run", f"--resume auto --config {path}")
+    assert step_folder(run, 3).is_dir()
+    resume("run")  # it is sealed anew
+
+
+def test_metrics_of_anything_at_a_resume(pretrain: Run, resume: Run) -> None:
+    run = pretrain("run", "--max-steps 4 --stop-at-step 2 --validation-fraction 0")
+    path = run / "metrics.jsonl"
+    rows = path.read_bytes()
+    assert rows.count(b"\n") == 2
+    others = [b"\x80\xff\0\n", b"[" * 100_000 + b"\n", b'{"step": true, "loss": 1}\n', b"[1]\n"]
+    others += [b'{"step": 1, "loss": "x"}\n', b'{"step": 1, "loss": NaN}\n', b"{}\n", b"\n"]
+    others += [
+        b'{"step": 1, "loss": 1' + b"0" * 400 + b"}\n",
+        b'{"step": null}\n',
+        b'{"step": 2, "lo',
+    ]
+    path.write_bytes(rows + b"".join(others))
+    resume("run")
+    assert path.read_bytes().startswith(rows)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
 
 
 def test_when_every_checkpoint_is_damaged(
