@@ -64,11 +64,11 @@ def ordered_map(
     try:
         for index, item in enumerate(items):
             if len(pool) < workers:
-                pool.append(_Worker(function))
+                pool.append(_Worker())
             if len(waiting) == IN_FLIGHT * workers:
                 yield waiting.popleft().receive()
             worker = pool[index % workers]
-            worker.send(item)
+            worker.send((function, item))
             waiting.append(worker)
         while waiting:
             yield waiting.popleft().receive()
@@ -78,7 +78,7 @@ def ordered_map(
 
 
 class _Worker:
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self) -> None:
         self._connection, theirs = Pipe()
         code = _CODE.format(path=sys.path, fd=theirs.fileno())
         # Ctrl-C goes to the whole group but is for the owner alone: a mask is inherited.
@@ -93,12 +93,11 @@ class _Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()  # or its death would not close the pipe
-        self.send(function)
 
-    def send(self, item: object) -> None:
-        """Hands over an item. The worker always reads, so this never waits for its work."""
+    def send(self, work: tuple[Callable[[Any], Any], Any]) -> None:
+        """Hands over a function and an item. A worker always reads, so it never waits for work."""
         try:
-            self._connection.send(item)
+            self._connection.send(work)
         except OSError:
             raise self._died() from None
 
@@ -116,13 +115,20 @@ class _Worker:
         fate = f"ended with exit code {code}"
         if code < 0:
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            fate = f"was ended by {signal.Signals(-code).name}{hint}"
+            fate = f"was ended by {_signal_name(-code)}{hint}"
         return RunError(f"a worker that reads the data {fate}; start again")
 
     def end(self) -> None:
         self._process.kill()  # it owns nothing that a kill would leave behind
         self._process.wait()
         self._connection.close()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _serve(fd: int) -> None:
@@ -139,17 +145,15 @@ def _serve(fd: int) -> None:
 
     threading.Thread(target=fetch, daemon=True).start()
     with suppress(ConnectionError):
-        function = _called(pickle.loads, inbox.get())
-        while item := inbox.get():
-            done, given = _called(pickle.loads, item)
-            answer = function if not function[0] else (done, given)
-            connection.send(_called(function[1], given) if function[0] and done else answer)
+        while message := inbox.get():
+            connection.send(_answer(message))
 
 
-def _called(function: Callable[[Any], Any], given: Any) -> tuple[bool, Any]:
+def _answer(message: bytes) -> tuple[bool, Any]:
     """Returns (True, result) or (False, the exception)."""
     try:
-        return True, function(given)
+        function, item = pickle.loads(message)
+        return True, function(item)
     except Exception as error:
         return False, _portable(error)
 

@@ -58,8 +58,8 @@ from itertools import islice, repeat
 from time import sleep
 from fastbert.data.parallel import ordered_map
 pids = ordered_map(eval, repeat("__import__('os').getpid()"), 2)
-print(*islice(pids, 2), flush=True)
 try:
+    print(*islice(pids, 2), flush=True)
     for _ in pids:
         sleep(0.01)
 except KeyboardInterrupt:
