@@ -374,7 +374,8 @@ def check_pretrain(config: PretrainConfig) -> None:
     """
     _check_model(config.model, config.max_seq_length)
     _check_path("data", config.data, words=("builtin",))
-    _check_path("tokenizer", config.tokenizer, words=("train",))
+    if not config.resume:  # a run keeps its own
+        _check_path("tokenizer", config.tokenizer, words=("train",))
     _check_path("resume", config.resume, words=("", "auto"))
     if os.path.exists(config.out) and not os.path.isdir(config.out):
         raise UserError(f"out = {config.out!r} is a file: give a folder")

@@ -26,7 +26,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 from fastbert.data.formats import HEAD, JSON, JSON_LINES, TEXT, Format, sniff
 from fastbert.data.parallel import MAX_WORKERS, available_cores, ordered_map
-from fastbert.data.sentences import AUTO, LINE, OURS, script_of, split_sentences
+from fastbert.data.sentences import AUTO, LANGUAGES, LINE, OURS, script_of, split_sentences
 from fastbert.errors import UserError
 
 BUILTIN = "builtin"
@@ -222,7 +222,8 @@ def _parsed(
     if splitter == LINE:
         report.note("each line was taken as one sentence")
     elif splitter not in (AUTO, OURS):
-        report.note(f"sentences were split by sentencex for the language {splitter!r}")
+        told = "" if splitter in LANGUAGES else ", which has no rules of its own for it"
+        report.note(f"sentences were split by sentencex{told}, for the language {splitter!r}")
     if source == BUILTIN:
         for groups in _builtin(report, advance):
             found = True

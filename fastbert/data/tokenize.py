@@ -81,15 +81,25 @@ class WordPiece:
                 for index, token in enumerate(self.tokens)
             ]
         )
+        self._corpus_tokenizer = self._tokenizer
+        if len(special) > len(ROLES):
+            # Special tokens that a user added are meant to stand in texts: only the five roles are
+            # text like any other there.
+            tokens = [
+                {**token, "special": token["id"] in self._role_ids} for token in added.values()
+            ]
+            self._corpus_tokenizer = tokenizer_files.built(
+                json.dumps({**self._state, "added_tokens": tokens}), name
+            )
         said = tokenizer_files.normalization(self._state["normalizer"])
         self.do_lower_case = said["do_lower_case"]
-        decisive = [
-            self.tokens,
-            self._roles,
-            *(self._state[part] for part in ("normalizer", "pre_tokenizer", "added_tokens")),
-            {name: value for name, value in self._state["model"].items() if name != "vocab"},
-        ]
+        parts = ("model", "normalizer", "pre_tokenizer", "added_tokens")
+        decisive = [self._roles, *(self._state[part] for part in parts)]
         self.digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _role_ids(self) -> tuple[int, ...]:
+        return self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id
 
     @property
     def ids(self) -> TokenIds:
@@ -110,19 +120,20 @@ class WordPiece:
 
         Args:
             texts: any strings; one without a word gives an empty list.
-            parse_special: whether "[MASK]" and the like in a text become the special token, as in
-                transformers. In a corpus they must not: they are text like any other.
+            parse_special: whether "[MASK]" and the other four in a text become the special token,
+                as in transformers. In a corpus they must not: they are text like any other.
         """
-        self._tokenizer.encode_special_tokens = not parse_special
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        tokenizer = self._tokenizer if parse_special else self._corpus_tokenizer
+        tokenizer.encode_special_tokens = not parse_special
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def unknown_characters(self, texts: list[str]) -> int:
         """Returns how many characters of texts are in words that become the unknown token."""
-        self._tokenizer.encode_special_tokens = True
+        self._corpus_tokenizer.encode_special_tokens = True
         return sum(
             end - start
-            for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)
+            for encoding in self._corpus_tokenizer.encode_batch(texts, add_special_tokens=False)
             for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
             if index == self.unk_id
         )

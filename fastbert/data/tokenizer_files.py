@@ -42,7 +42,8 @@ _OWN_NORMALIZER = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes that take the normalizer of tokenizer.json and no setting beside it."""
 _BERT_LIKE = (
     *("Bert", "ConvBert", "DistilBert", "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader"),
-    *("Electra", "LayoutLM", "Lxmert", "MobileBert", "Realm", "RetriBert", "SqueezeBert"),
+    *("Electra", "Funnel", "LayoutLM", "Lxmert", "MobileBert", "MPNet", "Realm", "RetriBert"),
+    "SqueezeBert",
     *("VisualBert", "Basic"),
 )
 """Classes, less "Tokenizer" and "TokenizerFast", that read vocab.txt as BERT's does."""
@@ -96,19 +97,13 @@ def read(path: str, asked: dict[str, bool]) -> Description:
     config = os.path.join(folder, CONFIG)
     if path.endswith(".json"):
         state = _read_description(path)
+        settled = _settle(path, state, beside, config)
         said = normalization(state["normalizer"])
-        if beside.tokenizer_class not in _OWN_NORMALIZER:
-            for name, value in beside.settings.items():
-                if said.get(name, value) != value:
-                    raise UserError(
-                        f"{config}: {name} = {_shown(value)}, but the normalizer of {path} says "
-                        f"{_shown(said[name])}: mend one of them"
-                    )
         for name, value in asked.items():
             if said.get(name) != value:
                 own = _shown(said[name]) if name in said else "otherwise, by patterns of its own"
                 raise UserError(f"{path}: {name} = {_shown(value)}, but its normalizer says {own}")
-        return _complete(path, state, beside, ())
+        return _complete(path, state, beside, settled)
     kind = beside.tokenizer_class.removesuffix("Fast").removesuffix("Tokenizer")
     if kind and kind not in _BERT_LIKE and beside.tokenizer_class not in _OWN_NORMALIZER:
         raise UserError(
@@ -131,6 +126,44 @@ def read(path: str, asked: dict[str, bool]) -> Description:
             "text never meets; --no-do-lower-case keeps the text as it is",
         )
     return _complete(path, state, beside, notes)
+
+
+_FIELDS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+    "clean_text": "clean_text",
+}
+
+
+def _settle(path: str, state: dict[str, Any], beside: _Beside, config: str) -> tuple[str, ...]:
+    """Gives tokenizer_config.json its way over the normalizer, as transformers 4 and 5 do.
+
+    Returns what is to be said of it.
+
+    Raises:
+        UserError: it contradicts a normalizer that is not BERT's own.
+    """
+    if beside.tokenizer_class in _OWN_NORMALIZER:
+        return ()
+    normalizer, notes = state["normalizer"], []
+    said = normalization(normalizer)
+    for name, value in beside.settings.items():
+        if said.get(name, value) == value:
+            continue
+        if normalizer is None or normalizer["type"] != "BertNormalizer":
+            raise UserError(
+                f"{config}: {name} = {_shown(value)}, but the normalizer of {path} says "
+                f"{_shown(said[name])}: mend one of them"
+            )
+        notes.append(
+            f"{config}: {name} = {_shown(value)} is followed, as transformers does, where "
+            f"{os.path.basename(path)} says {_shown(said[name])}"
+        )
+    for name, value in beside.settings.items() if notes else ():
+        if name in _FIELDS:
+            normalizer[_FIELDS[name]] = value
+    return tuple(notes)
 
 
 def _shown(value: bool) -> str:
@@ -393,8 +426,9 @@ def _held_stderr() -> Iterator[None]:
 
 def _read_text(path: str, what: str) -> str:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return file.read()
+        with open(path, encoding="utf-8", newline="") as file:
+            text = file.read()
+        return text if text.startswith("\ufeff\n") else text.removeprefix("\ufeff")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -404,7 +438,9 @@ def _read_text(path: str, what: str) -> str:
 def _read_vocabulary(path: str) -> list[str]:
     what = "a vocabulary holds one token per line"
     # Lines end at a line feed and nowhere else: Chinese BERT has a token that is a line separator.
-    lines = [line.removesuffix("\r") for line in _read_text(path, what).split("\n")]
+    lines = _read_text(path, what).split("\n")
+    if all(line.endswith("\r") for line in lines[:-1]):
+        lines = [line.removesuffix("\r") for line in lines]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
@@ -444,6 +480,8 @@ def _read_description(path: str) -> dict[str, Any]:
     state = json.loads(built(content, path).to_str())  # in today's form, every field there
     if state["model"].get("type") != "WordPiece":
         raise UserError(f"{path}: its model is not WordPiece, which BERT needs")
+    if not state["model"]["max_input_chars_per_word"]:
+        raise UserError(f"{path}: max_input_chars_per_word = 0 makes every word unknown")
     return dict(state)
 
 
@@ -452,6 +490,12 @@ def _read_beside(folder: str) -> _Beside:
     path = os.path.join(folder, CONFIG)
     if os.path.isfile(path):
         _read_config(path, beside)
+    path = os.path.join(folder, "config.json")
+    if not beside.tokenizer_class and os.path.isfile(path):
+        model = _read_json(path)
+        beside.tokenizer_class = str(
+            (isinstance(model, dict) and model.get("tokenizer_class")) or ""
+        )
     path = os.path.join(folder, SPECIAL_MAP)
     if os.path.isfile(path):
         _read_special(path, _object(path, _read_json(path)), beside)
@@ -483,6 +527,9 @@ def _read_config(path: str, beside: _Beside) -> None:
         if not isinstance(value, bool):
             raise UserError(f"{path}: {name} = {json.dumps(value)} must be true or false")
         beside.settings[name] = value
+    for name, usual in (("word_tokenizer_type", "basic"), ("subword_tokenizer_type", "wordpiece")):
+        if config.get(name, usual) != usual:
+            raise UserError(f"{path}: {name} = {json.dumps(config[name])} must be {usual!r}")
     prefix = config.get("wordpieces_prefix", "##")
     if not isinstance(prefix, str):
         raise UserError(f"{path}: wordpieces_prefix = {json.dumps(prefix)} must be a string")
@@ -513,6 +560,9 @@ def _read_special(path: str, names: dict[str, Any], beside: _Beside) -> None:
                 f"{path}: {role}_token = {content!r}, but {CONFIG} beside it says "
                 f"{beside.roles[role]!r}: mend one of them"
             )
+    for role in ("bos", "eos"):
+        if names.get(f"{role}_token") is not None:
+            beside.added.append({**_added(path, names[f"{role}_token"], None), "special": True})
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = names.get(name)
         if isinstance(more, dict):  # by a name of its own

@@ -41,8 +41,12 @@ _ACCENTS = (
 )
 _ACCENTED = ("LATIN", "GREEK", "CYRILLIC")
 
-# Written without spaces: a "word" is a phrase. Chinese is not here: BERT parts its characters.
-_SPACELESS = "\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff\ua9e0-\ua9ff\uaa60-\uaa7f"
+# Written without spaces: a "word" is a phrase. Thai, Lao, Burmese, Khmer, Tai, Balinese, Javanese,
+# Cham, kana. Chinese is not here: BERT parts its characters.
+_SPACELESS = (
+    "\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u1b00-\u1b7f"
+    "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\ua980-\uaaff"
+)
 _RUN = re.compile(f"[{_SPACELESS}]+")
 _PHRASE = 50
 """Letters, each with its marks, of the longest piece of a phrase that is one word to WordPiece."""
@@ -61,10 +65,10 @@ def learn(
     breaks ties between merges by these numbers. So the words are counted here, the characters are
     numbered beforehand, and the trainer reads the words in sorted order.
 
-    Thai, Lao, Khmer and Burmese, written without spaces, are parted into words by ICU's
-    dictionaries to learn from. A text to be encoded is not: its phrases become the longest pieces
-    that the vocabulary has, so each word of theirs is there as the start of a phrase and as its
-    continuation, and ids need nothing but tokenizer.json.
+    Thai, Lao, Khmer, Burmese and kana, written without spaces, are parted into words by ICU's
+    dictionaries to learn from, others like them into syllables. A text to be encoded is not: its
+    phrases become the longest pieces that the vocabulary has, so each word of theirs is there as
+    the start of a phrase and as its continuation, and ids need nothing but tokenizer.json.
     """
     state, notes = _normalization(chunks, do_lower_case, strip_accents)
     words = _words(chunks, state)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -226,6 +227,11 @@ def prepare_data(
         )
         changed = found.meta["fingerprint"] != key
     if changed and begun:
+        if found and found.meta and found.meta["vocab_digest"] != tokenizer.digest:
+            raise UserError(
+                f"{tokenizer_folder}: is not the tokenizer that the run in {run} began with: put "
+                "it back as it was, or start a new run with another --out"
+            )
         raise UserError(
             f"data = {config.data!r} has changed since the run in {run} began: put it back as "
             "it was, or start a new run with another --out"
@@ -318,17 +324,27 @@ def _write_config(config: PretrainConfig, run: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _written(run: Path, name: str) -> object:
+    """A setting of a run's config.toml, None where that does not tell."""
+    with suppress(OSError, ValueError):
+        return tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get(name)
+    return None
+
+
 def _tokenizer(config: PretrainConfig, of_run: Path) -> WordPiece:
     settings = (config.do_lower_case, config.strip_accents)
-    given = WordPiece.load(config.tokenizer, *settings) if config.tokenizer != "train" else None
     if config.resume and (of_run / "tokenizer.json").exists():
         tokenizer = WordPiece.load(of_run, *settings)
-        if given is not None and given.digest != tokenizer.digest:
-            raise UserError(
-                f"tokenizer = {config.tokenizer!r} is not the one in {of_run}, which this run "
-                "began with: leave it out to go on, or start a new run with another --out"
-            )
+        # What the run itself began with needs not be there any more.
+        if config.tokenizer not in ("train", _written(of_run.parent, "tokenizer")):
+            other = WordPiece.load(config.tokenizer, *settings)
+            if other.digest != tokenizer.digest:
+                raise UserError(
+                    f"tokenizer = {config.tokenizer!r} is not the one in {of_run}, which this run "
+                    "began with: leave it out to go on, or start a new run with another --out"
+                )
         return tokenizer
+    given = WordPiece.load(config.tokenizer, *settings) if config.tokenizer != "train" else None
     if given is not None:
         for note in given.notes:
             say(f"tokenizer: {note}")
@@ -340,7 +356,11 @@ def _tokenizer(config: PretrainConfig, of_run: Path) -> WordPiece:
         config.strip_accents,
         progress=True,
     )
-    say(f"tokenizer: WordPiece trained, {tokenizer.vocab_size:,} tokens")
+    fewer = f" of {config.vocab_size:,} asked for: the text has no more"
+    say(
+        f"tokenizer: WordPiece trained, {tokenizer.vocab_size:,} tokens"
+        f"{fewer if tokenizer.vocab_size < config.vocab_size else ''}"
+    )
     for note in tokenizer.notes:
         say(f"tokenizer: {note}")
     return tokenizer

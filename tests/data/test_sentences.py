@@ -1,5 +1,6 @@
 # ruff: noqa: RUF001  (the texts are in their own scripts)
 import builtins
+import time
 
 import pytest
 
@@ -41,6 +42,24 @@ def test_sentences_by_script(script, sentences):
     assert split_sentences(f"  {text}\n") == sentences
 
 
+NOT_ENDS = [
+    ["তারিখ ১৬.১২.১৯৭১ ছিল।", "হ্যাঁ।"],
+    ["कीमत ३.५ रुपये है।", "डॉ. शर्मा आए।", "ठीक।"],
+    ["قیمت ۳.۵ است.", "د. علی آمد.", "بله."],
+    ["ร.ต.อ.สมชาย", "พ.ศ.2554"],
+    ["날짜는 2020. 5. 5.", "좋다."],
+    ["А. С. Пушкин и М. Ю. Лермонтов.", "Конец."],
+    ["តម្លៃ ៣.៥ ដុល្លារ។", "ទីពីរ។"],
+    ["ሰላም፡፡", "እንዴት ነህ፧"],
+    ["Oui…", "C'est tout.", "Fin."],
+]
+
+
+@pytest.mark.parametrize("sentences", NOT_ENDS)
+def test_a_full_stop_inside_a_number_or_a_name_ends_nothing(sentences):
+    assert split_sentences(" ".join(sentences)) == sentences
+
+
 def test_a_few_foreign_letters_change_nothing():
     text = "The angle α is π/2. In Thai it is มุม. Done."
     assert script_of(text) == ("", "")
@@ -63,8 +82,12 @@ def test_a_line_is_a_sentence_where_it_is_said():
     [
         ("auto", ["Am 5.", "Mai.", "这是。", "好。"], "Chinese text was split into sentences"),
         ("line", ["Am 5. Mai.", "这是。好。"], "each line was taken as one sentence"),
-        ("de", ["Am 5. Mai.", "这是。", "好。"], "by sentencex for the language 'de'"),
-        ("zh", ["Am 5.", "Mai.", "这是。", "好。"], "by sentencex for the language 'zh'"),
+        ("de", ["Am 5. Mai.", "这是。", "好。"], "by sentencex, for the language 'de'"),
+        (
+            "zh",
+            ["Am 5.", "Mai.", "这是。", "好。"],
+            "has no rules of its own for it, for the language 'zh'",
+        ),
     ],
 )
 def test_a_corpus_says_how_it_was_split(tmp_path, splitter, sentences, note):
@@ -80,6 +103,35 @@ def test_nothing_is_lost(splitter):
     text = " ".join(" ".join(sentences) for _, sentences in BY_SCRIPT.values())
     parts = split_sentences(text, splitter)
     assert "".join("".join(parts).split()) == "".join(text.split())
+
+
+def test_a_script_that_begins_late_decides_where_it_prevails():
+    sentences = ["यह पहला वाक्य है।", "यह दूसरा है।"] * 20
+    found = split_sentences("word " * 60 + " ".join(sentences))
+    assert found[1:] == sentences[1:]
+    assert split_sentences("One. " + " ".join(sentences)) == ["One.", *sentences]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "这是第一句。这是第二句！",
+        "これは文です。次の文！",
+        "ሰላም።እንዴት ነህ፧",
+        "यह है।यह।",
+        "क.ख.",
+        "这是",
+    ],
+)
+def test_a_megabyte_without_spaces_takes_linear_time(text):
+    def seconds(copies):
+        begun = time.process_time()
+        parts = split_sentences(text * copies)
+        assert "".join("".join(parts).split()) == "".join((text * copies).split())
+        return time.process_time() - begun
+
+    # Ten times the text: a hundred times the time where it grows with the square.
+    assert min(seconds(40_000) for _ in range(2)) < 30 * max(seconds(4_000), 0.02)
 
 
 @pytest.mark.parametrize("text", ["." * 10**6, "。" * 10**6, "ก " * 10**5, '("' * 10**5])

@@ -5,6 +5,7 @@ import unicodedata
 
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers
+from transformers import AutoTokenizer, BertTokenizer
 
 from fastbert.data.tokenize import WordPiece
 from fastbert.data.tokenizer_files import SPECIAL_TOKENS
@@ -120,6 +121,7 @@ def test_special_tokens_of_other_names(tmp_path, file, form):
         ({"added_tokens_decoder": [1]}, {}, "must hold one JSON object"),
         ({"additional_special_tokens": "x"}, {}, "must be a list of tokens"),
         ({"added_tokens_decoder": {"13": {"content": "x", "lstrip": 1}}}, {}, "true or false"),
+        ({"additional_special_tokens": [5]}, {}, "must be a token"),
         ({"tokenizer_class": "BertJapaneseTokenizer"}, {}, "'BertJapaneseTokenizer' beside it"),
         ({"wordpieces_prefix": 1}, {}, "wordpieces_prefix = 1 must be a string"),
     ],
@@ -162,8 +164,6 @@ def test_a_flag_says_it_where_no_file_does(tmp_path):
 @pytest.mark.parametrize("accents", [None, True, False])
 @pytest.mark.parametrize("chinese", [True, False])
 def test_folders_that_transformers_saves(tmp_path, lower, accents, chinese):
-    from transformers import BertTokenizer
-
     vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
     theirs = BertTokenizer(
         vocab, do_lower_case=lower, strip_accents=accents, tokenize_chinese_chars=chinese
@@ -177,15 +177,49 @@ def test_folders_that_transformers_saves(tmp_path, lower, accents, chinese):
     assert WordPiece.load(tmp_path).encode_batch([text]) == [ids]
 
 
-def test_tokenizer_json_and_its_config_must_agree(tmp_path):
+def test_config_has_its_way_over_tokenizer_json(tmp_path):
     WordPiece.load(vocabulary(tmp_path), strip_accents=False).save(tmp_path)
-    write(tmp_path, "tokenizer_config.json", {"strip_accents": True})
-    with pytest.raises(UserError, match=r"strip_accents = true, but the normalizer of .* false"):
+    config = {"strip_accents": True, "tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    write(tmp_path, "tokenizer_config.json", config)
+    wordpiece = WordPiece.load(tmp_path)
+    assert words(wordpiece) == "er mochte er mochte"
+    assert "strip_accents = true is followed" in wordpiece.notes[0]
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs([TEXT], add_special_tokens=False)["input_ids"]
+    assert wordpiece.encode_batch([TEXT]) == ids
+    with pytest.raises(UserError, match="strip_accents = false, but its normalizer says true"):
+        WordPiece.load(tmp_path, strip_accents=False)
+
+
+def test_config_cannot_change_another_normalizer(tmp_path):
+    tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate(SPECIAL_TOKENS)}))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", {"do_lower_case": False})
+    with pytest.raises(UserError, match=r"do_lower_case = false, but the normalizer of .* true"):
         WordPiece.load(tmp_path)
-    write(tmp_path, "tokenizer_config.json", {"strip_accents": False, "do_lower_case": True})
-    assert words(WordPiece.load(tmp_path)) == TEXT.lower()
-    with pytest.raises(UserError, match="strip_accents = true, but its normalizer says false"):
-        WordPiece.load(tmp_path, strip_accents=True)
+
+
+def test_special_tokens_that_a_user_added_are_tokens_in_a_corpus(tmp_path):
+    path = vocabulary(tmp_path, additional_special_tokens=["[USER]", "er"], bos_token="[BOS]")
+    wordpiece = WordPiece.load(path)
+    text = "[USER] er [MASK] [BOS]"
+    assert words(wordpiece, text) == "[USER] er [UNK] [UNK] [UNK] [BOS]"
+    assert words(wordpiece, text, parse_special=True) == "[USER] er [MASK] [BOS]"
+    assert wordpiece.special_ids.tolist() == [0, 1, 2, 3, 4, 8, 13, 14]
+
+
+def test_a_class_that_stands_in_config_json(tmp_path):
+    path = vocabulary(tmp_path, do_lower_case=False)
+    write(tmp_path, "config.json", {"tokenizer_class": "BertJapaneseTokenizer"})
+    with pytest.raises(UserError, match="BertJapaneseTokenizer"):
+        WordPiece.load(path)
+    write(tmp_path, "config.json", {"tokenizer_class": "BertTokenizer"})
+    assert WordPiece.load(path).vocab_size == 13
+    vocabulary(tmp_path, word_tokenizer_type="mecab")
+    with pytest.raises(UserError, match="word_tokenizer_type = \"mecab\" must be 'basic'"):
+        WordPiece.load(path)
 
 
 def test_normalizer_of_patterns_cannot_be_asked_for_accents(tmp_path):
@@ -197,14 +231,17 @@ def test_normalizer_of_patterns_cannot_be_asked_for_accents(tmp_path):
         WordPiece.load(tmp_path, strip_accents=True)
 
 
-@pytest.mark.parametrize("token", ["\u2028", "\u00a0", "\u3000", "\x85", "\x0b", "\x1c", " "])
+@pytest.mark.parametrize(
+    "token", ["\u2028", "\u00a0", "\r", "x\r", "\u3000", "\x85", "\x0b", "\x1c", " "]
+)
 def test_only_an_empty_line_is_blank(tmp_path, token):
     wordpiece = WordPiece.load(vocabulary(tmp_path, (*SPECIAL_TOKENS, token, "er")))
     assert wordpiece.tokens == [*SPECIAL_TOKENS, token, "er"]
     wordpiece.save(tmp_path / "saved")
     assert WordPiece.load(tmp_path / "saved").digest == wordpiece.digest
-    (tmp_path / "saved" / "tokenizer.json").unlink()
-    assert WordPiece.load(tmp_path / "saved").tokens == wordpiece.tokens
+    if "\r" not in token:  # which other programs would take for a line's end: no vocab.txt
+        (tmp_path / "saved" / "tokenizer.json").unlink()
+        assert WordPiece.load(tmp_path / "saved").tokens == wordpiece.tokens
 
 
 def test_vocabulary_with_line_ends_of_windows_and_a_mark(tmp_path):
@@ -243,6 +280,14 @@ def test_digest_covers_all_that_changes_ids(tmp_path):
         write(tmp_path, "tokenizer.json", content)
         digests.add(WordPiece.load(tmp_path / "tokenizer.json").digest)
         assert len(digests) == number
+    tokens = [*state["model"]["vocab"], "zzz"]
+    joined = {"id": 13, "content": "zzz", "special": False, **added}
+    for vocab in (tokens, tokens[:-1]):  # the model's own word, or none of its
+        model = {**state["model"], "vocab": {token: i for i, token in enumerate(vocab)}}
+        content = {**state, "model": model, "added_tokens": [*state["added_tokens"], joined]}
+        write(tmp_path, "tokenizer.json", content)
+        digests.add(WordPiece.load(tmp_path / "tokenizer.json").digest)
+    assert len(digests) == len(changed) + 3
     write(tmp_path, "tokenizer.json", {**state, "truncation": None, "post_processor": None})
     assert WordPiece.load(tmp_path).digest in digests  # set by us, whatever the file says
 
