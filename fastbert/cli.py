@@ -98,6 +98,12 @@ def _run(args: list[str]) -> int:
         if isinstance(error, MemoryError) or "can't allocate memory" in reason:
             return _fail(f"error: out of memory: give smaller sizes ({reason[:300]})", 1)
         return _fail(f"failed: {reason} (run again with --debug for the traceback)", 1)
+    except BaseException as error:
+        # A library in Rust that meets what it holds for impossible: no Exception, on purpose.
+        if debug or type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        return _fail(f"failed: a library broke down: {reason} (--debug shows where)", 1)
     return status
 
 
