@@ -14,7 +14,6 @@ import platform
 import re
 import shutil
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -82,7 +81,6 @@ def _run(args: list[str]) -> int:
     except Interrupted as interrupt:
         if debug:
             raise
-        traceback.clear_frames(interrupt.__traceback__)  # whose progress bars end before our line
         by = "" if interrupt.exit_code == INTERRUPTED else f" by {interrupt.name}"
         return _fail(f"interrupted{by}", interrupt.exit_code)
     except KeyboardInterrupt:
@@ -108,7 +106,10 @@ def _run(args: list[str]) -> int:
 
 
 def _fail(line: str, status: int) -> int:
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     with suppress(OSError, ValueError):  # nobody hears it
+        for bar in list(getattr(tqdm, "_instances", ())):  # an iterator of Rust's may hold one
+            bar.close()
         print(f"fastbert: {line}", file=sys.stderr, flush=True)
     return status
 
