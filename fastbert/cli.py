@@ -14,7 +14,6 @@ import platform
 import re
 import shutil
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -82,7 +81,6 @@ def _run(args: list[str]) -> int:
     except Interrupted as interrupt:
         if debug:
             raise
-        traceback.clear_frames(interrupt.__traceback__)  # whose progress bars end before our line
         by = "" if interrupt.exit_code == INTERRUPTED else f" by {interrupt.name}"
         return _fail(f"interrupted{by}", interrupt.exit_code)
     except KeyboardInterrupt:
@@ -98,11 +96,20 @@ def _run(args: list[str]) -> int:
         if isinstance(error, MemoryError) or "can't allocate memory" in reason:
             return _fail(f"error: out of memory: give smaller sizes ({reason[:300]})", 1)
         return _fail(f"failed: {reason} (run again with --debug for the traceback)", 1)
+    except BaseException as error:
+        # A library in Rust that meets what it holds for impossible: no Exception, on purpose.
+        if debug or type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        return _fail(f"failed: a library broke down: {reason} (--debug shows where)", 1)
     return status
 
 
 def _fail(line: str, status: int) -> int:
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     with suppress(OSError, ValueError):  # nobody hears it
+        for bar in list(getattr(tqdm, "_instances", ())):  # an iterator of Rust's may hold one
+            bar.close()
         print(f"fastbert: {line}", file=sys.stderr, flush=True)
     return status
 

@@ -40,6 +40,7 @@ _MOST_WORDS = 10**6  # that a tokenizer can learn
 _MOST_WORKERS = 256
 _MOST_AHEAD = 256
 _LARGEST_SEED = 2**63 - 1
+_MOST_DROPOUT = 0.99  # the kernels keep no bit beyond 0.998
 
 _KINDS: dict[type, str] = {
     bool: "true or false",
@@ -243,10 +244,10 @@ class ModelConfig:
         choices=("gelu", "gelu_new", "gelu_pytorch_tanh"),
     )
     hidden_dropout_prob: float = _setting(
-        0.1, "dropout of hidden states", "model", at_least=0, less_than=1
+        0.1, "dropout of hidden states", "model", at_least=0, at_most=_MOST_DROPOUT
     )
     attention_probs_dropout_prob: float = _setting(
-        0.1, "dropout of attention probabilities", "model", at_least=0, less_than=1
+        0.1, "dropout of attention probabilities", "model", at_least=0, at_most=_MOST_DROPOUT
     )
     max_position_embeddings: int = _setting(
         512, "longest sequence, tokens", "model", at_least=1, at_most=_LONGEST
@@ -525,14 +526,18 @@ class PretrainConfig:
         "tiny", "preset (" + ", ".join(PRESETS) + ") or path of a config.json", "model"
     )
     hidden_dropout_prob: float | None = _setting(
-        None, "dropout of hidden states (none = the model's own)", "model", at_least=0, less_than=1
+        None,
+        "dropout of hidden states (none = the model's own)",
+        "model",
+        at_least=0,
+        at_most=_MOST_DROPOUT,
     )
     attention_probs_dropout_prob: float | None = _setting(
         None,
         "dropout of attention probabilities (none = the model's own)",
         "model",
         at_least=0,
-        less_than=1,
+        at_most=_MOST_DROPOUT,
     )
 
     data: str = _setting("builtin", "text file or folder of text files, or builtin", "data")

@@ -14,7 +14,12 @@ import torch
 LONGEST = (
     *("benchmarks/test_gpu.py", "benchmarks/test_bench_step.py", "data/test_workers.py"),
     *("train/test_resume.py", "benchmarks/test_report.py", "kernels/test_attention.py"),
-    *("train/test_recipes.py", "data/test_pack.py", "benchmarks/test_bench_suite.py"),
+    *(
+        "train/test_recipes.py",
+        "test_fuzz.py",
+        "data/test_pack.py",
+        "benchmarks/test_bench_suite.py",
+    ),
     *("benchmarks/test_launches.py", "kernels/test_cpu.py", "benchmarks/test_gpu_step.py"),
     *("benchmarks/test_profile.py", "kernels/test_properties.py", "test_bad_input.py"),
     *("benchmarks/test_bench_kernels.py", "benchmarks/test_host_packages.py"),

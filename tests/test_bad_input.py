@@ -219,6 +219,26 @@ def test_bad_models(folder: Folder) -> None:
     folder.succeeds(model=path)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 10**7}, "hidden_size = 10000000 must be at least 1 and at most 65536"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000 must be at least 1 and at"),
+        ({"vocab_size": 10**9}, "vocab_size = 1000000000 must be at least 1 and at most"),
+        (
+            {"hidden_size": 2**16, "num_hidden_layers": 100},
+            "M parameters x 16 bytes of weights, gradients and moments), but",
+        ),
+        ({"hidden_size": 2**14, "num_hidden_layers": 1000}, " GiB are free on cpu: give a smaller"),
+    ],
+)
+def test_a_model_that_cannot_be(folder: Folder, sizes: dict[str, int], message: str) -> None:
+    path = folder.write("m.json", json.dumps(SIZES | sizes))
+    started = time.process_time()
+    folder.refused(str(path), message, model=path)
+    assert time.process_time() - started < 5
+
+
 # Settings
 
 
@@ -232,6 +252,16 @@ def test_bad_models(folder: Folder) -> None:
         ({"max_steps": 0}, "max_steps = 0 must be at least 1"),
         ({"tokens_per_batch": 16}, "tokens_per_batch = 16 must be at least max_seq_length = 32"),
         ({"vocab_size": 5}, "vocab_size = 5 must be at least 100"),
+        ({"num_threads": 10**6}, "num_threads = 1000000 must be at least 0 and at most 1024"),
+        ({"dataloader_num_workers": 10**20}, f"{10**20} must be at least 0 and at most 256"),
+        ({"max_eval_batches": 10**20}, f"{10**20} must be at least 1 and at most 100000"),
+        ({"tokens_per_batch": 2**31}, "tokens_per_batch = 2147483648 must be at least 8 and at"),
+        (
+            {"gradient_accumulation_steps": 2**16, "tokens_per_batch": 2**24},
+            "tokens_per_batch = 16777216 with gradient_accumulation_steps = 65536",
+        ),
+        ({"hidden_dropout_prob": 1 - 1e-9}, "must be at least 0 and at most 0.99"),
+        ({"device": "cuda:128"}, "device = 'cuda:128' must be auto, cpu, cuda or cuda:N"),
         ({"device": "gpu"}, "device = 'gpu' must be auto, cpu, cuda or cuda:N"),
         ({"resume": "nowhere"}, "resume = 'nowhere': no such file or folder"),
         ({"config": "nowhere.toml"}, "nowhere.toml: cannot be read"),

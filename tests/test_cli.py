@@ -116,6 +116,22 @@ def test_errors_are_one_line(
         cli.main(["pretrain", "--debug"])
 
 
+class PanicException(BaseException):
+    """As a library in Rust raises it."""
+
+
+def test_a_panic_is_one_line(
+    rooms: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rooms.error = PanicException("index out of\nbounds")
+    assert cli.main(["pretrain"]) == 1
+    assert capsys.readouterr().err == (
+        "fastbert: failed: a library broke down: index out of bounds (--debug shows where)\n"
+    )
+    with pytest.raises(PanicException):
+        cli.main(["pretrain", "--debug"])
+
+
 BAD_REQUESTS = [
     ("pretrian", "unknown command 'pretrian': did you mean 'pretrain'? (pretrain, bench,"),
     ("--seed 1 pretrain", "--seed stands before the command: write fastbert COMMAND --seed"),

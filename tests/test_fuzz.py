@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -214,7 +215,8 @@ def edge(rng: random.Random, setting: Setting) -> Any:
     bound = rng.choice([bound for bound in bounds if bound is not None])
     if setting.type is int:
         return int(bound) + rng.choice([-1, 0, 1])
-    return rng.choice([bound, bound * 1.0000001, bound * 0.9999999, -bound, bound - 1e-12])
+    beside = [math.nextafter(bound, toward) for toward in (-math.inf, math.inf)]
+    return rng.choice([bound, *beside, -bound, bound * 0.9999999])
 
 
 def json_text(value: Any) -> str:
@@ -337,7 +339,8 @@ def test_what_a_run_wrote(place: Place, case: int) -> None:
             source = out / "checkpoints" / f"step-00000{rng.randrange(1, 4)}"
             shutil.copytree(source, out / "checkpoints" / copied, dirs_exist_ok=True)
         else:
-            shutil.rmtree(path.parent) if path.parent.name.startswith("step-") else path.unlink()
+            gone = path.parent if path.parent.name.startswith("step-") else path
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
             path.parent.mkdir(exist_ok=True)
     status, _ = place.resumed(out)
     if status == 0:

@@ -192,19 +192,41 @@ def free_memory(device: torch.device) -> int:
         free = sum(int(lines[key].split()[0]) for key in ("MemAvailable", "SwapFree")) * 1024
     except (OSError, KeyError, ValueError):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit, used, cache in (
-        ("memory.max", "memory.current", "file "),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache "),
-    ):
-        group = Path("/sys/fs/cgroup")
-        try:
-            room = int((group / limit).read_text()) - int((group / used).read_text())
-            stat = (group / limit).with_name("memory.stat").read_text().splitlines()
-        except (OSError, ValueError):  # no control group, or "max"
-            continue
-        room += sum(int(line.split()[1]) for line in stat if line.startswith(cache))
-        free = min(free, max(room, 0))
+    for room in _control_groups():
+        free = min(free, room)
     return free
+
+
+def _control_groups(
+    root: Path = Path("/sys/fs/cgroup"), process: str = "/proc/self/cgroup"
+) -> list[int]:
+    """Bytes left under each memory limit that the process stands under: a container's, a job's."""
+    try:
+        lines = [line.strip().split(":", 2) for line in Path(process).read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers == "":
+            top, limit, used, cache = root, "memory.max", "memory.current", "file "
+        elif "memory" in controllers.split(","):
+            top = root / "memory"
+            limit, used, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache "
+        else:
+            continue
+        own = top / path.lstrip("/")
+        # Inside a container, its group is the root that is seen, whatever the path says.
+        for group in {own, *own.parents, top}:
+            if group != top and top not in group.parents:
+                continue
+            try:
+                room = int((group / limit).read_text()) - int((group / used).read_text())
+                stat = (group / "memory.stat").read_text().splitlines()
+            except (OSError, ValueError):  # none there, or "max"
+                continue
+            room += sum(int(line.split()[1]) for line in stat if line.startswith(cache))
+            found.append(max(room, 0))
+    return found
 
 
 def check_memory(

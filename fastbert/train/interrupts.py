@@ -65,6 +65,10 @@ class _Signals:
             if not self.holding:
                 raise Interrupted(number)
         elif time.monotonic() - self.raised_at > PATIENCE:
+            with suppress(OSError):
+                os.write(
+                    2, f"\nfastbert: ended at once by {signal.Signals(number).name}\n".encode()
+                )
             os._exit(128 + number)
 
     def let_go_of_terminals(self) -> None:

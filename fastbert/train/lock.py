@@ -113,6 +113,11 @@ def _take(path: Path, descriptor: int, made: bool, told: list[str]) -> bool:
         )
     if not made:
         holder = _holder(descriptor)
+        if not holder and os.fstat(descriptor).st_size:
+            raise UserError(
+                f"{path} is no lock of a run, or damaged: name another folder, or delete it if "
+                "nobody works there"
+            )
         reason = _why_alive(path, descriptor, holder, flock=bool(works))
         if reason:
             raise _in_use(path, holder, reason)

@@ -60,8 +60,11 @@ def pretrain(
             another: (the tokenizer, the folder it is saved in).
 
     Raises:
-        UserError: a bad request: missing files, a run already there, a damaged checkpoint.
-        RunError: the run failed: disk full, three non-finite gradients in a row.
+        UserError: a bad request: missing files, a run already there or at work, a damaged
+            checkpoint, a model that cannot fit.
+        RunError: the run failed: disk full, three non-finite gradients in a row; or it was stopped
+            by a signal and has saved itself.
+        Interrupted: a signal came before or after the training, or a second one amid it.
     """
     if config.num_threads:
         check_threads(config.num_threads)

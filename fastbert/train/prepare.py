@@ -135,7 +135,10 @@ def _run_of(checkpoint: Path, out: str) -> Path:
 
 @contextmanager
 def taken_back_on_failure(run: Path) -> Iterator[None]:
-    """Removes what a new run has written if its preparation fails, so that it can start again."""
+    """Removes what a new run has written if its preparation fails, so that it can start again.
+
+    The folder is there already, and held.
+    """
     is_new = _is_empty(run)
     try:
         yield

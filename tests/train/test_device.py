@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,31 @@ def four_gib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_free_memory_is_that_of_the_machine() -> None:
     assert 2**28 < room.free_memory(CPU) < 2**50
+
+
+@pytest.mark.parametrize(
+    ("line", "group", "limit", "used", "cache"),
+    [
+        ("0::/job/step", "job", "memory.max", "memory.current", "file"),
+        ("0::/../elsewhere", "", "memory.max", "memory.current", "file"),
+        (
+            *("5:cpu,memory:/docker/1", "memory/docker/1", "memory.limit_in_bytes"),
+            *("memory.usage_in_bytes", "total_cache"),
+        ),
+    ],
+)
+def test_free_memory_is_that_of_the_control_group(
+    tmp_path: Path, line: str, group: str, limit: str, used: str, cache: str
+) -> None:
+    (tmp_path / "cgroup").write_text(f"1:name=systemd:/x\n{line}\nbroken\n")
+    folder = tmp_path / "fs" / group
+    folder.mkdir(parents=True)
+    (folder / limit).write_text("1000\n")
+    (folder / used).write_text("700\n")
+    (folder / "memory.stat").write_text(f"anon 500\n{cache} 150\n")
+    assert room._control_groups(tmp_path / "fs", str(tmp_path / "cgroup")) == [450]
+    (folder / limit).write_text("max\n")
+    assert room._control_groups(tmp_path / "fs", str(tmp_path / "cgroup")) == []
 
 
 @pytest.mark.usefixtures("four_gib")

@@ -58,7 +58,9 @@ def test_the_first_is_raised_and_the_next_tear_nothing(
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_one_that_comes_later_still_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_comes_later_still_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     ended: list[int] = []
     monkeypatch.setattr(interrupts.os, "_exit", ended.append)
 
@@ -75,6 +77,7 @@ def test_one_that_comes_later_still_ends_the_process(monkeypatch: pytest.MonkeyP
     with pytest.raises(Interrupted):
         work()
     assert ended == [130]
+    assert capfd.readouterr().err == "\nfastbert: ended at once by SIGINT\n"
 
 
 def test_noted_where_a_run_saves_itself(monkeypatch: pytest.MonkeyPatch) -> None:

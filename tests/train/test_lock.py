@@ -100,9 +100,17 @@ def test_containers_count_processes_apart(tmp_path: Path, monkeypatch: pytest.Mo
         pass
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": "x"}', "\0" * 9, "[" * 10**5])
-def test_a_lock_file_that_says_nothing(tmp_path: Path, kind: str, content: str) -> None:
+@pytest.mark.parametrize("content", ["{", "[1]", '{"pid": "x"}', "\0" * 9, "[" * 10**5])
+def test_a_file_that_is_no_lock_is_not_touched(tmp_path: Path, kind: str, content: str) -> None:
     (tmp_path / lock.NAME).write_text(content)
+    os.utime(tmp_path / lock.NAME, (0, 0))
+    with pytest.raises(UserError, match=r"run\.lock is no lock of a run, or damaged: name another"):
+        locked(tmp_path, print).__enter__()
+    assert (tmp_path / lock.NAME).read_text() == content
+
+
+def test_a_lock_file_that_says_nothing_yet(tmp_path: Path, kind: str) -> None:
+    (tmp_path / lock.NAME).touch()
     if kind == "none":
         with pytest.raises(UserError, match="in use by another process, renewed"):
             locked(tmp_path, print).__enter__()
