@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,17 +10,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+# A shell that runs the tests in the background has them ignore Ctrl-C, and their processes as well.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # More than 20 s of CPU time each, the longest first: two workers that take file by file end
 # together.
 LONGEST = (
     *("benchmarks/test_gpu.py", "benchmarks/test_bench_step.py", "data/test_workers.py"),
     *("train/test_resume.py", "benchmarks/test_report.py", "kernels/test_attention.py"),
-    *(
-        "train/test_recipes.py",
-        "test_fuzz.py",
-        "data/test_pack.py",
-        "benchmarks/test_bench_suite.py",
-    ),
+    *("train/test_recipes.py", "test_fuzz.py", "data/test_pack.py"),
+    *("benchmarks/test_bench_suite.py", "data/test_tokenizer_export.py", "test_bad_data.py"),
     *("benchmarks/test_launches.py", "kernels/test_cpu.py", "benchmarks/test_gpu_step.py"),
     *("benchmarks/test_profile.py", "kernels/test_properties.py", "test_bad_input.py"),
     *("benchmarks/test_bench_kernels.py", "benchmarks/test_host_packages.py"),
