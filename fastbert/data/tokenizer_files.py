@@ -107,8 +107,8 @@ def read(path: str, asked: dict[str, bool]) -> Description:
     kind = beside.tokenizer_class.removesuffix("Fast").removesuffix("Tokenizer")
     if kind and kind not in _BERT_LIKE and beside.tokenizer_class not in _OWN_NORMALIZER:
         raise UserError(
-            f"{path}: tokenizer_class = {beside.tokenizer_class!r} beside it does not part words "
-            f"as BERT does: give its {DESCRIPTION}, if its model is WordPiece"
+            f"{path}: tokenizer_class = {_brief(repr(beside.tokenizer_class))} beside it does not "
+            f"part words as BERT does: give its {DESCRIPTION}, if its model is WordPiece"
         )
     for name, value in asked.items():
         if beside.settings.get(name, value) != value:
@@ -164,6 +164,10 @@ def _settle(path: str, state: dict[str, Any], beside: _Beside, config: str) -> t
         if name in _FIELDS:
             normalizer[_FIELDS[name]] = value
     return tuple(notes)
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _shown(value: bool) -> str:
@@ -284,14 +288,15 @@ def _complete(
         index = ids.setdefault(content, token.get("id", len(ids)))
         if token.get("id", index) != index:
             raise UserError(
-                f"{path}: {content!r} has id {index}, but {token['id']} in a file beside it"
+                f"{path}: {_brief(repr(content))} has id {index}, but {token['id']} in a file "
+                "beside it"
             )
         known.setdefault(content, {**_FLAGS, **token, "id": index})
     for word in beside.never_split:
         if word not in ids:
             raise UserError(
-                f"{path}: never_split in {CONFIG} names {word!r}, which is no token: add it to the "
-                "vocabulary, or leave it out"
+                f"{path}: never_split in {CONFIG} names {_brief(repr(word))}, which is no token: "
+                "add it to the vocabulary, or leave it out"
             )
         known.setdefault(word, {**_FLAGS, "content": word, "id": ids[word], "single_word": True})
     roles = _roles(path, state, beside, ids)
@@ -348,16 +353,19 @@ def _roles(
         if role == "unk" and token != unk:
             if "unk" in beside.roles:
                 raise UserError(
-                    f"{path}: its unknown token is {unk!r}, but a file beside it says {token!r}"
+                    f"{path}: its unknown token is {_brief(repr(unk))}, but a file beside it says "
+                    f"{_brief(repr(token))}"
                 )
             token = unk
         if token not in ids:
             raise UserError(
-                f"{path}: the special token {token} is missing; BERT needs it ({role}_token in "
-                f"{CONFIG} names it where it is called otherwise)"
+                f"{path}: the special token {_brief(token)} is missing; BERT needs it "
+                f"({role}_token in {CONFIG} names it where it is called otherwise)"
             )
         if token in roles.values():
-            raise UserError(f"{path}: {token} has two roles; BERT needs five special tokens")
+            raise UserError(
+                f"{path}: {_brief(token)} has two roles; BERT needs five special tokens"
+            )
         roles[role] = token
     return roles
 
@@ -452,7 +460,9 @@ def _read_vocabulary(path: str) -> list[str]:
         if not token:
             raise UserError(f"{path}:{number}: is blank; {what}")
         if token in numbers:
-            raise UserError(f"{path}:{number}: {token!r} is already on line {numbers[token]}")
+            raise UserError(
+                f"{path}:{number}: {_brief(repr(token))} is already on line {numbers[token]}"
+            )
         numbers[token] = number
     return lines
 
@@ -474,7 +484,7 @@ def _read_description(path: str) -> dict[str, Any]:
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path}: is not a tokenizer of the tokenizers library") from None
     if kind != "WordPiece":
-        raise UserError(f"{path}: its model is {kind}; BERT needs WordPiece")
+        raise UserError(f"{path}: its model is {_brief(str(kind))}; BERT needs WordPiece")
     if state["model"].get("vocab") == {}:
         raise UserError(f"{path}: its vocabulary is empty")
     state = json.loads(built(content, path).to_str())  # in today's form, every field there
@@ -525,14 +535,18 @@ def _read_config(path: str, beside: _Beside) -> None:
         if value is None:
             continue
         if not isinstance(value, bool):
-            raise UserError(f"{path}: {name} = {json.dumps(value)} must be true or false")
+            raise UserError(f"{path}: {name} = {_brief(json.dumps(value))} must be true or false")
         beside.settings[name] = value
     for name, usual in (("word_tokenizer_type", "basic"), ("subword_tokenizer_type", "wordpiece")):
         if config.get(name, usual) != usual:
-            raise UserError(f"{path}: {name} = {json.dumps(config[name])} must be {usual!r}")
+            raise UserError(
+                f"{path}: {name} = {_brief(json.dumps(config[name]))} must be {usual!r}"
+            )
     prefix = config.get("wordpieces_prefix", "##")
     if not isinstance(prefix, str):
-        raise UserError(f"{path}: wordpieces_prefix = {json.dumps(prefix)} must be a string")
+        raise UserError(
+            f"{path}: wordpieces_prefix = {_brief(json.dumps(prefix))} must be a string"
+        )
     beside.prefix = prefix
     _read_special(path, config, beside)
     decoder = config.get("added_tokens_decoder")
@@ -540,7 +554,9 @@ def _read_config(path: str, beside: _Beside) -> None:
         beside.added.append(_added(path, token, index))
     words = config.get("never_split")
     if words is not None and not _are_strings(words):
-        raise UserError(f"{path}: never_split = {json.dumps(words)} must be a list of words")
+        raise UserError(
+            f"{path}: never_split = {_brief(json.dumps(words))} must be a list of words"
+        )
     beside.never_split = list(words or [])
 
 
@@ -557,8 +573,8 @@ def _read_special(path: str, names: dict[str, Any], beside: _Beside) -> None:
         content = _added(path, token, None)["content"]
         if beside.roles.setdefault(role, content) != content:
             raise UserError(
-                f"{path}: {role}_token = {content!r}, but {CONFIG} beside it says "
-                f"{beside.roles[role]!r}: mend one of them"
+                f"{path}: {role}_token = {_brief(repr(content))}, but {CONFIG} beside it says "
+                f"{_brief(repr(beside.roles[role]))}: mend one of them"
             )
     for role in ("bos", "eos"):
         if names.get(f"{role}_token") is not None:
@@ -568,7 +584,7 @@ def _read_special(path: str, names: dict[str, Any], beside: _Beside) -> None:
         if isinstance(more, dict):  # by a name of its own
             more = list(more.values())
         if more is not None and not isinstance(more, list):
-            raise UserError(f"{path}: {name} = {json.dumps(more)} must be a list of tokens")
+            raise UserError(f"{path}: {name} = {_brief(json.dumps(more))} must be a list of tokens")
         for token in more or []:
             beside.added.append({**_added(path, token, None), "special": True})
 
@@ -578,7 +594,7 @@ def _added(path: str, token: Any, index: Any) -> dict[str, Any]:
     if isinstance(token, str):
         token = {"content": token}
     content = token.get("content") if isinstance(token, dict) else None
-    shown = json.dumps(token)[:80]
+    shown = _brief(json.dumps(token))
     if not isinstance(content, str) or not content:
         raise UserError(f"{path}: {shown} must be a token: a string, or an object with its content")
     flags = {name: token[name] for name in _FLAGS if name in token}
@@ -587,7 +603,11 @@ def _added(path: str, token: Any, index: Any) -> dict[str, Any]:
     if index is None:
         return {"content": content, **flags}
     if not (type(index) is int or (isinstance(index, str) and index.isdecimal())):
-        raise UserError(f"{path}: {json.dumps(index)} must be the id of {content!r}")
+        raise UserError(
+            f"{path}: {_brief(json.dumps(index))} must be the id of {_brief(repr(content))}"
+        )
     if not 0 <= int(index) < 2**32:
-        raise UserError(f"{path}: the id of {content!r}, {index}, is out of range")
+        raise UserError(
+            f"{path}: the id of {_brief(repr(content))}, {_brief(str(index))}, is out of range"
+        )
     return {"content": content, **flags, "id": int(index)}

@@ -109,6 +109,7 @@ def test_special_tokens_of_other_names(tmp_path, file, form):
         ({"do_lower_case": True}, {"do_lower_case": False}, "tokenizer_config.json says true"),
         ({"strip_accents": True}, {"strip_accents": False}, "strip_accents = false, but .*true"),
         ({"do_lower_case": "no"}, {}, r'do_lower_case = "no" must be true or false'),
+        ({"strip_accents": "x" * 999}, {}, r'= "x{76}\.\.\. must be true or false'),
         ({"never_split": ["else"]}, {}, "never_split .*'else', which is no token"),
         ({"never_split": 3}, {}, "never_split = 3 must be a list of words"),
         ({"mask_token": "<m>"}, {}, "special token <m> is missing"),
