@@ -2,14 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help .venv demo test fuzz test-transformers-4 lint types check bench clean
+.PHONY: help .venv demo test fuzz fuzz-nightly test-transformers-4 lint types check bench clean
 .PHONY: compile-report compile-report-3.6 compile-report-newest compile-report-table
 
 help:
 	@echo "make demo   pre-train a tiny BERT on this machine"
 	@echo "make check  lint, types and tests (none needs a GPU)"
 	@echo "make test-transformers-4  exported tokenizers under transformers 4"
-	@echo "make fuzz   100 random inputs of each kind; FASTBERT_FUZZ=1000 for a night"
+	@echo "make fuzz, fuzz-nightly  100 or 1,000 random inputs of each kind"
 	@echo "make compile-report  compile every kernel for A100 and H100; list registers, spills, counts"
 	@echo "make compile-report-3.6, compile-report-newest  the same with the Triton of torch 2.11, 2.15"
 	@echo "make compile-report-table  all three, their counts accepted, the tables of kernels/README.md"
@@ -33,9 +33,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# 20 cases of each kind are in `make test`; FASTBERT_FUZZ=1000 is for a night.
+# 20 cases of each kind are in `make test`.
 fuzz: FASTBERT_FUZZ = 100
-fuzz: $(INSTALLED)
+fuzz-nightly: FASTBERT_FUZZ = 1000
+fuzz fuzz-nightly: $(INSTALLED)
 	OMP_NUM_THREADS=1 FASTBERT_FUZZ=$(FASTBERT_FUZZ) $(BIN)/python -m pytest -q \
 		$(wildcard tests/test_fuzz.py tests/test_bad_data.py)
 
