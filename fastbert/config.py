@@ -182,7 +182,7 @@ def choices_text(setting: Setting) -> str:
     """Returns "auto, cpu, cuda or cuda:N"; empty where everything is allowed."""
     allowed = [*setting.choices]
     if setting.pattern:
-        allowed.append(pattern_text(setting))
+        allowed.append(pattern_text(setting).replace("LANGUAGE", "a language's code (de, hi ...)"))
     return " or ".join(filter(None, [", ".join(allowed[:-1]), *allowed[-1:]]))
 
 

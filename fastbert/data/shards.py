@@ -190,17 +190,6 @@ def _signed(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "digest": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()}
 
 
-def shards_fingerprint(folder: str | os.PathLike[str]) -> str | None:
-    """Returns the fingerprint of the shards in a folder, None where there are none.
-
-    Raises:
-        RunError: the folder's meta.json is damaged.
-    """
-    if not os.path.exists(os.path.join(folder, "meta.json")):
-        return None
-    return str(read_meta(folder)["fingerprint"])
-
-
 class Found(NamedTuple):
     """The shards in a folder, every byte of which has been looked at.
 

@@ -18,7 +18,7 @@ from fastbert.data.shards import (
     examine_shards,
     files_digest,
     fingerprint,
-    shards_fingerprint,
+    read_meta,
 )
 from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
@@ -148,9 +148,8 @@ def test_several_shards_and_wide_ids(tmp_path, source, wordpiece, monkeypatch):
 def test_fingerprint(tmp_path, source, wordpiece):
     settings = {"validation_fraction": 0.2, "seed": 1}
     key = fingerprint(str(source), wordpiece, **settings)
-    assert shards_fingerprint(tmp_path / "s") is None
     build(source, wordpiece, tmp_path / "s")
-    assert shards_fingerprint(tmp_path / "s") == key
+    assert read_meta(tmp_path / "s")["fingerprint"] == key
     assert fingerprint(str(source), wordpiece, **settings) == key
     assert fingerprint(str(source), wordpiece, validation_fraction=0.2, seed=2) != key
     other = WordPiece.train(["the fox"], 100)
@@ -171,7 +170,7 @@ def test_sources_are_read_again_only_if_touched(tmp_path, source, wordpiece, mon
         shards_module, "content_digest", lambda path: read.append(path) or digest(path)
     )
     build(source, wordpiece, tmp_path / "s")
-    key = shards_fingerprint(tmp_path / "s")
+    key = read_meta(tmp_path / "s")["fingerprint"]
     for touched in (False, True, False):
         if touched:
             os.utime(source, ns=(1, 1))
