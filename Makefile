@@ -60,7 +60,7 @@ build/transformers-%/.installed: $(INSTALLED)
 
 check: lint types test
 
-REPORT = $(BIN)/python -m benchmarks.compile_report --json build/$@.json $(ACCEPT)
+REPORT = $(BIN)/python -m fastbert_bench.kernels.compile_report --json build/$@.json $(ACCEPT)
 
 compile-report: $(INSTALLED)
 	$(REPORT)
@@ -73,7 +73,7 @@ compile-report-newest: build/triton-3.9.0/.installed
 
 compile-report-table: ACCEPT = --accept
 compile-report-table: compile-report-3.6 compile-report compile-report-newest
-	$(BIN)/python -m benchmarks.compile_compare $(addprefix build/,$(^:=.json)) --readme
+	$(BIN)/python -m fastbert_bench.kernels.compile_compare $(addprefix build/,$(^:=.json)) --readme
 
 # The wheel alone, put before ours on the path: nothing that compiles a kernel needs its torch.
 build/triton-%/.installed: $(INSTALLED)

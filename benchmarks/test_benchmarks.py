@@ -15,15 +15,19 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import bench_kernels, contenders, data, kernel_timings, timing
-from benchmarks.kernels import COSTS
-from benchmarks.step import drawn_lengths
-from fastbert.config import PretrainConfig, StepBenchConfig, model_config
+from fastbert.config import PretrainConfig, model_config
 from fastbert.data.pack import Packer
 from fastbert.data.workers import BatchLoader
 from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
 from fastbert.train.device import choose_execution, keep_freed_memory
+from fastbert_bench.config import StepBenchConfig
+from fastbert_bench.kernels import timings as kernel_timings
+from fastbert_bench.kernels.costs import COSTS
+from fastbert_bench.measure import timing
+from fastbert_bench.suites import contenders, data
+from fastbert_bench.suites import kernels as bench_kernels
+from fastbert_bench.suites.step import drawn_lengths
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"

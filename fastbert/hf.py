@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastbert.config import ModelConfig, model_config, settings, to_hf_dict
+from fastbert.config import ModelConfig, model_config, to_hf_dict
 from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE, Ops
+from fastbert.settings import settings
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 _LAYER = {

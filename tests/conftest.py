@@ -17,13 +17,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # More than 20 s of CPU time each, the longest first: two workers that take file by file end
 # together.
 LONGEST = (
-    *("benchmarks/test_gpu.py", "benchmarks/test_bench_step.py", "data/test_workers.py"),
-    *("train/test_resume.py", "benchmarks/test_report.py", "kernels/test_attention.py"),
+    *("bench/gpu/test_main.py", "bench/suites/test_step.py", "data/test_workers.py"),
+    *("train/test_resume.py", "bench/report/test_report.py", "kernels/test_attention.py"),
     *("train/test_recipes.py", "test_fuzz.py", "data/test_pack.py"),
-    *("benchmarks/test_bench_suite.py", "data/test_tokenizer_export.py", "test_bad_data.py"),
-    *("benchmarks/test_launches.py", "kernels/test_cpu.py", "benchmarks/test_gpu_step.py"),
-    *("benchmarks/test_profile.py", "kernels/test_properties.py", "test_bad_input.py"),
-    *("benchmarks/test_bench_kernels.py", "benchmarks/test_host_packages.py"),
+    *("bench/test_benchmarks.py", "data/test_tokenizer_export.py", "test_bad_data.py"),
+    *("bench/estimate/test_launches.py", "kernels/test_cpu.py", "bench/gpu/test_step.py"),
+    *("bench/profile/test_profile.py", "kernels/test_properties.py", "test_bad_input.py"),
+    *("bench/suites/test_kernels.py", "bench/test_host_packages.py"),
 )
 
 

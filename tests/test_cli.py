@@ -14,11 +14,15 @@ import pytest
 
 import fastbert
 from fastbert import cli
-from fastbert.config import PretrainConfig, StepBenchConfig, load_config, settings
+from fastbert.commands import doctor
+from fastbert.config import PretrainConfig
 from fastbert.errors import RunError, UserError
+from fastbert.settings import load_config, settings
+from fastbert_bench.config import StepBenchConfig
 
 ROOT = Path(__file__).parent.parent
-ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+HOMES = (ROOT, ROOT / "kernels", ROOT / "benchmarks")
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, HOMES))}
 COMMAND = "import sys; from fastbert.cli import main; sys.exit(main())"
 
 
@@ -52,7 +56,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     stand_in("fastbert.hf", export_run=found.export_run, check_tokenizer=found.check_tokenizer)
     stand_in("fastbert.train", __path__=[])
     stand_in("fastbert.train.loop", pretrain=receive)
-    stand_in("benchmarks", __path__=[], step=stand_in("benchmarks.step", main=receive))
+    stand_in("fastbert_bench.suites.step", main=receive)
     return found
 
 
@@ -140,14 +144,14 @@ BAD_REQUESTS = [
     ("bench report", "bench report needs files or folders: fastbert bench report"),
     ("bench report no/such", "no/such: no such file or folder"),
     ("bench data --num-workers 1,x", "num_workers = '1,x' must be integers of at least 0"),
-    ("bench kernels --op gelu", "op = 'gelu': 'gelu' must be one of attention, dropout"),
-    ("bench inference --against hf", "against = 'hf': 'hf' must be one of hf-eager, hf-sdpa,"),
+    ("bench kernels --op gelu", "op = 'gelu' must be one of attention, dropout"),
+    ("bench inference --against hf", "against = 'hf' must be one of hf-eager, hf-sdpa,"),
     ("bench convergence --data no/such", "data = 'no/such': no such file or folder"),
     ("bench convergence --png no/such/x.png", "png = 'no/such/x.png': no such folder"),
     ("bench convergence --target-loss 0", "target_loss = 0.0 must be more than 0"),
     (
         "bench step --against hf",
-        "against = 'hf': 'hf' must be one of hf-eager, hf-sdpa, hf-sdpa-cudnn, hf-flash,",
+        "against = 'hf' must be one of hf-eager, hf-sdpa, hf-sdpa-cudnn, hf-flash,",
     ),
     ("bench step --max-seq-length 513", "max_seq_length = 513 must be at most 512, max_position"),
     ("estimate --gpu h10", "gpu = 'h10' must be one of h100, h200, a100-80gb, a100-40gb, cpu: did"),
@@ -299,10 +303,10 @@ def test_doctor_knows_nvidias_apex_from_the_other(
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert not cli._has_nvidia_apex()
+    assert not doctor._has_nvidia_apex()
     (tmp_path / "apex" / "optimizers").mkdir()
     (tmp_path / "apex" / "optimizers" / "__init__.py").touch()
-    assert cli._has_nvidia_apex()
+    assert doctor._has_nvidia_apex()
 
 
 def test_lazy_names_of_the_package() -> None:

@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from fastbert.cli import main
-from fastbert.config import PretrainConfig, Setting, settings
+from fastbert.config import PretrainConfig
+from fastbert.settings import Setting, settings
 from fastbert.train import checkpoint
 
 pytestmark = pytest.mark.usefixtures("undrawn")

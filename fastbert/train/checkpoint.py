@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastbert.config import ModelConfig, PretrainConfig, checked, settings
+from fastbert.config import ModelConfig, PretrainConfig
 from fastbert.errors import RunError, UserError
+from fastbert.settings import checked, settings
 from fastbert.train.interrupts import held_signals
 
 FORMAT = 2

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastbert.config import PretrainConfig, model_config, sealed_toml
+from fastbert.config import PretrainConfig, model_config
 from fastbert.data.corpus import Skipped, corpus_bytes, map_corpus
 from fastbert.data.pack import next_sentence_labels
 from fastbert.data.shards import (
@@ -29,6 +29,7 @@ from fastbert.data.shards import (
 from fastbert.data.tokenize import WordPiece
 from fastbert.data.tokenizer_training import count_chunks
 from fastbert.errors import RunError, UserError
+from fastbert.settings import sealed_toml
 from fastbert.train import lock
 from fastbert.train.interrupts import held_signals
 

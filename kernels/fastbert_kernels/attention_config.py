@@ -16,7 +16,7 @@ ONE_TILE = 128  # longest sequence that one tile of the "tile" path holds
 WHOLE_HEAD = 512  # longest sequence of which one program makes all gradients of a head
 BACKENDS = ("auto", "triton", "torch", "flash_attn", "fa3", "fa4")
 # (compute capability, D, longest sequence) -> what `auto` takes up to that length, as measured by
-# `python -m benchmarks.gpu --stage kernels`. Empty: nothing has been measured yet.
+# `python -m fastbert_bench.gpu --stage kernels`. Empty: nothing has been measured yet.
 FASTEST: dict[tuple[int, int, int], str] = {}
 
 

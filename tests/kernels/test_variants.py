@@ -27,7 +27,7 @@ SPECIALIZED = {
 
 ARGUMENTS = """
 import json
-from benchmarks.compile_report import shipped_cases
+from fastbert_bench.kernels.compile_report import shipped_cases
 
 kernels = {}
 for case in shipped_cases():
@@ -47,7 +47,7 @@ COMPILED = """
 import json
 import triton
 import triton.language as tl
-from benchmarks.compile_report import compile_case
+from fastbert_bench.kernels.compile_report import compile_case
 from fastbert_kernels.compile_cases import CompileCase
 
 

@@ -1,6 +1,7 @@
 """The bookkeeping of recorded steps, with a recorder that repeats the work itself.
 
-What only a GPU can show (that the work can be captured) is checked by `python -m benchmarks.gpu`.
+What only a GPU can show (that the work can be captured) is checked by `python -m
+fastbert_bench.gpu`.
 """
 
 import pytest

@@ -13,10 +13,11 @@ import transformers
 
 import fastbert
 from fastbert.cli import main
-from fastbert.config import PretrainConfig, load_config
+from fastbert.config import PretrainConfig
 from fastbert.data.pack import Packer, evaluation_batches
 from fastbert.data.shards import Shards
 from fastbert.data.tokenize import WordPiece
+from fastbert.settings import load_config
 from fastbert.train.report import read_metrics
 
 Run = Callable[..., Path]

@@ -1,0 +1,123 @@
+"""The commands of the bench: `fastbert bench NAME`, `profile NAME` and `estimate`.
+
+`fastbert` finds them because this package is installed beside it. Suites import torch, so each is
+imported only once its request is known to be good.
+"""
+
+import os
+from argparse import Namespace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from fastbert.commands.checks import check_folder, check_output, check_path
+from fastbert.commands.options import Commands, given
+from fastbert.config import check_positions
+from fastbert.errors import UserError, did_you_mean
+from fastbert.train.interrupts import held_signals
+from fastbert_bench.config import (
+    ConvergenceBenchConfig,
+    DataBenchConfig,
+    EstimateConfig,
+    InferenceBenchConfig,
+    KernelBenchConfig,
+    ProfileKernelConfig,
+    ProfileStepConfig,
+    ReportConfig,
+    StepBenchConfig,
+)
+
+_COMMANDS: dict[str, dict[str, tuple[str, type]]] = {
+    "bench": {
+        "step": ("a training step, side by side with Hugging Face's", StepBenchConfig),
+        "kernels": ("each op, side by side with its peers", KernelBenchConfig),
+        "data": ("how fast batches come when a step costs nothing", DataBenchConfig),
+        "inference": (
+            "encoding and filling masks, side by side with Hugging Face's",
+            InferenceBenchConfig,
+        ),
+        "convergence": (
+            "loss over wall time, side by side with Hugging Face's",
+            ConvergenceBenchConfig,
+        ),
+    },
+    "profile": {
+        "step": (
+            "a training step by layer, op and kernel, beside what the machine could do",
+            ProfileStepConfig,
+        ),
+    },
+}
+
+
+def add(commands: Commands) -> None:
+    """Adds all of them."""
+    bench = commands.group("bench", "measure on this machine", "benchmarks", "BENCHMARK")
+    profile = commands.group(
+        "profile", "where a step's or a kernel's time goes", "profiles", "PROFILE"
+    )
+    for group, room in ((bench, "suites"), (profile, "profile")):
+        for name, (help, config_class) in _COMMANDS[group.path.split()[-1]].items():
+            group.add(name, help, partial(_run, f"{room}.{name}"), config_class)
+
+    help = "one op alone: time over sizes, roofline, registers and occupancy"
+    kernel = profile.add("kernel", help, _profile_kernel, ProfileKernelConfig, "NAME")
+    kernel.add_argument("name", nargs="?", metavar="NAME", help="the op, e.g. attention")
+
+    help = "result files as one page with pictures"
+    report = bench.add("report", help, _report, ReportConfig, "[FILE_OR_FOLDER ...]")
+    report.add_argument("paths", nargs="*", metavar="FILE_OR_FOLDER", help="what to show")
+
+    help = "time, money, energy and memory that a pre-training will take"
+    commands.add("estimate", help, partial(_run, "estimate.run"), EstimateConfig)
+
+
+def _check(config: Any) -> None:
+    """Checks what only files can tell of whichever settings there are."""
+    if getattr(config, "model", "auto") != "auto":
+        longest = getattr(config, "max_seq_lengths", str(getattr(config, "max_seq_length", 1)))
+        check_positions(config.model, max(map(int, longest.split(","))))
+    for name, words in (
+        ("lengths", ("natural", "full")),
+        ("data", ("builtin",)),
+        ("tokenizer", ("train",)),
+    ):
+        if hasattr(config, name):
+            check_path(name, getattr(config, name), words)
+    for name in ("json", "png", "trace"):
+        check_output(name, getattr(config, name, ""))
+
+
+def _run(module: str, args: Namespace) -> None:
+    config = given(args)
+    _check(config)
+    _room(module).main(config)
+
+
+def _room(module: str) -> Any:
+    with held_signals():
+        return import_module(f"fastbert_bench.{module}")
+
+
+def _profile_kernel(args: Namespace) -> None:
+    from fastbert_bench.kernels.costs import OPS  # a table: imports nothing slow
+
+    known = ", ".join(OPS)
+    if args.name is None:
+        raise UserError(f"profile kernel needs one of {known}: fastbert profile kernel {OPS[0]}")
+    if args.name not in OPS:
+        raise UserError(f"unknown kernel {args.name!r}{did_you_mean(args.name, OPS)} ({known})")
+    config = given(args)
+    _check(config)
+    _room("profile.kernel").main(args.name, config)
+
+
+def _report(args: Namespace) -> None:
+    config = given(args)
+    if not args.paths and not config.readme:
+        raise UserError("bench report needs files or folders: fastbert bench report runs/results")
+    for path in args.paths:
+        if not os.path.exists(path):
+            raise UserError(f"{path}: no such file or folder")
+    check_folder("out", config.out)
+    _room("report.build").main(config, args.paths)

@@ -1,0 +1,453 @@
+"""Everything that `fastbert bench`, `profile` and `estimate` can be told, each setting once.
+
+Standard library only, so that a mistake is told at once: the suites themselves import torch.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastbert.config import (
+    check_batch_holds_a_sequence,
+    check_positions,
+    data_setting,
+    device_setting,
+    learning_rate_setting,
+    max_eval_batches_setting,
+    max_seq_length_setting,
+    model_setting,
+    precision_setting,
+    seed_setting,
+    step_setting,
+    tokenizer_setting,
+    vocab_size_setting,
+    warmup_steps_setting,
+)
+from fastbert.errors import UserError, did_you_mean
+from fastbert.settings import (
+    LONGEST,
+    MOST,
+    MOST_AHEAD,
+    MOST_STEPS,
+    MOST_TOKENS,
+    MOST_WORKERS,
+    Group,
+    check_fields,
+    check_not_empty,
+    setting,
+    show,
+)
+
+BENCH = Group("bench", "what is measured, and against what")
+ESTIMATE = Group("estimate", "what is planned, and on what")
+PROFILE = Group("profile", "what is recorded, and where it is written")
+
+STEP_RIVAL_NAMES = (
+    *("hf-eager", "hf-sdpa", "hf-sdpa-cudnn", "hf-flash", "hf-flash-flat", "hf-eager-compile"),
+    *("hf-sdpa-compile", "hf-flash-compile", "hf-sdpa-compile-max"),
+    *("torch-encoder", "modernbert", "liger"),
+)
+STEP_RIVALS = {
+    "cpu": "hf-eager,hf-sdpa,hf-sdpa-compile,torch-encoder,hf-sdpa+malloc,hf-sdpa-compile+malloc",
+    "cuda": ",".join(STEP_RIVAL_NAMES),
+}
+"""What `against = auto` means on each type of device."""
+DATA_RIVAL_NAMES = ("hf-collator",)
+INFERENCE_RIVAL_NAMES = (
+    *("hf-eager", "hf-sdpa", "hf-flash", "hf-sdpa-compile", "torch-encoder", "modernbert"),
+)
+CONVERGENCE_RIVAL_NAMES = ("hf-trainer", "hf-loop")
+KERNEL_OPS = (
+    *("attention", "dropout_add_layer_norm", "linear_cross_entropy", "adamw", "linear_gelu"),
+    *("gelu_layer_norm", "bias_gelu", "embed_layer_norm", "lamb", "mask_tokens"),
+)
+KERNEL_PEER_NAMES = (
+    *("reference", "eager", "compile", "fa2", "fa3", "fa4", "cudnn", "liger", "torch-own"),
+    *("bare-gemm", "bare-gemms", "torch-fused", "torch-foreach", "adamw"),
+)
+ESTIMATE_GPUS = ("h100", "h200", "a100-80gb", "a100-40gb", "cpu")
+
+_bench = partial(setting, group=BENCH)
+_estimate = partial(setting, group=ESTIMATE)
+_profile = partial(setting, group=PROFILE)
+
+
+def _lengths(group: Group) -> Any:
+    help = "of the sequences: natural (as in real text), full, or a file with one a line"
+    return setting("natural", help, group)
+
+
+def _batch_size(group: Group) -> Any:
+    return setting(32, "sequences per batch", group, at_least=1, at_most=2**16)
+
+
+def _rounds(of: str = "each contender is") -> Any:
+    return _bench(5, f"times {of} measured, in turn", at_least=1, at_most=10**4)
+
+
+def _against(rivals: str = "rivals", more: str = "none = no rival") -> Any:
+    return _bench("auto", f"{rivals}, separated by commas ({more})")
+
+
+def _json(group: Group, of: str = "measurements") -> Any:
+    return setting("", f"file to write the {of} to", group)
+
+
+def _check_names(
+    name: str, given: str, known: tuple[str, ...], words: Iterable[str] = ("auto", "none")
+) -> None:
+    for one in [] if given in words else given.split(","):
+        if one.removesuffix("+malloc" if known is STEP_RIVAL_NAMES else "") not in known:
+            shown = f"{name} = {given!r}" + (f": {one!r}" if one != given else "")
+            raise UserError(
+                f"{shown} must be one of {', '.join(known)}{did_you_mean(one, known)}"
+            )
+
+
+def _check_tokens(config: "StepBenchConfig | InferenceBenchConfig | ProfileStepConfig") -> None:
+    if config.batch_size * config.max_seq_length > MOST_TOKENS:
+        check_positions(config.model, config.max_seq_length)
+        raise UserError(
+            f"batch_size = {config.batch_size} x max_seq_length = {config.max_seq_length} tokens "
+            f"must be at most {MOST_TOKENS}"
+        )
+
+
+def integers(name: str, text: str, at_least: int, at_most: int = MOST) -> list[int]:
+    """The integers of a setting like "512,128".
+
+    Raises:
+        UserError: something else stands there, or a number is out of bounds.
+    """
+    parts = text.split(",")
+    if not all(
+        re.fullmatch("[0-9]{1,12}", part) and at_least <= int(part) <= at_most for part in parts
+    ):
+        raise UserError(
+            f"{name} = {show(text)} must be integers of at least {at_least} and at most "
+            f"{at_most}, separated by commas"
+        )
+    return [int(part) for part in parts]
+
+
+@dataclass(frozen=True)
+class StepBenchConfig:
+    """Everything `fastbert bench step` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = device_setting(BENCH)
+    model: str = model_setting(BENCH, "mini")
+    batch_size: int = _batch_size(BENCH)
+    max_seq_length: int = max_seq_length_setting(BENCH)
+    lengths: str = _lengths(BENCH)
+    against: str = _against(more="none = no rival; +malloc = with our allocator setting")
+    rounds: int = _rounds()
+    json: str = _json(BENCH)
+    seed: int = seed_setting(BENCH, "weights, batches and dropout")
+    precision: str = precision_setting(BENCH)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_tokens(self)
+        _check_names("against", self.against, STEP_RIVAL_NAMES)
+        check_not_empty(self, "lengths")
+
+
+@dataclass(frozen=True)
+class DataBenchConfig:
+    """Everything `fastbert bench data` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = device_setting(BENCH, "where batches go (auto = the GPU if there is one)")
+    model: str = model_setting(BENCH, "base", "whose vocabulary: ")
+    lengths: str = _bench(
+        "natural", "natural (as in real text), full, or a file with those of sentences, one a line"
+    )
+    against: str = _against()
+    max_seq_lengths: str = _bench("512,128", "each longest sequence to measure, tokens")
+    num_workers: str = _bench("0,1,2,4", "each number of worker processes to measure")
+    tokens_per_batch: int = _bench(65536, "tokens of a batch", at_least=8, at_most=MOST_TOKENS)
+    dataloader_prefetch_factor: int = _bench(
+        2, "batches that each worker prepares ahead", at_least=1, at_most=MOST_AHEAD
+    )
+    corpus_tokens: int = _bench(
+        2**24, "tokens of the random corpus", at_least=1000, at_most=2**30
+    )
+    rounds: int = _rounds("each is")
+    seconds: float = _bench(2.0, "of each round", more_than=0, at_most=3600)
+    json: str = _json(BENCH)
+    seed: int = seed_setting(BENCH, "corpus and batches")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        lengths = integers("max_seq_lengths", self.max_seq_lengths, 8, LONGEST)
+        integers("num_workers", self.num_workers, 0, MOST_WORKERS)
+        _check_names("against", self.against, DATA_RIVAL_NAMES)
+        check_not_empty(self, "lengths")
+        if max(lengths) > self.tokens_per_batch:
+            raise UserError(
+                f"max_seq_lengths = {self.max_seq_lengths!r}: {max(lengths)} must be at most "
+                f"tokens_per_batch = {self.tokens_per_batch}"
+            )
+
+
+@dataclass(frozen=True)
+class KernelBenchConfig:
+    """Everything `fastbert bench kernels` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = device_setting(BENCH, any_gpu=False)
+    model: str = _bench(
+        "auto",
+        "of the widths: preset or path of a config.json (auto = base, large; on a CPU mini)",
+    )
+    lengths: str = _bench(
+        "full", "that attention sees: natural (as in real text), full, or a file with one a line"
+    )
+    against: str = _against("peers", "none = no peer")
+    op: str = _bench("all", "ops to measure, separated by commas")
+    quick: bool = _bench(False, "fewer and smaller sizes, fewer rounds")
+    json: str = _json(BENCH)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_names("op", self.op, KERNEL_OPS, ("all",))
+        _check_names("against", self.against, KERNEL_PEER_NAMES)
+        check_not_empty(self, "lengths")
+
+
+@dataclass(frozen=True)
+class InferenceBenchConfig:
+    """Everything `fastbert bench inference` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = device_setting(BENCH)
+    model: str = model_setting(BENCH, "mini")
+    batch_size: int = _batch_size(BENCH)
+    max_seq_length: int = max_seq_length_setting(BENCH)
+    lengths: str = _lengths(BENCH)
+    against: str = _against()
+    rounds: int = _rounds()
+    json: str = _json(BENCH)
+    seed: int = seed_setting(BENCH, "weights and batches")
+    precision: str = precision_setting(
+        BENCH, ("auto", "fp32", "bf16", "fp16"), of="weights and activations"
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_tokens(self)
+        _check_names("against", self.against, INFERENCE_RIVAL_NAMES)
+        check_not_empty(self, "lengths")
+
+
+@dataclass(frozen=True)
+class ConvergenceBenchConfig:
+    """Everything `fastbert bench convergence` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = device_setting(BENCH)
+    model: str = model_setting(BENCH, "tiny")
+    data: str = data_setting(BENCH)
+    tokenizer: str = tokenizer_setting(BENCH)
+    vocab_size: int = vocab_size_setting(BENCH)
+    max_seq_length: int = max_seq_length_setting(BENCH)
+    lengths: str = _bench(
+        "natural", "of the sequences: natural (some cut short on purpose), or full"
+    )
+    tokens_per_batch: int = _bench(4096, "tokens of a step", at_least=8, at_most=MOST_TOKENS)
+    max_steps: int = _bench(
+        400, "optimizer steps of each contender", at_least=1, at_most=MOST_STEPS
+    )
+    warmup_steps: int = warmup_steps_setting(BENCH, 40)
+    learning_rate: float | None = learning_rate_setting(BENCH)
+    eval_steps: int = _bench(50, "steps between evaluations", at_least=1, at_most=MOST)
+    max_eval_batches: int = max_eval_batches_setting(BENCH, 8)
+    target_loss: float | None = _bench(
+        None, "held-out MLM loss to time (none = the highest final loss)", more_than=0, at_most=1e6
+    )
+    against: str = _against(more="none = no rival; hf-trainer needs accelerate")
+    json: str = _json(BENCH)
+    png: str = _bench("", "file to draw loss over wall time into")
+    seed: int = seed_setting(BENCH, "weights, batches and dropout")
+    precision: str = precision_setting(BENCH, ("auto", "fp32", "bf16"))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_names("against", self.against, CONVERGENCE_RIVAL_NAMES)
+        if self.lengths not in ("natural", "full"):
+            raise UserError(
+                f"lengths = {self.lengths!r} must be natural or full: the text decides the lengths"
+            )
+        check_batch_holds_a_sequence(self.model, self.tokens_per_batch, self.max_seq_length)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Everything `fastbert bench report` can be told, but the files.
+
+    Raises:
+        UserError: a value is not text.
+    """
+
+    out: str = _bench("runs/report", "folder of the page and its pictures")
+    against: str = _bench(
+        "", "folder of results to compare with, or the commit that holds the same files"
+    )
+    readme: bool = _bench(False, "rewrite the README's measurements from benchmarks/results")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_not_empty(self, "out")
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    """Everything `fastbert estimate` can be told.
+
+    Raises:
+        UserError: a value is out of bounds, or two do not fit together.
+    """
+
+    model: str = model_setting(ESTIMATE, "base")
+    lengths: str = _lengths(ESTIMATE)
+    max_seq_length: int = max_seq_length_setting(ESTIMATE, 512)
+    tokens: float | None = _estimate(
+        None, "real tokens of the whole run (none = 1.31e11, as BERT)", more_than=0, at_most=1e18
+    )
+    epochs: float | None = _estimate(
+        None, "instead of tokens: times that the corpus is read", more_than=0, at_most=1e9
+    )
+    corpus_tokens: float | None = _estimate(
+        None, "real tokens of the corpus, for epochs", more_than=0, at_most=1e18
+    )
+    gpu: str = _estimate("h100", "what it runs on: " + ", ".join(ESTIMATE_GPUS))
+    gpus: int = _estimate(
+        1, "how many, with one copy of the model each", at_least=1, at_most=1024
+    )
+    price_per_hour: float | None = _estimate(
+        None, "dollars for one GPU and hour (none = no costs)", at_least=0, at_most=1e9
+    )
+    tokens_per_batch: int | None = _estimate(
+        None,
+        "of one GPU's forward and backward pass (none = what fits)",
+        at_least=8,
+        at_most=MOST_TOKENS,
+    )
+    json: str = _json(ESTIMATE, "estimate")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_names("gpu", self.gpu, ESTIMATE_GPUS, ())
+        check_not_empty(self, "lengths")
+        if (self.epochs is None) != (self.corpus_tokens is None):
+            raise UserError("epochs and corpus_tokens belong together: give both, or tokens")
+        if self.tokens is not None and self.epochs is not None:
+            raise UserError(
+                f"tokens = {self.tokens:g} and epochs = {self.epochs:g} say the same: give one"
+            )
+        if self.tokens_per_batch is not None:
+            check_batch_holds_a_sequence(self.model, self.tokens_per_batch, self.max_seq_length)
+        if self.gpu == "cpu" and self.gpus > 1:
+            raise UserError(f"gpus = {self.gpus} must be 1 with gpu = 'cpu'")
+
+
+@dataclass(frozen=True)
+class ProfileStepConfig:
+    """Everything `fastbert profile step` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = device_setting(PROFILE)
+    model: str = model_setting(PROFILE, "mini")
+    batch_size: int = _batch_size(PROFILE)
+    max_seq_length: int = max_seq_length_setting(PROFILE)
+    lengths: str = _lengths(PROFILE)
+    precision: str = precision_setting(PROFILE)
+    step: str = step_setting(PROFILE)
+    json: str = _profile("profile-step.json", "file to write the table to")
+    trace: str = _profile("", "file to write the Chrome trace to (empty = beside the JSON)")
+    seed: int = seed_setting(PROFILE, "weights, batches and dropout")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_tokens(self)
+        check_not_empty(self, "lengths", "json")
+
+
+_MOST_ELEMENTS = 2**33
+_MOST_OF_SIZE = {
+    "T": MOST_TOKENS,
+    "S": LONGEST,
+    "H": 2**16,
+    "A": 2**16,
+    "F": 2**18,
+    "V": 2**24,
+    "M": MOST_TOKENS,
+}
+
+
+@dataclass(frozen=True)
+class ProfileKernelConfig:
+    """Everything `fastbert profile kernel` can be told, but the kernel's name.
+
+    Raises:
+        UserError: a value is out of bounds, or `shape` cannot be read.
+    """
+
+    shape: str = _profile(
+        "", "sizes by letter, e.g. T=65536,S=512,H=768 (empty = BERT base's, small on a CPU)"
+    )
+    device: str = device_setting(PROFILE)
+    arch: str = _profile(
+        "auto",
+        "which GPU's machine code is counted (auto = the GPU's, or both without one)",
+        choices=("auto", "sm_80", "sm_90"),
+    )
+    json: str = _json(PROFILE)
+    png: str = _profile("", "file to draw the roofline into")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.sizes()
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that `shape` names.
+
+        Raises:
+            UserError: it is not written as LETTER=NUMBER,... with letters that are known.
+        """
+        shown, found = f"shape = {show(self.shape)}", {}
+        for part in self.shape.split(",") if self.shape else []:
+            match = re.fullmatch(r"\s*([A-Za-z]+)=([1-9][0-9]{0,9})\s*", part)
+            if not match:
+                raise UserError(f"{shown}: {show(part)} must be LETTER=NUMBER, e.g. T=4096")
+            most = _MOST_OF_SIZE.get(match[1])
+            if most is None:
+                raise UserError(f"{shown}: {match[1]!r} must be one of {', '.join(_MOST_OF_SIZE)}")
+            if int(match[2]) > most:
+                raise UserError(f"{shown}: {match[1]} must be at most {most}")
+            found[match[1]] = int(match[2])
+        for rows, columns in (("T", "S"), ("T", "H"), ("T", "F"), ("M", "V")):
+            if found.get(rows, 1) * found.get(columns, 1) > _MOST_ELEMENTS:
+                raise UserError(f"{shown}: {rows} x {columns} must be at most {_MOST_ELEMENTS}")
+        return found

@@ -1,0 +1,480 @@
+"""Encoding and filling masks, ours beside Hugging Face's: `fastbert bench inference`.
+
+Two tasks: `encode` gives each sequence the mean of its last hidden states, `fill-mask` gives the
+logits of the masked tokens. Throughput is taken on batches, latency on one sequence of the batch's
+median length at a time. All contenders are in one process, interleaved round by round, with the
+same weights, in evaluation mode. Rivals get their best configuration: batches are padded to their
+longest sequence and no further, a single sequence has no mask, the vocabulary is scored at masked
+positions only, torch.nn.TransformerEncoder may use its nested tensors, and on a CPU everybody gets
+our setting of the allocator.
+
+Before anything is timed, the hidden states of all real tokens and the logits of all masked ones
+must agree with ours. ModernBERT is another architecture of about as many parameters with random
+weights: its rows say `same_work: false`.
+
+B sequences, S longest sequence, T real tokens of a batch, M masked tokens, H hidden size,
+V vocabulary.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from fastbert.config import ModelConfig, PretrainConfig, model_config
+from fastbert.data.batch import Batch
+from fastbert.errors import RunError
+from fastbert.hf import to_hf
+from fastbert.model.bert import Bert
+from fastbert.train.device import (
+    can_compile,
+    check_weights,
+    choose_device,
+    choose_dtype,
+    choose_execution,
+    keep_freed_memory,
+)
+from fastbert_bench.config import INFERENCE_RIVAL_NAMES, InferenceBenchConfig
+from fastbert_bench.measure import result as results
+from fastbert_bench.measure.energy import EnergyMeter
+from fastbert_bench.measure.flops import MLM_PROBABILITY, flops_per_token, mfu
+from fastbert_bench.measure.result import HEADS, Row, cells, gaps
+from fastbert_bench.suites import contenders as ways
+from fastbert_bench.suites.contenders import (
+    MissingError,
+    PaddedBatch,
+    TorchEncoder,
+    lengths_asked,
+    make_batches,
+)
+from fastbert_bench.suites.step import peak_of
+
+TASKS = ("encode", "fill-mask")
+# Of a hidden state or a logit, whose size is about 1. FlashAttention has no fp32.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
+SECONDS_PER_ROUND, SECONDS_OF_ENERGY = 0.3, 2.0
+LATENCIES = 20
+"""Single sequences timed in each round."""
+
+
+@dataclasses.dataclass
+class Contender:
+    """One way to run BERT: its tasks, what shows that it computes the same, what was measured."""
+
+    name: str
+    run: dict[str, Callable[[int], Tensor]]
+    """Task -> its answer for batch `index`: (B, H), or (M, V)."""
+    one: dict[str, Callable[[int], Tensor]]
+    """The same for a single sequence."""
+    answers: dict[str, Tensor]
+    """For batch 0: hidden states (T, H), their means (B, H), logits (M, V). Empty where it is
+    another model."""
+    checked_in: torch.dtype = torch.float32
+    seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    latencies: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def ours(
+    name: str, model: Bert, batches: Sequence[Batch], singles: Sequence[Batch], dtype: torch.dtype
+) -> Contender:
+    """fastbert, over packed sequences."""
+
+    def hidden(batch: Batch, rows: Tensor | None = None) -> Tensor:
+        return model.encode(
+            batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens,
+            batch.max_seqlen, rows,
+        )  # fmt: skip
+
+    def encode(batch: Batch) -> Tensor:
+        lengths = batch.cu_seqlens.diff().long()
+        x = hidden(batch)
+        # segment_reduce adds up in the dtype it is given.
+        means = torch.segment_reduce(x.float(), "mean", lengths=lengths, unsafe=True)
+        return means.to(x.dtype)
+
+    def fill(batch: Batch) -> Tensor:
+        assert model.mlm is not None
+        return model.mlm.logits(hidden(batch, batch.masked_positions), model.embeddings.word)
+
+    batch = batches[0]
+    answers = {"hidden states": hidden(batch), "means": encode(batch), "logits": fill(batch)}
+    model.to(dtype)
+    return _contender(name, {"encode": encode, "fill-mask": fill}, batches, singles, answers)
+
+
+Given = TypeVar("Given", Batch, PaddedBatch)
+
+
+def _contender(
+    name: str,
+    tasks: dict[str, Callable[[Given], Tensor]],
+    batches: Sequence[Given],
+    singles: Sequence[Given],
+    answers: dict[str, Tensor],
+) -> Contender:
+    def of(call: Callable[[Given], Tensor], given: Sequence[Given]) -> Callable[[int], Tensor]:
+        return lambda index: call(given[index % len(given)])
+
+    return Contender(
+        name,
+        {task: of(call, batches) for task, call in tasks.items()},
+        {task: of(call, singles) for task, call in tasks.items()},
+        {what: tensor.float().cpu() for what, tensor in answers.items()},
+    )
+
+
+Hidden = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+"""(B, S) ids, mask (None: no padding) and token types to (B, S, H)."""
+
+
+def rival(
+    name: str,
+    sizes: ModelConfig,
+    weights: dict[str, Tensor],
+    batches: Sequence[PaddedBatch],
+    singles: Sequence[PaddedBatch],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Contender:
+    """One of `INFERENCE_RIVAL_NAMES`, with the weights given under Hugging Face's names.
+
+    Raises:
+        MissingError: it cannot run here.
+    """
+    if "compile" in name and not can_compile(device):
+        raise MissingError("torch.compile needs a C++ compiler here")
+    make = {"torch-encoder": _torch_encoder, "modernbert": _modern_bert}.get(name)
+    if make is None:
+        model, forward, score = _hugging_face(name, sizes, weights, dtype)
+    else:
+        model, forward, score = make(sizes, weights)
+    model.to(device).eval()
+    check_dtype = dtype if name == "hf-flash" else torch.float32
+
+    def encode(batch: PaddedBatch) -> Tensor:
+        mask = batch.get("attention_mask")
+        x = forward(batch["input_ids"], mask, batch["token_type_ids"])
+        if mask is None:
+            return x.mean(1)
+        real = mask[:, :, None].to(x.dtype)
+        return (x * real).sum(1) / real.sum(1)
+
+    def fill(batch: PaddedBatch) -> Tensor:
+        x = forward(batch["input_ids"], batch.get("attention_mask"), batch["token_type_ids"])
+        return score(x.flatten(0, 1).index_select(0, batch["masked"]))
+
+    answers: dict[str, Tensor] = {}
+    if name != "modernbert":
+        batch = batches[0]
+        model.to(check_dtype)
+        x = forward(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+        hidden = x[batch["attention_mask"].bool()]
+        answers = {"hidden states": hidden, "means": encode(batch), "logits": fill(batch)}
+    model.to(dtype)
+    tasks: dict[str, Callable[[PaddedBatch], Tensor]] = {"encode": encode, "fill-mask": fill}
+    if "compile" in name:
+        tasks = {task: torch.compile(call, dynamic=False) for task, call in tasks.items()}
+    found = _contender(name, tasks, batches, singles, answers)
+    return dataclasses.replace(found, checked_in=check_dtype)
+
+
+Made = tuple[torch.nn.Module, Hidden, Callable[[Tensor], Tensor]]
+"""Model, hidden states, and logits of chosen hidden states."""
+
+
+def _hugging_face(
+    name: str, sizes: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
+) -> Made:
+    model: Any = ways._hugging_face(name, sizes, weights, dtype)
+
+    def forward(ids: Tensor, mask: Tensor | None, types: Tensor) -> Tensor:
+        hidden: Tensor = model.bert(ids, attention_mask=mask, token_type_ids=types)[0]
+        return hidden
+
+    return model, forward, model.cls.predictions
+
+
+def _torch_encoder(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
+    model = TorchEncoder(sizes, weights)
+    # No work on padding; for an odd number of heads torch has no such path.
+    model.encoder.use_nested_tensor = sizes.num_attention_heads % 2 == 0
+
+    def forward(ids: Tensor, mask: Tensor | None, types: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        x = model.norm(model.word(ids) + model.position(positions) + model.token_type(types))
+        padding = None if mask is None else mask == 0
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*nested tensors.*", UserWarning)
+            hidden: Tensor = model.encoder(x, src_key_padding_mask=padding)
+        return hidden
+
+    def score(x: Tensor) -> Tensor:
+        logits: Tensor = model.decoder(model.transform_norm(F.gelu(model.transform(x))))
+        return logits
+
+    return model, forward, score
+
+
+def _modern_bert(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
+    if importlib.util.find_spec("transformers.models.modernbert") is None:
+        raise MissingError("this transformers has no ModernBERT")
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    # A gated MLP has three matrices where BERT's has two.
+    width = max(8, round(sizes.intermediate_size * 2 / 3 / 8) * 8)
+    names = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
+    special: dict[str, Any] = dict.fromkeys(names, sizes.pad_token_id)  # within any vocabulary
+    config = ModernBertConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=width,
+        max_position_embeddings=sizes.max_position_embeddings,
+        **special,
+    )
+    config._attn_implementation = "sdpa"
+    model = ModernBertForMaskedLM(config)
+
+    def forward(ids: Tensor, mask: Tensor | None, types: Tensor) -> Tensor:
+        hidden: Tensor = model.model(ids, attention_mask=mask)[0]
+        return hidden
+
+    def score(x: Tensor) -> Tensor:
+        logits: Tensor = model.decoder(model.head(x))
+        return logits
+
+    return model, forward, score
+
+
+def check_same(first: Contender, other: Contender) -> None:
+    """Refuses to compare contenders that answer differently.
+
+    Raises:
+        RunError: a hidden state or a logit differs by more than rounding does.
+    """
+    tolerance = TOLERANCE[other.checked_in]
+    for what, theirs in other.answers.items():
+        mine = first.answers[what]
+        same = mine.shape == theirs.shape
+        difference = float((mine - theirs).abs().max()) if same else float("nan")
+        if not difference <= tolerance:
+            raise RunError(
+                f"not comparable: {other.name} and {first.name} differ by {difference:.2g} in "
+                f"their {what} (same weights and batch; rounding leaves less than {tolerance:g})"
+            )
+
+
+def measure(contenders: Sequence[Contender], rounds: int, device: torch.device) -> None:
+    """Fills in `seconds` (one entry a round), `latencies` and `peak_bytes`."""
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def timed(call: Callable[[int], object], index: int) -> float:
+        started = time.perf_counter()
+        call(index)
+        synchronize()
+        return time.perf_counter() - started
+
+    counts: dict[tuple[str, str], int] = {}
+    pairs = [(contender, task) for contender in contenders for task in TASKS]
+    for contender, task in tqdm(pairs, desc="warm-up", unit="task", file=sys.stderr):
+        run, one = contender.run[task], contender.one[task]
+        for index in range(3):
+            run(index)
+            one(index)
+        synchronize()
+        contender.peak_bytes[task] = peak_of(functools.partial(run, 0), device)
+        once = timed(run, 1)
+        counts[contender.name, task] = max(1, min(50, round(SECONDS_PER_ROUND / once)))
+        contender.seconds[task], contender.latencies[task] = [], []
+    for round_index in tqdm(range(rounds), desc="measuring", unit="round", file=sys.stderr):
+        # Every other round runs backwards, so that a drift of the machine favours nobody.
+        for contender, task in pairs if round_index % 2 == 0 else reversed(pairs):
+            run, one = contender.run[task], contender.one[task]
+            count = counts[contender.name, task]
+            run(0)  # settles caches after the one before
+            synchronize()
+            started = time.perf_counter()
+            for index in range(count):
+                run(index)
+            synchronize()
+            contender.seconds[task].append((time.perf_counter() - started) / count)
+            one(0)
+            synchronize()
+            contender.latencies[task] += [timed(one, index) for index in range(LATENCIES)]
+
+
+def summary(
+    contenders: Sequence[Contender], sizes: ModelConfig, lengths: np.ndarray, device: torch.device
+) -> list[Row]:
+    """One row for each contender and task; the first contender is what others are compared with."""
+    meter, T = EnergyMeter(device), int(lengths.sum())
+    H, V = sizes.hidden_size, sizes.vocab_size
+    forward = flops_per_token(sizes, lengths) / 3
+    flops = {"fill-mask": forward, "encode": forward - MLM_PROBABILITY * 2 * (H**2 + H * V)}
+    rows = []
+    for task in TASKS:
+        best = np.array(contenders[0].seconds[task])
+        for contender in contenders:
+            seconds = np.array(contender.seconds[task])
+            low, middle, high = (float(x) for x in np.percentile(seconds, (20, 50, 80)))
+            p50, p99 = np.percentile(contender.latencies[task], (50, 99)) * 1e3
+            spent = meter.measure(contender.run[task], SECONDS_OF_ENERGY, middle)
+            same = bool(contender.answers)
+            rows.append(
+                {
+                    "name": f"{task}, {contender.name}",
+                    "task": task,
+                    "contender": contender.name,
+                    "same_work": same,
+                    "ms": middle * 1e3,
+                    "ms_p20": low * 1e3,
+                    "ms_p80": high * 1e3,
+                    "rounds_ms": (seconds * 1e3).tolist(),
+                    "real_tokens_per_second": T / middle,
+                    "sequences_per_second": len(lengths) / middle,
+                    "latency_ms_p50": float(p50),
+                    "latency_ms_p99": float(p99),
+                    "mfu": mfu(flops[task] * T / middle, device) if same else None,
+                    "peak_memory_bytes": contender.peak_bytes[task],
+                    "watts": spent.watts if spent else None,
+                    "joules_per_million_tokens": spent.joules / T * 1e6 if spent else None,
+                    "ratio": float(np.median(seconds / best)),
+                }
+            )
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as text, one line each, and a line for each that is missing."""
+    lines = [
+        f"{'a batch':<30}{HEADS}{'1 seq p50':>11}{'p99':>8}   {result['rows'][0]['contender']} is"
+    ]
+    for row in result["rows"]:
+        other = "" if row["same_work"] else " (another architecture)"
+        lines.append(
+            f"{row['name']:<30}{cells(row)}"
+            f"{row['latency_ms_p50']:>11.2f}{row['latency_ms_p99']:>8.2f}"
+            f"   {row['ratio']:.2f}x as fast{other}"
+        )
+    lines += [f"{one['name']:<30}missing: {one['why']}" for one in result["missing"]]
+    return "\n".join(lines)
+
+
+@torch.inference_mode(False)  # whose tensors our attention on a CPU cannot tell from others
+def _batches(
+    lengths: np.ndarray, V: int, rng: np.random.Generator, device: torch.device
+) -> tuple[list[PaddedBatch], list[Batch]]:
+    """Both forms on the device; the padded ones also tell where, in (B · S), masked tokens are."""
+    padded, packed = make_batches(lengths, int(lengths.max()), V, rng)
+    for batch in padded:
+        batch["masked"] = (batch.pop("labels").flatten() != -100).nonzero().squeeze(1)
+    there = [{key: value.to(device) for key, value in batch.items()} for batch in padded]
+    return there, [batch.to(device) for batch in packed]
+
+
+@torch.inference_mode()
+def run(config: InferenceBenchConfig) -> dict[str, Any]:
+    """Measures as `config` says and returns the result."""
+    device, sizes = choose_device(config.device), model_config(config.model)
+    check_weights(config.model, sizes, device, 4)
+    dtype, _ = choose_dtype(config.precision, device)
+    rng = np.random.default_rng(config.seed)
+    lengths = lengths_asked(config.lengths, config.batch_size, config.max_seq_length, rng)
+    padded, packed = _batches(lengths, sizes.vocab_size, rng, device)
+    median = int(np.median(lengths))
+    padded_ones, packed_ones = _batches(np.array([median]), sizes.vocab_size, rng, device)
+    for batch in padded_ones:
+        del batch["attention_mask"]
+    if device.type == "cpu":
+        keep_freed_memory()
+
+    def model(compiled: bool) -> Bert:
+        execution = choose_execution(
+            PretrainConfig(
+                device=config.device,
+                precision=config.precision,
+                torch_compile="on" if compiled else "off",
+            ),
+            sizes,
+        )
+        torch.manual_seed(config.seed)
+        return Bert(sizes, execution.ops).to(device).eval()
+
+    plain = model(False)
+    initial = to_hf(dict(plain.named_parameters()), sizes)
+    weights = {name: tensor.detach().clone() for name, tensor in initial.items()}
+    contenders, missing = [], []
+    if device.type == "cpu" and can_compile(device):
+        contenders.append(ours("fastbert", model(True), packed, packed_ones, dtype))
+    name = "fastbert-eager" if contenders else "fastbert"
+    contenders.append(ours(name, plain, packed, packed_ones, dtype))
+    check_same(contenders[0], contenders[-1])
+    asked = list(INFERENCE_RIVAL_NAMES) if config.against == "auto" else config.against.split(",")
+    for name in asked if config.against != "none" else []:
+        try:
+            one = rival(name, sizes, weights, padded, padded_ones, dtype, device)
+            check_same(contenders[0], one)
+            for task in TASKS:  # compiles
+                one.run[task](0)
+                one.one[task](0)
+            contenders.append(one)
+        except MissingError as error:
+            missing.append({"name": name, "why": str(error)})
+        except RuntimeError as error:  # a dtype or a size that it cannot do, no memory, …
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            missing.append({"name": name, "why": why})
+    measure(contenders, config.rounds, device)
+    rows = summary(contenders, sizes, lengths, device)
+    missing += gaps(
+        rows,
+        {"mfu": "the peak of this device is not known", "watts": EnergyMeter(device).why_not},
+    )
+    return results.make(
+        "inference",
+        dataclasses.asdict(config),
+        device,
+        rows,
+        missing,
+        dtype=str(dtype).removeprefix("torch."),
+        real_tokens=int(lengths.sum()),
+        padded_tokens=int(lengths.max()) * len(lengths),
+        lengths=lengths.tolist(),
+        latency_tokens=median,
+        model=dataclasses.asdict(sizes),
+    )
+
+
+def main(config: InferenceBenchConfig) -> None:
+    """Runs the benchmark, prints its table, writes JSON where asked.
+
+    Raises:
+        UserError: settings that do not fit.
+        RunError: contenders that do not compute the same thing, or a file that cannot be written.
+    """
+    result = run(config)
+    if config.json:
+        results.write(result, Path(config.json))
+    told = result["conditions"]
+    print(
+        f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {result['dtype']}; "
+        f"{config.model}, {config.batch_size} sequences of at most {config.max_seq_length}, "
+        f"{result['real_tokens']} real tokens; latency of one sequence of "
+        f"{result['latency_tokens']}"
+    )
+    print(table(result))

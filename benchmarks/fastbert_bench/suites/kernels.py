@@ -1,0 +1,423 @@
+"""Each op beside its peers: `fastbert bench kernels`.
+
+On a GPU this is the stage `kernels` of `python -m fastbert_bench.gpu`: every op in a process of its
+own, checked against the reference before it is timed, L2 cold, by events. Where a check of an op
+fails, its times are not admitted. On a CPU it times what runs there: our ops for a CPU, the
+reference that says what they compute, plain PyTorch, and the reference under torch.compile; their
+outputs are compared first. Bytes are those of the table in `kernels.costs`, with storage in bf16; a
+CPU computes in fp32 and so moves up to twice as much.
+
+Real tokens a second are those of the batch that an op serves; sequences a second are attention's,
+which alone sees where one ends. Peers that cannot take packed sequences get them padded where
+lengths differ, and their pads are no work. Peak memory is what one call holds beside its inputs.
+
+T tokens, S longest sequence, H hidden size, A heads, F width inside the MLP, V vocabulary, M masked
+tokens, P parameters, L layers, N sequences, s mean length of the sequence that a token stands in.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastbert.config import PRESETS, model_config
+from fastbert.errors import RunError
+from fastbert.ops import cpu_ops
+from fastbert.train.device import (
+    can_compile,
+    check_weights,
+    choose_device,
+    keep_freed_memory,
+)
+from fastbert_bench.config import KERNEL_OPS, KernelBenchConfig
+from fastbert_bench.gpu import kernels as gpu_kernels
+from fastbert_bench.kernels import timings as kernel_timings
+from fastbert_bench.kernels.costs import model_sizes
+from fastbert_bench.kernels.timings import (
+    DROPOUT_P,
+    EPS,
+    PAD,
+    Asked,
+    Built,
+    Contender,
+    Inputs,
+    Workload,
+    costs,
+    figures,
+    peer_of,
+)
+from fastbert_bench.measure import result as results
+from fastbert_bench.measure import timing
+from fastbert_bench.measure.energy import EnergyMeter
+from fastbert_bench.measure.processes import one_line
+from fastbert_bench.measure.result import HEADS, Row, cells, gaps
+from fastbert_bench.suites.contenders import file_lengths
+from fastbert_bench.suites.step import peak_of
+from fastbert_kernels import reference, reference_optimizer
+
+TOLERANCE = 1e-4  # of an output in fp32, relative to its largest element
+ROUNDS, SECONDS = 20, 1.0
+SECONDS_OF_ENERGY, SECONDS_OF_AN_OP = 0.5, 300.0
+ON_CPU = ("eager", "bare gemm", "bare gemms", "torch's own", "torch fused", "torch foreach")
+"""Peers of the GPU's that a CPU runs as well; "compile" has a backend of its own here."""
+ON_GPU = ("fa2", "fa3", "fa4", "cudnn", "liger")
+
+Missing = dict[str, str]
+
+
+# On a CPU
+
+
+def cpu_sizes(quick: bool, model: str = "auto") -> dict[str, int]:
+    """A model's widths on 2,048 tokens and one layer's parameters; auto: those of BERT-mini.
+
+    `quick`: few tokens, and auto is a toy.
+    """
+    H, S, T, V = (64, 16, 48, 1000) if quick else (256, 128, 2048, 8192)
+    sizes = model_sizes(H, S, T) | {"V": V}
+    if model != "auto":
+        sizes = kernel_timings.sizes_of(model, S, T) | {"L": 1}
+    return sizes | {"L": 1, "P": sum(_numels(sizes))}
+
+
+def _numels(sizes: dict[str, int]) -> list[int]:
+    return kernel_timings.parameter_sizes(sizes["H"], 1, sizes["V"], sizes["F"])
+
+
+def _call_of(
+    op: str, sizes: dict[str, int], lengths: str
+) -> tuple[tuple[str, ...], Callable[[Callable[..., Any], Inputs, Sequence[Tensor]], Any]]:
+    """Names of an op's leaves, and how it is called with them."""
+    T, S = sizes["T"], sizes["S"]
+    ends = np.cumsum(kernel_timings.filled(lengths, T, S))
+    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
+    positions = torch.arange(T) % S
+    random = (DROPOUT_P, torch.tensor([1, 2, 3]), 1)
+    known: dict[str, Any] = {
+        "attention": (("qkv",), lambda f, i, x: f(*x, cu_seqlens, S, *random)),
+        "dropout_add_layer_norm": (
+            ("x", "bias", "residual", "weight", "beta"), lambda f, i, x: f(*x, EPS, *random),
+        ),
+        "linear_cross_entropy": (("x", "weight", "bias"), lambda f, i, x: f(*x, i["labels"])),
+        "linear_gelu": (("x", "weight", "bias"), lambda f, i, x: f(*x)),
+        "bias_gelu": (("x", "bias"), lambda f, i, x: f(*x)),
+        "gelu_layer_norm": (("x", "bias", "weight", "beta"), lambda f, i, x: f(*x, EPS)),
+        "embed_layer_norm": (
+            ("word", "token_type", "position", "weight", "beta"),
+            lambda f, i, x: f(i["ids"], i["types"], positions, *x, PAD, EPS, *random),
+        ),
+    }  # fmt: skip
+    names, call = known[op]
+    return names, call
+
+
+def _missing(why: str) -> Contender:
+    return Contender("ours", kernel_timings.missing(why))
+
+
+def cpu_workload(op: str, quick: bool, asked: Asked = kernel_timings.STAGE) -> Workload:
+    """One op with everybody who can do it on a CPU, or why not; ours first."""
+    sizes, device = cpu_sizes(quick, asked.model), torch.device("cpu")
+    torch._dynamo.reset()
+    # Its peers read the same inputs.
+    theirs = kernel_timings.workload(op, device, torch.float32, sizes, asked.lengths)
+    plain = [c for c in theirs.contenders if c.name in ON_CPU]
+    needs = kernel_timings.missing("needs a GPU")
+    there = {peer_of(c.name): c for c in theirs.contenders if peer_of(c.name) in ON_GPU}
+    # Liger has no GELU of this kind anywhere, which its contender says.
+    plain += [c if op == "bias_gelu" else Contender(name, needs) for name, c in there.items()]
+    if op in ("adamw", "lamb"):
+        step = cpu_ops(False).adamw_step if op == "adamw" else _lamb(sizes)
+        ours = Contender("ours", functools.partial(_optimizer, step, sizes))
+        if op == "lamb":
+            adamw = functools.partial(_optimizer, cpu_ops(False).adamw_step, sizes)
+            plain.append(Contender("adamw", adamw))
+        same = Contender("reference", kernel_timings.missing("on a CPU, ours is the reference"))
+        return dataclasses.replace(theirs, contenders=[ours, same, *plain])
+    if op == "mask_tokens":
+        ours = _missing("on a CPU, words are masked while they are packed: see bench data")
+        masked = Contender("reference", functools.partial(_masked, sizes["V"]))
+        return dataclasses.replace(theirs, contenders=[ours, masked, *plain])
+    names, call = _call_of(op, sizes, asked.lengths)
+
+    def by(function: Callable[..., Any]) -> Callable[[Inputs], Built]:
+        def build(inputs: Inputs) -> Built:
+            leaves = [kernel_timings.leaf(inputs[name]) for name in names]
+            return leaves, lambda: call(function, inputs, leaves)
+
+        return build
+
+    law: Any = getattr(reference, op)
+    compiler = can_compile(device)
+    if op == "bias_gelu":
+        ours = _missing("on a CPU, the bias is added by the product before it: see linear_gelu")
+    else:
+        ours = Contender("ours", by(law if op == "linear_gelu" else getattr(cpu_ops(compiler), op)))
+    compiled = (
+        by(torch.compile(law, dynamic=False))
+        if compiler
+        else kernel_timings.missing("torch.compile needs a C++ compiler here")
+    )
+    rest = [Contender("reference", by(law)), *plain, Contender("compile", compiled)]
+    return dataclasses.replace(theirs, contenders=[ours, *rest])
+
+
+def _optimizer(step: Callable[..., None], sizes: dict[str, int], inputs: Inputs) -> Built:
+    spans = kernel_timings.aligned_spans(_numels(sizes))
+    arguments: dict[str, Any] = inputs | {
+        "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.01, "max_grad_norm": 1.0,
+        "decay_end": spans[3 + 6 + 3][0],  # embeddings, a layer's matrices, the heads'
+        "weights": None,  # on a CPU the masters are the weights
+    }  # fmt: skip
+    return [], functools.partial(step, **arguments)
+
+
+def _lamb(sizes: dict[str, int]) -> Callable[..., None]:
+    spans = kernel_timings.aligned_spans(_numels(sizes))
+    return functools.partial(cpu_ops(False).lamb_step, spans=spans)
+
+
+def _masked(V: int, inputs: Inputs) -> Built:
+    is_special = torch.arange(V) < 5
+    seed = torch.tensor([1, 2, 3])
+    masked = reference_optimizer.mask_tokens
+    return [], lambda: masked(inputs["ids"], is_special, seed, 0.15, 4)
+
+
+def check_same(workload: Workload) -> None:
+    """Compares those that draw the same dropout bits.
+
+    Raises:
+        RunError: outputs differ by more than rounding.
+    """
+    inputs = workload.inputs()
+    found: dict[str, Tensor] = {}
+    if workload.directions == ("step",):
+        return
+    for contender in workload.contenders:
+        if contender.name not in ("ours", "reference", "compile"):
+            continue
+        with contextlib.suppress(kernel_timings.MissingError):
+            found[contender.name] = contender.build(inputs)[1]().detach()
+    law = found["reference"]
+    for name, out in found.items():
+        difference = float((out - law).abs().max() / law.abs().max())
+        if not difference <= TOLERANCE:
+            raise RunError(
+                f"not comparable: {workload.op} by {name} and by reference differ by "
+                f"{difference:.2g} of the largest element; rounding leaves less than {TOLERANCE:g}"
+            )
+
+
+def measure(
+    workload: Workload, rounds: int, asked: Asked = kernel_timings.STAGE
+) -> Iterator[tuple[list[Row], list[Missing]]]:
+    """Rows of each direction, ours first, and who of those asked for is missing."""
+    device = torch.device("cpu")
+    sets = [workload.inputs() for _ in range(timing.clones_needed(1, device))]
+    for direction in workload.directions:
+        replays: dict[str, timing.Replay] = {}
+        missing: list[Missing] = []
+        peaks: dict[str, int] = {}
+        for contender in workload.contenders:
+            if not asked.admits(contender.name):
+                continue
+            name = f"{workload.op} {direction}, {contender.name}"
+            try:
+                calls = kernel_timings.calls_of(contender, direction, sets)
+                replays[contender.name] = timing.Replay(calls, device)
+                peaks[contender.name] = peak_of(calls[0], device)
+            except kernel_timings.MissingError as error:
+                missing.append({"name": name, "why": str(error)})
+            except Exception as error:
+                if contender.name in ("ours", "reference"):
+                    raise
+                missing.append({"name": name, "why": one_line(error)})
+        times = timing.interleaved(replays, device, rounds, seconds=SECONDS)
+        told = {"op": workload.op, "direction": direction, "sizes": workload.sizes}
+        rows = []
+        for name, ms in times.items():
+            row: Row = told | {"contender": name, "rounds_ms": ms} | timing.quantiles(ms)
+            row |= {"peak_memory_bytes": peaks[name], "watts": None}
+            rows.append(row | {"joules_per_million_tokens": None} | figures(row, device))
+        yield common(rows), missing
+
+
+def common(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one op, direction and size as the schema has them.
+
+    Each is compared with ours, without dropout where it has none, or with the first where ours is
+    missing. Ratios are medians of the rounds' own ratios where each round is known.
+    """
+    made = []
+    by_name = {row["contender"]: row for row in rows}
+    for row in rows:
+        sizes, seconds = row["sizes"], row["ms"] / 1e3
+        moved, flops, _ = costs(row["op"], row["direction"], sizes)
+        base = by_name.get("ours", rows[0])
+        if row["contender"].endswith(" p=0"):
+            base = by_name.get("ours p=0", base)
+        ratio = row["ms"] / base["ms"]
+        if "rounds_ms" in row:
+            ratio = float(np.median(np.array(row["rounds_ms"]) / np.array(base["rounds_ms"])))
+        kept = ("op", "direction", "contender", "sizes", "ms", "ms_p20", "ms_p80", "rounds_ms",
+                "real_tokens_per_second", "sequences_per_second", "mfu", "peak_memory_bytes",
+                "watts", "joules_per_million_tokens", "floor_ms", "floor_share", "target",
+                "target_met")  # fmt: skip
+        shape = f"H={sizes['H']} S={sizes['S']}"
+        made.append(
+            {"name": f"{row['op']} {row['direction']} {shape}, {row['contender']}"}
+            | {key: row[key] for key in kept if key in row}
+            | {"bytes": moved, "flops": flops, "gbps": moved / seconds / 1e9}
+            | {"tflops": flops / seconds / 1e12}
+            | {"ratio": ratio, "compared_with": base["contender"]}
+        )
+    return made
+
+
+def on_cpu(ops: Sequence[str], quick: bool, asked: Asked = kernel_timings.STAGE) -> dict[str, Any]:
+    """Times `ops` here; returns `rows` and `missing`."""
+    keep_freed_memory()  # for everybody
+    rows: list[Row] = []
+    missing: list[Missing] = []
+    bar = tqdm(ops, desc="ops", unit="op", file=sys.stderr)
+    for op in bar:
+        bar.set_postfix_str(op)
+        torch.manual_seed(0)
+        workload = cpu_workload(op, quick, asked)
+        check_same(workload)
+        for found, absent in measure(workload, 3 if quick else ROUNDS, asked):
+            rows += found
+            missing += absent
+    return {"rows": rows, "missing": missing}
+
+
+# On a GPU
+
+
+def on_gpu(
+    ops: Sequence[str],
+    quick: bool,
+    asked: Asked = kernel_timings.STAGE,
+    device_type: str = "cuda",
+) -> dict[str, Any]:
+    """Runs the stage and returns `rows`, `missing`, and its ceilings and checks."""
+    with tempfile.TemporaryDirectory(prefix="fastbert-bench-") as folder:
+        with contextlib.redirect_stdout(sys.stderr):
+            gpu_kernels.run(
+                Path(folder), quick, ops=ops, device_type=device_type, timeout=SECONDS_OF_AN_OP,
+                asked=dataclasses.asdict(asked),
+            )  # fmt: skip
+        stage = json.loads((Path(folder) / "kernels.json").read_text(encoding="utf-8"))
+    return from_stage(stage)
+
+
+def from_stage(stage: dict[str, Any]) -> dict[str, Any]:
+    """The stage's findings in the common form: a row with its times, or who is missing and why."""
+    rows: list[Row] = []
+    missing: list[Missing] = []
+    for op, found in stage["ops"].items():
+        failed = [check["check"] for check in found["checks"] if check["ok"] is False]
+        if found["error"]:
+            missing.append({"name": op, "why": found["error"]})
+        if failed:
+            why = f"not comparable: {len(failed)} checks against the reference fail: {failed[0]}"
+            missing.append({"name": op, "why": why})
+            continue
+        of_op = [row for row in stage["rows"] if row["op"] == op]
+        for row in of_op:
+            if "why" in row:
+                name = f"{op} {row['direction']}, {row['contender']}"
+                missing.append({"name": name, "why": row["why"]})
+        timed = [row for row in of_op if "ms" in row]
+        for _, same in itertools.groupby(timed, lambda row: (row["direction"], row["sizes"])):
+            rows += common(list(same))
+    checks = {op: found["checks"] for op, found in stage["ops"].items()}
+    return {
+        "rows": rows, "missing": missing, "ceilings": stage.get("ceilings"), "checks": checks,
+    }  # fmt: skip
+
+
+def run(config: KernelBenchConfig) -> dict[str, Any]:
+    """Measures as `config` says and returns the result."""
+    device = choose_device(config.device)
+    ops = KERNEL_OPS if config.op == "all" else config.op.split(",")
+    model, lengths = config.model, config.lengths
+    if model != "auto":  # two layers' worth: operands, results and their gradients
+        sizes = dataclasses.replace(model_config(model), num_hidden_layers=2)
+        check_weights(model, sizes, device)
+    # The processes of a GPU's ops work in another folder.
+    if model not in ("auto", *PRESETS):
+        model = os.path.abspath(model)
+    if lengths not in ("natural", "full"):
+        lengths = os.path.abspath(lengths)
+        file_lengths(lengths)  # refused before the work
+    asked = Asked(model, lengths, config.against, SECONDS_OF_ENERGY)
+    found = (on_gpu if device.type == "cuda" else on_cpu)(ops, config.quick, asked)
+    found["missing"] += _not_there(found, config.against)
+    found["missing"] += gaps(
+        found["rows"],
+        {
+            "real_tokens_per_second": "an optimizer's step does not depend on the batch",
+            "sequences_per_second": "of attention only: no other op sees where a sequence ends",
+            "mfu": "the peak of this device is not known, or no op here multiplies matrices",
+            "watts": EnergyMeter(device).why_not or "no op with a time",
+        },
+    )
+    return results.make("kernels", dataclasses.asdict(config), device, **found)
+
+
+def _not_there(found: dict[str, Any], against: str) -> list[Missing]:
+    """Peers that were asked for by name and are none of any op measured."""
+    told = {row["contender"] for row in found["rows"]}
+    told |= {one["name"].rpartition(", ")[2] for one in found["missing"]}
+    peers = {peer_of(name) for name in told}
+    names = against.split(",") if against not in ("auto", "none") else []
+    return [
+        {"name": name, "why": "is no peer of the ops that were measured"}
+        for name in names
+        if name not in peers
+    ]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as text, one line each, and a line for each that is missing."""
+    lines = [f"{'op':<58}{HEADS}{'GB/s':>8}{'TFLOP/s':>9}"]
+    for row in result["rows"]:
+        rate = f"{row['tflops']:.2f}" if row["flops"] else "-"
+        compared = f"   {row['compared_with']} is {row['ratio']:.2f}x as fast"
+        lines.append(
+            f"{row['name']:<58}{cells(row)}"
+            f"{row['gbps']:>8.1f}{rate:>9}{compared if row['ratio'] != 1 else ''}"
+        )
+    lines += [f"{one['name']:<58}missing: {one['why']}" for one in result["missing"]]
+    return "\n".join(lines)
+
+
+def main(config: KernelBenchConfig) -> None:
+    """Runs the benchmark, prints its table, writes JSON where asked.
+
+    Raises:
+        RunError: contenders that do not compute the same thing, or a file that cannot be written.
+    """
+    result = run(config)
+    if config.json:
+        results.write(result, Path(config.json))
+    told = result["conditions"]
+    print(
+        f"{told['device']}, {told['threads']} threads, torch {told['torch']}; "
+        f"model {config.model}, {Path(config.lengths).name} lengths"
+    )
+    print(table(result))

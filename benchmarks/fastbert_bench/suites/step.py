@@ -1,0 +1,303 @@
+"""The training step against Hugging Face's: `fastbert bench step`.
+
+All contenders in one process, interleaved round by round; `contenders` says what makes them
+comparable, and checks it. Only real tokens count.
+
+On a CPU, fastbert tells glibc to keep freed memory; the rivals run with glibc's own policy, as
+their users have it, and as `...+malloc` once more with ours, which helps them much.
+"""
+
+import dataclasses
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fastbert.config import ModelConfig, PretrainConfig, model_config
+from fastbert.errors import UserError
+from fastbert.hf import to_hf
+from fastbert.model.bert import Bert
+from fastbert.train.device import (
+    can_compile,
+    check_weights,
+    choose_device,
+    choose_execution,
+    keep_freed_memory,
+)
+from fastbert_bench.config import STEP_RIVALS, StepBenchConfig
+from fastbert_bench.measure import result as results
+from fastbert_bench.measure.energy import EnergyMeter
+from fastbert_bench.measure.flops import flops_per_token, mfu
+from fastbert_bench.measure.result import HEADS, cells, gaps
+from fastbert_bench.suites.contenders import (
+    Contender,
+    MissingError,
+    check_fair,
+    lengths_asked,
+    make_batches,
+    make_recipe,
+    ours,
+    rival,
+)
+
+SECONDS_PER_ROUND = 0.5
+SECONDS_OF_ENERGY = 1.0
+
+
+def peak_of(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors alive during `step` beyond those alive before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each trace writes two lines to stderr
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    alive = most = 0
+    for _, size in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):
+        alive += size
+        most = max(most, alive)
+    return int(most)
+
+
+def _allocations(events: Any) -> Iterator[tuple[int, int]]:
+    """(time, bytes) of every allocation, bytes negative for what is freed."""
+    for event in events:
+        if event.name == "[memory]":
+            yield event.start_time_ns, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
+
+
+def measure(
+    contenders: Sequence[Contender], rounds: int, device: torch.device
+) -> tuple[list[Contender], list[dict[str, str]]]:
+    """Fills in `seconds` (one entry a round) and `peak_bytes`; compilation happens beforehand.
+
+    Returns:
+        The contenders that were measured, and {"name", "why"} of rivals that cannot run: out of
+        memory, or a compiler's failure. Ours must run.
+    """
+
+    def synchronized(contender: Contender, index: int) -> None:
+        contender.step(index)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    steps_per_round = {}
+    able, failed = [], []
+    bar = tqdm(contenders, desc="warm-up", unit="contender", file=sys.stderr)
+    for contender in bar:
+        bar.set_postfix_str(contender.name)
+        _set_allocator(contender, device)
+        try:
+            synchronized(contender, 0)
+            synchronized(contender, 1)
+            contender.peak_bytes = contender.state_bytes + peak_of(
+                functools.partial(synchronized, contender, 2), device
+            )
+            started = time.perf_counter()
+            synchronized(contender, 3)
+            once = time.perf_counter() - started
+        except Exception as error:
+            if contender is contenders[0]:
+                raise
+            first_line = (str(error).strip().splitlines() or [""])[0][:200]
+            failed.append({"name": contender.name, "why": f"{type(error).__name__}: {first_line}"})
+            continue
+        able.append(contender)
+        steps_per_round[contender.name] = max(1, min(20, round(SECONDS_PER_ROUND / once)))
+    for round_index in tqdm(range(rounds), desc="measuring", unit="round", file=sys.stderr):
+        # Every other round runs backwards, so that a drift of the machine favours nobody.
+        for contender in able if round_index % 2 == 0 else reversed(able):
+            count = steps_per_round[contender.name]
+            _set_allocator(contender, device)
+            synchronized(contender, 0)  # settles caches and heap after the one before
+            started = time.perf_counter()
+            for index in range(count):
+                contender.step(4 + round_index * count + index)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            contender.seconds.append((time.perf_counter() - started) / count)
+    return able, failed
+
+
+def _set_allocator(contender: Contender, device: torch.device) -> None:
+    if device.type == "cpu":
+        keep_freed_memory(contender.keeps_memory)
+
+
+def summary(
+    contenders: Sequence[Contender], sizes: ModelConfig, lengths: np.ndarray, device: torch.device
+) -> list[dict[str, Any]]:
+    """One row a contender: times, real tokens/s, MFU, memory, energy, and the ratio to the first.
+
+    Ratios are of times a token, medians of the rounds' own, so a slow spell of the machine cancels.
+    """
+    best, meter = contenders[0], EnergyMeter(device)
+    rows = []
+    for contender in contenders:
+        T = contender.real_tokens
+        flops = flops_per_token(sizes, lengths) * T
+        seconds = np.array(contender.seconds)
+        middle = float(np.median(seconds))
+        spent = meter.measure(contender.step, SECONDS_OF_ENERGY, middle)
+        rows.append(
+            {
+                "name": contender.name,
+                "ms": middle * 1e3,
+                "ms_p20": float(np.percentile(seconds, 20)) * 1e3,
+                "ms_p80": float(np.percentile(seconds, 80)) * 1e3,
+                "real_tokens_per_second": T / middle,
+                "sequences_per_second": contender.sequences / middle,
+                "mfu": mfu(flops / middle, device),
+                "peak_memory_bytes": contender.peak_bytes,
+                "watts": spent.watts if spent else None,
+                "joules_per_million_tokens": spent.joules / T * 1e6 if spent else None,
+                "ratio": float(np.median(seconds / np.array(best.seconds))) * best.real_tokens / T,
+                "memory_of_first_over_this": best.peak_bytes / contender.peak_bytes,
+                "first_loss": float(contender.token_losses.mean()),
+                "rounds_ms": (seconds * 1e3).tolist(),
+            }
+        )
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as text, one line a contender, and a line for each that is missing."""
+    rows = result["rows"]
+    lines = [
+        f"{'a step':<24}{HEADS}   {rows[0]['name']} is",
+        *(f"{row['name']:<24}{cells(row)}   {row['ratio']:.2f}x as fast" for row in rows),
+    ]
+    lines += [f"{one['name']:<24}missing: {one['why']}" for one in result["missing"]]
+    return "\n".join(lines)
+
+
+def drawn_lengths(config: StepBenchConfig, rng: np.random.Generator) -> np.ndarray:
+    """(B,) lengths as asked for.
+
+    Raises:
+        UserError: a file of lengths that cannot be read, or holds something else.
+    """
+    return lengths_asked(config.lengths, config.batch_size, config.max_seq_length, rng)
+
+
+def run(config: StepBenchConfig) -> dict[str, Any]:
+    """Measures as `config` says and returns the result."""
+    device = choose_device(config.device)
+    sizes = model_config(config.model)
+    check_weights(config.model, sizes, device)
+    if config.max_seq_length > sizes.max_position_embeddings:
+        raise UserError(
+            f"max_seq_length = {config.max_seq_length} must be at most the model's "
+            f"max_position_embeddings = {sizes.max_position_embeddings}"
+        )
+    rng = np.random.default_rng(config.seed)
+    lengths = drawn_lengths(config, rng)
+    padded, packed = make_batches(lengths, config.max_seq_length, sizes.vocab_size, rng)
+    padded = [{key: value.to(device) for key, value in batch.items()} for batch in padded]
+    packed = [batch.to(device) for batch in packed]
+    recipe = make_recipe(config.seed)
+
+    def execution(compiled: bool) -> Any:
+        return choose_execution(
+            PretrainConfig(
+                device=config.device,
+                precision=config.precision,
+                torch_compile="on" if compiled else "off",
+            ),
+            sizes,
+        )
+
+    plain = execution(False)
+    dtype = plain.dtype
+
+    def model(ops: Any) -> Bert:
+        torch.manual_seed(config.seed)
+        return Bert(sizes, ops).to(device)
+
+    initial = dict(model(plain.ops).named_parameters())
+    weights = {name: tensor.detach().clone() for name, tensor in to_hf(initial, sizes).items()}
+    contenders: list[Contender] = []
+    if device.type == "cuda":
+        ops = plain.ops
+        contenders.append(ours("fastbert", model(ops), packed, recipe, dtype, graph=plain.graph))
+    elif can_compile(device):
+        ops = execution(True).ops
+        contenders.append(ours("fastbert", model(ops), packed, recipe, dtype))
+    contenders.append(ours("fastbert-eager", model(plain.ops), packed, recipe, dtype))
+    drops = sizes.hidden_dropout_prob > 0 or sizes.attention_probs_dropout_prob > 0
+    missing: list[dict[str, str]] = []
+    made: dict[str, Contender | str] = {}
+    for name in _asked(config.against, device):
+        plain_name = name.removesuffix("+malloc")
+        if plain_name not in made:
+            try:
+                found = rival(plain_name, sizes, weights, padded, recipe, dtype, device)
+                check_fair(contenders[0], found, drops)
+                made[plain_name] = found
+            except MissingError as error:
+                made[plain_name] = str(error)
+        one = made[plain_name]
+        if isinstance(one, str):
+            missing.append({"name": name, "why": one})
+        else:
+            contenders.append(
+                dataclasses.replace(one, name=name, keeps_memory=name != plain_name, seconds=[])
+            )
+    check_fair(contenders[0], contenders[-1], drops)
+    contenders, failed = measure(contenders, config.rounds, device)
+    missing += failed
+    rows = summary(contenders, sizes, lengths, device)
+    missing += gaps(
+        rows,
+        {"mfu": "the peak of this device is not known", "watts": EnergyMeter(device).why_not},
+    )
+    return results.make(
+        "step",
+        dataclasses.asdict(config),
+        device,
+        rows,
+        missing,
+        dtype=str(dtype).removeprefix("torch."),
+        real_tokens=contenders[0].real_tokens,
+        padded_tokens=config.batch_size * config.max_seq_length,
+        lengths=lengths.tolist(),
+        model=dataclasses.asdict(sizes),
+    )
+
+
+def _asked(against: str, device: torch.device) -> list[str]:
+    if against == "none":
+        return []
+    return (STEP_RIVALS[device.type] if against == "auto" else against).split(",")
+
+
+def main(config: StepBenchConfig) -> None:
+    """Runs the benchmark, prints its table, writes JSON where asked.
+
+    Raises:
+        UserError: settings that do not fit.
+        RunError: contenders that do not compute the same thing, or a file that cannot be written.
+    """
+    result = run(config)
+    if config.json:
+        results.write(result, Path(config.json))
+    told = result["conditions"]
+    share = result["real_tokens"] / result["padded_tokens"]
+    print(
+        f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {result['dtype']}; "
+        f"{config.model}, {config.batch_size} sequences of at most {config.max_seq_length}, "
+        f"{result['real_tokens']} real tokens ({share:.0%} of the padded)"
+    )
+    print(table(result))

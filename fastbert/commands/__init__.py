@@ -1,0 +1,1 @@
+"""One file a command of `fastbert`; each has `add(commands)`."""
