@@ -28,7 +28,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from fastbert.data.corpus import (
     BUILTIN,
@@ -45,6 +44,7 @@ from fastbert.data.parallel import available_cores
 from fastbert.data.sentences import AUTO
 from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
+from fastbert.progress import progress_bar
 
 FORMAT = 2
 SPLITS = ("train", "validation")
@@ -266,7 +266,7 @@ def _sums(folder: str, names: list[str]) -> Files:
     try:
         total = sum(map(os.path.getsize, paths))
         with (
-            tqdm(total=total, unit="B", unit_scale=True, desc="verifying", file=sys.stderr)
+            progress_bar(total=total, unit="B", unit_scale=True, desc="verifying")
             if total >= 2**31
             else contextlib.nullcontext()
         ) as bar:
@@ -494,13 +494,12 @@ def _write(
     contents: Contents = {}
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     total = corpus_bytes(source)
-    bar = tqdm(
+    bar = progress_bar(
         total=total,
         unit="B",
         unit_scale=True,
         desc="tokenizing",
         disable=not progress,
-        file=sys.stderr,
     )
     counts: Counter[str] = Counter()
 

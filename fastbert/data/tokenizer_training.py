@@ -5,7 +5,6 @@ V is the size of the vocabulary. Algorithm: https://arxiv.org/abs/1609.08144.
 
 import json
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from fastbert.data.tokenizer_files import (
     MAX_WORD,
@@ -28,6 +26,7 @@ from fastbert.data.tokenizer_files import (
     normalization,
 )
 from fastbert.errors import UserError
+from fastbert.progress import progress_bar
 
 # Google's English vocabulary knows 997 characters. Where a corpus has more (Chinese, Japanese),
 # those beyond the thousandth must be worth their place.
@@ -114,13 +113,12 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[int], object]]:
                 bar.set_description("merging", refresh=False)
                 bar.refresh()
 
-    with tqdm(
+    with progress_bar(
         total=total,
         unit=" words",
         unit_scale=True,
         desc="learning",
         disable=not progress,
-        file=sys.stderr,
     ) as bar:
         ticking = Thread(target=tick, daemon=True)
         ticking.start()

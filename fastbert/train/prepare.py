@@ -13,8 +13,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from fastbert.config import PretrainConfig, model_config
 from fastbert.data.corpus import Skipped, corpus_bytes, map_corpus
 from fastbert.data.pack import next_sentence_labels
@@ -29,6 +27,7 @@ from fastbert.data.shards import (
 from fastbert.data.tokenize import WordPiece
 from fastbert.data.tokenizer_training import count_chunks
 from fastbert.errors import RunError, UserError
+from fastbert.progress import progress_bar
 from fastbert.settings import sealed_toml
 from fastbert.train import lock
 from fastbert.train.interrupts import held_signals
@@ -372,9 +371,8 @@ def _tokenizer(config: PretrainConfig, of_run: Path) -> WordPiece:
 
 def _chunks(config: PretrainConfig) -> Counter[str]:
     chunks: Counter[str] = Counter()
-    with tqdm(
-        total=corpus_bytes(config.data), unit="B", unit_scale=True, desc="reading", file=sys.stderr
-    ) as bar:
+    total = corpus_bytes(config.data)
+    with progress_bar(total=total, unit="B", unit_scale=True, desc="reading") as bar:
         for counted in map_corpus(
             config.data,
             Skipped(),

@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from fastbert.errors import RunError
+from fastbert.progress import progress_bar
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -61,15 +60,12 @@ class Reporter:
             raise RunError(f"{self._path}: cannot be written: {error.strerror}") from None
         # A run that goes on from its last step would evaluate that one again.
         self._logged = {(row["step"], key) for row in kept if row["step"] == done for key in row}
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=max_steps,
             initial=done,
             unit="step",
             desc="pretrain",
             file=sys.stderr,
-            dynamic_ncols=True,
-            # A log file gets a line every 10 s, a terminal a live bar.
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )
 
     def advance(self, loss: float | None, tokens_per_second: float | None) -> None:

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from fastbert.config import ModelConfig, PretrainConfig, model_config, resolved, to_hf_dict
 from fastbert.data.batch import Batch
@@ -40,6 +38,7 @@ from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
 from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
+from fastbert.progress import progress_bar
 from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.evaluate import evaluate, unigram_log_probabilities
 from fastbert.train.graph import launcher
@@ -193,7 +192,7 @@ class Curve:
     eval_losses: list[float] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._bar = tqdm(total=self.config.max_steps, desc=self.name, unit="step", file=sys.stderr)
+        self._bar = progress_bar(total=self.config.max_steps, desc=self.name, unit="step")
 
     def begin(self) -> None:
         """Evaluates the initial weights; training begins when this returns."""

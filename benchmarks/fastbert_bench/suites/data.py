@@ -20,7 +20,6 @@ import importlib.util
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastbert.config import model_config
 from fastbert.data.batch import Batch
@@ -41,6 +39,7 @@ from fastbert.data.shards import Shards, _SplitWriter, write_meta
 from fastbert.data.tokenize import TokenIds
 from fastbert.data.workers import BatchLoader, DevicePrefetcher
 from fastbert.errors import RunError, UserError
+from fastbert.progress import progress_bar
 from fastbert.train.device import check_workers, choose_device
 from fastbert_bench.config import DATA_RIVAL_NAMES, DataBenchConfig, integers
 from fastbert_bench.measure import result as results_file
@@ -394,7 +393,7 @@ def _measure(
         for source in sources:
             check_same(source)
             rest(source.pids)
-        for round_index in tqdm(range(config.rounds), f"length {S}", file=sys.stderr):
+        for round_index in progress_bar(range(config.rounds), desc=f"length {S}"):
             # Every other round runs backwards, so that a drift of the machine favours nobody.
             for source in sources if round_index % 2 == 0 else reversed(sources):
                 if device.type == "cuda":

@@ -19,7 +19,6 @@ V vocabulary.
 import dataclasses
 import functools
 import importlib.util
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,13 +29,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from fastbert.config import ModelConfig, PretrainConfig, model_config
 from fastbert.data.batch import Batch
 from fastbert.errors import RunError
 from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
+from fastbert.progress import progress_bar
 from fastbert.train.device import (
     can_compile,
     check_weights,
@@ -292,7 +291,7 @@ def measure(contenders: Sequence[Contender], rounds: int, device: torch.device) 
 
     counts: dict[tuple[str, str], int] = {}
     pairs = [(contender, task) for contender in contenders for task in TASKS]
-    for contender, task in tqdm(pairs, desc="warm-up", unit="task", file=sys.stderr):
+    for contender, task in progress_bar(pairs, desc="warm-up", unit="task"):
         run, one = contender.run[task], contender.one[task]
         for index in range(3):
             run(index)
@@ -302,7 +301,7 @@ def measure(contenders: Sequence[Contender], rounds: int, device: torch.device) 
         once = timed(run, 1)
         counts[contender.name, task] = max(1, min(50, round(SECONDS_PER_ROUND / once)))
         contender.seconds[task], contender.latencies[task] = [], []
-    for round_index in tqdm(range(rounds), desc="measuring", unit="round", file=sys.stderr):
+    for round_index in progress_bar(range(rounds), desc="measuring", unit="round"):
         # Every other round runs backwards, so that a drift of the machine favours nobody.
         for contender, task in pairs if round_index % 2 == 0 else reversed(pairs):
             run, one = contender.run[task], contender.one[task]

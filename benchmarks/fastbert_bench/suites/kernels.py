@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastbert.config import PRESETS, model_config
 from fastbert.errors import RunError
 from fastbert.ops import cpu_ops
+from fastbert.progress import progress_bar
 from fastbert.train.device import (
     can_compile,
     check_weights,
@@ -292,7 +292,7 @@ def on_cpu(ops: Sequence[str], quick: bool, asked: Asked = kernel_timings.STAGE)
     keep_freed_memory()  # for everybody
     rows: list[Row] = []
     missing: list[Missing] = []
-    bar = tqdm(ops, desc="ops", unit="op", file=sys.stderr)
+    bar = progress_bar(ops, desc="ops", unit="op")
     for op in bar:
         bar.set_postfix_str(op)
         torch.manual_seed(0)

@@ -10,7 +10,6 @@ their users have it, and as `...+malloc` once more with ours, which helps them m
 import dataclasses
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from fastbert.config import ModelConfig, PretrainConfig, model_config
 from fastbert.errors import UserError
 from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
+from fastbert.progress import progress_bar
 from fastbert.train.device import (
     can_compile,
     check_weights,
@@ -95,7 +94,7 @@ def measure(
 
     steps_per_round = {}
     able, failed = [], []
-    bar = tqdm(contenders, desc="warm-up", unit="contender", file=sys.stderr)
+    bar = progress_bar(contenders, desc="warm-up", unit="contender")
     for contender in bar:
         bar.set_postfix_str(contender.name)
         _set_allocator(contender, device)
@@ -116,7 +115,7 @@ def measure(
             continue
         able.append(contender)
         steps_per_round[contender.name] = max(1, min(20, round(SECONDS_PER_ROUND / once)))
-    for round_index in tqdm(range(rounds), desc="measuring", unit="round", file=sys.stderr):
+    for round_index in progress_bar(range(rounds), desc="measuring", unit="round"):
         # Every other round runs backwards, so that a drift of the machine favours nobody.
         for contender in able if round_index % 2 == 0 else reversed(able):
             count = steps_per_round[contender.name]
