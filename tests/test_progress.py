@@ -13,7 +13,6 @@ from fastbert.progress import progress_bar
 def test_a_log_gets_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "FIRST", 0.05)
     monkeypatch.setattr(progress, "EVERY", 0.1)
     began = time.perf_counter()
     with progress_bar(total=500, desc="work", unit="step") as bar:
@@ -27,8 +26,11 @@ def test_a_log_gets_a_line_now_and_then(
     assert "500/500" in lines[-1] and "loss 1.234" in lines[-1]
 
 
-def test_what_takes_no_time_leaves_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_takes_no_time_leaves_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress_bar(range(1000), desc="work")) == list(range(1000))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("work: 100%") and "1000/1000" in line
+    progress_bar(total=3, disable=True).close()
     assert capsys.readouterr().err == ""
 
 
