@@ -53,7 +53,7 @@ from fastbert_bench.measure.processes import one_line
 from fastbert_bench.measure.result import Row
 from fastbert_bench.measure.timing import quantiles, synchronize
 from fastbert_bench.suites import contenders as ways
-from fastbert_bench.suites.contenders import PaddedBatch, rivals_asked
+from fastbert_bench.suites.contenders import PaddedBatch, padded, rivals_asked
 
 # Of the held-out MLM loss before training, in nats.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02}
@@ -275,28 +275,6 @@ def ours(task: Task) -> tuple[Curve, dict[str, Tensor]]:
         curve.took(batch.cu_seqlens[: batch.num_sequences + 1].diff())
         curve.after(index, lambda: step.read().loss)
     return curve, weights
-
-
-def padded(batch: Batch, pad_token_id: int) -> PaddedBatch:
-    """The real sequences of a packed batch as Hugging Face's models take them."""
-    N = batch.num_sequences
-    starts = batch.cu_seqlens[: N + 1].long()
-    T, lengths = int(starts[-1]), starts.diff()
-    real = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, S)
-    labels = torch.full((T,), -100)
-    chosen = batch.masked_labels != -100
-    labels[batch.masked_positions[chosen]] = batch.masked_labels[chosen]
-
-    def spread(values: Tensor, filler: int) -> Tensor:  # (T,) -> (N, S)
-        return torch.full(real.shape, filler).masked_scatter_(real, values)
-
-    return {
-        "input_ids": spread(batch.input_ids[:T], pad_token_id),
-        "attention_mask": real.long(),
-        "token_type_ids": spread(batch.token_type_ids[:T], 0),
-        "labels": spread(labels, -100),
-        "next_sentence_label": batch.next_sentence_labels[:N],
-    }
 
 
 @dataclasses.dataclass
@@ -587,25 +565,12 @@ def run(config: ConvergenceBenchConfig) -> dict[str, Any]:
             missing.append({"name": f"{curve.name}, seconds_to_target", "why": why})
     device = task.execution.device
     rows = summary(curves, target, task.sizes, device)
-    missing += results.gaps(
-        rows,
-        {
-            "mfu": "the peak of this device is not known",
-            "peak_memory_bytes": "not traced on a CPU, which would slow training: see bench step",
-            "watts": EnergyMeter(device).why_not,
-        },
-    )
-    return results.make(
-        "convergence",
-        dataclasses.asdict(config),
-        device,
-        rows,
-        missing,
-        dtype=str(task.execution.dtype).removeprefix("torch."),
-        target_loss=target,
-        learning_rate=task.recipe.learning_rate,
-        model=dataclasses.asdict(task.sizes),
-    )
+    memory = "not traced on a CPU, which would slow training: see bench step"
+    return results.of_model(
+        "convergence", config, device, task.execution.dtype, task.sizes, rows, missing,
+        {"peak_memory_bytes": memory},
+        target_loss=target, learning_rate=task.recipe.learning_rate,
+    )  # fmt: skip
 
 
 def main(config: ConvergenceBenchConfig) -> None:
