@@ -188,12 +188,11 @@ def _hugging_face(
     name: str, sizes: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> Made:
     model: Any = ways._hugging_face(name, sizes, weights, dtype)
-
-    def forward(ids: Tensor, mask: Tensor | None, types: Tensor) -> Tensor:
-        hidden: Tensor = model.bert(ids, attention_mask=mask, token_type_ids=types)[0]
-        return hidden
-
-    return model, forward, model.cls.predictions
+    return (
+        model,
+        lambda ids, mask, types: model.bert(ids, attention_mask=mask, token_type_ids=types)[0],
+        model.cls.predictions,
+    )
 
 
 def _torch_encoder(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
@@ -210,11 +209,11 @@ def _torch_encoder(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
             hidden: Tensor = model.encoder(x, src_key_padding_mask=padding)
         return hidden
 
-    def score(x: Tensor) -> Tensor:
-        logits: Tensor = model.decoder(model.transform_norm(F.gelu(model.transform(x))))
-        return logits
-
-    return model, forward, score
+    return (
+        model,
+        forward,
+        lambda x: model.decoder(model.transform_norm(F.gelu(model.transform(x)))),
+    )
 
 
 def _modern_bert(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
@@ -236,17 +235,12 @@ def _modern_bert(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
         **special,
     )
     config._attn_implementation = "sdpa"
-    model = ModernBertForMaskedLM(config)
-
-    def forward(ids: Tensor, mask: Tensor | None, types: Tensor) -> Tensor:
-        hidden: Tensor = model.model(ids, attention_mask=mask)[0]
-        return hidden
-
-    def score(x: Tensor) -> Tensor:
-        logits: Tensor = model.decoder(model.head(x))
-        return logits
-
-    return model, forward, score
+    model: Any = ModernBertForMaskedLM(config)
+    return (
+        model,
+        lambda ids, mask, types: model.model(ids, attention_mask=mask)[0],
+        lambda x: model.decoder(model.head(x)),
+    )
 
 
 def check_same(first: Contender, other: Contender) -> None:
