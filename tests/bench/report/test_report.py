@@ -237,6 +237,12 @@ def test_other_kinds_of_results(others):
     assert "No two files differ in sequence length or batch only." in page.text
 
 
+def test_a_result_without_rows_has_its_page(measured, tmp_path):
+    content = json.loads((measured / "step-16.json").read_text()) | {"rows": []}
+    page = report.page_of(*report_files.load([str(write(tmp_path / "none", step=content))]))
+    assert "step.json holds no time and no rate to draw." in page.html()
+
+
 def test_throughput_over_batch_and_length(tmp_path):
     steps = {f"s{S}b{B}": sample_step(S, B) for S, B in ((128, 256), (512, 64), (512, 32))}
     alts = page_of(write(tmp_path / "gpu", **steps)).images
