@@ -30,9 +30,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(
-    call: Callable[[int], object], indices: Sequence[int], device: torch.device
-) -> float:
+def timed(call: Callable[[int], object], indices: Sequence[int], device: torch.device) -> float:
     """Seconds of one of call(index), ..., until the device is done with all."""
     started = time.perf_counter()
     for index in indices:
