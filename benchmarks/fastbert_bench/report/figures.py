@@ -263,11 +263,12 @@ def roofline(
         return float(row[key] / (row["ms"] / 1e3))
 
     def draw() -> Figure:
+        above: Any = dict(xy=(0, 1.01), xycoords="axes fraction", color="#d55e00", fontsize=9)
         figure = Figure(figsize=(WIDTH, 4.8))
         left, right = figure.subplots(1, 2, width_ratios=(2, 3))
         _numbered(left, [(place, rate(row, "bytes"), row) for place, row in enumerate(movers)])
         left.axhline(bandwidth, color="#d55e00")
-        _above(left, f"copy {short(bandwidth)}B/s")
+        left.annotate(f"copy {short(bandwidth)}B/s", **above)
         reached = [bandwidth, *(rate(row, "bytes") for row in movers)]
         if min(reached) < bandwidth / 30:
             left.set_yscale("log")
@@ -294,7 +295,7 @@ def roofline(
         right.minorticks_off()
         right.set_xlabel("FLOPs a byte that must be moved")
         right.set_ylabel("FLOPs a second")
-        _above(right, f"matrix product {short(matrix)}FLOP/s")
+        right.annotate(f"matrix product {short(matrix)}FLOP/s", **above)
         for axis in (right.xaxis, right.yaxis):
             axis.set_major_formatter(_tick)
         right.grid()
@@ -311,10 +312,6 @@ def share(row: Row, bandwidth: float, matrix: float) -> float:
     """Of the rate that no kernel can beat which must do this."""
     floor = max(row["bytes"] / bandwidth, row["flops"] / matrix)
     return float(floor / (row["ms"] / 1e3))
-
-
-def _above(axes: Any, ceiling: str) -> None:
-    axes.annotate(ceiling, (0, 1.01), xycoords="axes fraction", color="#d55e00", fontsize=9)
 
 
 def _numbered(axes: Any, places: Sequence[tuple[float, float, Row]]) -> None:
