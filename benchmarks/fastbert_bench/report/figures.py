@@ -263,12 +263,12 @@ def roofline(
         return float(row[key] / (row["ms"] / 1e3))
 
     def draw() -> Figure:
-        above: Any = dict(xy=(0, 1.01), xycoords="axes fraction", color="#d55e00", fontsize=9)
         figure = Figure(figsize=(WIDTH, 4.8))
         left, right = figure.subplots(1, 2, width_ratios=(2, 3))
         _numbered(left, [(place, rate(row, "bytes"), row) for place, row in enumerate(movers)])
         left.axhline(bandwidth, color="#d55e00")
-        left.annotate(f"copy {short(bandwidth)}B/s", **above)
+        left.annotate(f"copy {short(bandwidth)}B/s", (0, 1.01), xycoords="axes fraction",
+                      color="#d55e00", fontsize=9)  # fmt: skip
         reached = [bandwidth, *(rate(row, "bytes") for row in movers)]
         if min(reached) < bandwidth / 30:
             left.set_yscale("log")
@@ -295,7 +295,8 @@ def roofline(
         right.minorticks_off()
         right.set_xlabel("FLOPs a byte that must be moved")
         right.set_ylabel("FLOPs a second")
-        right.annotate(f"matrix product {short(matrix)}FLOP/s", **above)
+        right.annotate(f"matrix product {short(matrix)}FLOP/s", (0, 1.01),
+                       xycoords="axes fraction", color="#d55e00", fontsize=9)  # fmt: skip
         for axis in (right.xaxis, right.yaxis):
             axis.set_major_formatter(_tick)
         right.grid()
