@@ -25,9 +25,9 @@ from fastbert_bench.config import StepBenchConfig
 from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.costs import COSTS
 from fastbert_bench.measure import timing
+from fastbert_bench.measure.lengths import lengths_asked
 from fastbert_bench.suites import contenders, data
 from fastbert_bench.suites import kernels as bench_kernels
-from fastbert_bench.suites.step import drawn_lengths
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
@@ -73,7 +73,7 @@ def _stream_and_memory() -> Iterator[None]:
 @functools.cache
 def _step(name: str) -> contenders.Contender:
     sizes, rng = model_config(STEP.model), np.random.default_rng(STEP.seed)
-    lengths = drawn_lengths(STEP, rng)
+    lengths = lengths_asked(STEP.lengths, STEP.batch_size, STEP.max_seq_length, rng)
     padded, packed = contenders.make_batches(lengths, STEP.max_seq_length, sizes.vocab_size, rng)
     recipe = contenders.make_recipe(STEP.seed)
     execution = choose_execution(PretrainConfig(torch_compile="off"), sizes)

@@ -16,6 +16,10 @@ ORDER = (
     "__main__",
 )
 NEVER = ("tests", "fastbert_bench", "benchmarks")  # by the engine
+BENCH = ROOT / "benchmarks" / "fastbert_bench"
+BENCH_ORDER = (
+    *("config", "measure", "kernels", "estimate", "suites", "profile", "gpu", "report", "commands"),
+)
 
 
 def sources() -> list[Path]:
@@ -127,6 +131,36 @@ def test_a_breach_is_seen(module: str, source: str) -> None:
 )
 def test_what_the_law_allows_passes(module: str, source: str) -> None:
     assert breaches(source, module) == []
+
+
+def bench_breaches(source: str, module: str) -> list[str]:
+    """What a module of the bench imports against its own order; it may import the engine."""
+    here = BENCH_ORDER.index(module.split(".")[1])
+    return [
+        f"{module} imports {name}"
+        for name in imports(source, module, False)
+        if (parts := name.split("."))[0] == "tests"
+        or (parts[0] == "fastbert_bench" and BENCH_ORDER.index(parts[1]) > here)
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(BENCH.glob("*/*.py")), ids=lambda path: str(path.relative_to(BENCH))
+)
+def test_the_bench_holds_its_own_order(path: Path) -> None:
+    module = ".".join(path.relative_to(BENCH.parent).with_suffix("").parts)
+    assert bench_breaches(path.read_text("utf-8"), module) == []
+
+
+def test_a_breach_of_the_bench_is_seen() -> None:
+    for source in (
+        "def f():\n    from fastbert_bench.suites import step",
+        "from fastbert_bench.gpu.step import OURS",
+        "import tests",
+    ):
+        assert len(bench_breaches(source, "fastbert_bench.estimate.run")) == 1
+    allowed = "from fastbert.hf import to_hf\nfrom fastbert_bench.kernels import costs"
+    assert bench_breaches(allowed, "fastbert_bench.estimate.run") == []
 
 
 def test_settings_config_and_errors_need_only_the_standard_library() -> None:

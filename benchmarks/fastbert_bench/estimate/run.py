@@ -44,8 +44,8 @@ from fastbert_bench.measure.flops import (
     executed_flops_per_token,
     flops_per_token,
 )
+from fastbert_bench.measure.lengths import file_lengths, lengths_asked
 from fastbert_bench.measure.places import RESULTS, ROOT
-from fastbert_bench.suites.contenders import file_lengths, lengths_asked
 from fastbert_kernels.attention_config import HEAD_SIZES
 
 GIB = 2**30

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.errors import RunError, UserError
+from fastbert.errors import RunError
 from fastbert.train.device import is_out_of_memory
 from fastbert_bench.config import ProfileStepConfig
 from fastbert_bench.estimate import predictions
@@ -42,11 +42,10 @@ from fastbert_bench.estimate.step_cost import (
 )
 from fastbert_bench.kernels.compile_report import shipped_cases
 from fastbert_bench.measure import result, timing
+from fastbert_bench.measure.workloads import SEED, Workload
 from fastbert_bench.profile import step as profiling
 from fastbert_bench.profile.trace import PRODUCTS, Kernel, Recorded, label_like
-from fastbert_bench.suites.contenders import mlperf_lengths, natural_lengths
 
-SEED = 42
 MODEL_TOKENS = {"cuda": 65_536, "cpu": 512}
 QUICK_TOKENS = {"cuda": 16_384, "cpu": 256}
 LEAST_TOKENS = 8_192  # on a GPU: less fills no multiprocessor and says nothing
@@ -54,37 +53,6 @@ LINES, WIDTH = 22, 110
 
 Found = dict[str, Any]
 Library = Mapping[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A model and the lengths of its sequences, as in "base-512-full"."""
-
-    name: str
-    model: str
-    S: int
-    lengths: str
-
-    @classmethod
-    def of(cls, name: str) -> "Workload":
-        """Raises UserError where the name is none."""
-        parts = re.fullmatch(r"(\w+)-(\d+)-(full|natural|mlperf)", name)
-        if not parts:
-            raise UserError(f"{name!r}: must be MODEL-S-full, -natural or -mlperf: base-512-full")
-        return cls(name, parts[1], int(parts[2]), parts[3])
-
-    def draw(self, tokens: int) -> np.ndarray:
-        """(B,) lengths of `tokens` real tokens together, or up to 7 fewer; a multiple of S."""
-        count = 4 * tokens // self.S + 1
-        rng = np.random.default_rng(SEED)
-        if self.lengths == "full":
-            return np.full(max(1, tokens // self.S), self.S)
-        kind = natural_lengths if self.lengths == "natural" else mlperf_lengths
-        found = kind(count, self.S, rng)
-        ends = np.cumsum(found)
-        whole = int(np.searchsorted(ends, tokens, side="right"))
-        rest = tokens - int(ends[whole - 1])
-        return np.append(found[:whole], [rest] if rest >= 8 else []).astype(np.int64)
 
 
 # Families
@@ -335,7 +303,7 @@ def _measured(
     notes: list[str],
     keep: Callable[[Found], None],
 ) -> Found:
-    lengths = workload.draw(tokens)
+    lengths = workload.draw_tokens(tokens)
     config = ProfileStepConfig(
         device=str(device), model=workload.model, batch_size=len(lengths),
         max_seq_length=workload.S, lengths=workload.lengths, seed=SEED,

@@ -30,6 +30,8 @@ from fastbert_bench.kernels.checks import with_rest
 from fastbert_bench.kernels.costs import TOKENS, Ceilings, cost_of, model_sizes, target_of
 from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.flops import mfu
+from fastbert_bench.measure.lengths import lengths_asked
+from fastbert_bench.measure.memory import peak_of
 from fastbert_bench.measure.timing import (
     Call,
     Replay,
@@ -38,8 +40,6 @@ from fastbert_bench.measure.timing import (
     quantiles,
     random_like,
 )
-from fastbert_bench.suites.contenders import lengths_asked
-from fastbert_bench.suites.step import peak_of
 
 Row = dict[str, Any]
 Inputs = dict[str, Tensor]

@@ -35,11 +35,12 @@ from fastbert.ops import Ops
 from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.graph import WARM_UP, launcher
 from fastbert.train.step import TrainStep, compile_model
-from fastbert_bench.config import ProfileStepConfig, StepBenchConfig
+from fastbert_bench.config import ProfileStepConfig
 from fastbert_bench.estimate.predictions import device_of
 from fastbert_bench.estimate.step_cost import Lengths
 from fastbert_bench.kernels.costs import COSTS, Ceilings, cost_of
 from fastbert_bench.measure import result, timing
+from fastbert_bench.measure.lengths import lengths_asked
 from fastbert_bench.profile.trace import (
     BETWEEN,
     PRODUCTS,
@@ -50,7 +51,6 @@ from fastbert_bench.profile.trace import (
     label_like,
 )
 from fastbert_bench.suites.contenders import make_batches, make_recipe
-from fastbert_bench.suites.step import drawn_lengths
 
 RECORDED, TIMED = 3, 10
 SHOWN, SHOWN_KERNELS = 30, 3
@@ -381,11 +381,8 @@ class Runner:
         check_memory(recipe, self.sizes, self.device, self.execution.dtype)
         rng = np.random.default_rng(config.seed)
         if lengths is None:
-            asked = StepBenchConfig(
-                batch_size=config.batch_size, max_seq_length=config.max_seq_length,
-                lengths=config.lengths,
-            )  # fmt: skip
-            lengths = drawn_lengths(asked, rng)
+            B, S = config.batch_size, config.max_seq_length
+            lengths = lengths_asked(config.lengths, B, S, rng)
         _, packed = make_batches(lengths, config.max_seq_length, self.sizes.vocab_size, rng)
         self.batches = [batch.to(self.device) for batch in packed]
         self.lengths = Lengths.of(lengths)

@@ -44,8 +44,9 @@ from fastbert.train.device import check_workers, choose_device
 from fastbert_bench.config import DATA_RIVAL_NAMES, DataBenchConfig, integers
 from fastbert_bench.measure import result as results_file
 from fastbert_bench.measure.flops import MLM_PROBABILITY
+from fastbert_bench.measure.lengths import file_lengths
 from fastbert_bench.measure.result import HEADS, Row, cells, gaps
-from fastbert_bench.suites.contenders import MissingError, file_lengths
+from fastbert_bench.suites.contenders import MissingError
 
 V = 30522
 """Tokens in the vocabulary of BERT, uncased; from `CONTINUATIONS` on they stand for "##" pieces."""

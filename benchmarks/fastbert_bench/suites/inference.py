@@ -48,16 +48,16 @@ from fastbert_bench.config import INFERENCE_RIVAL_NAMES, InferenceBenchConfig
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.flops import MLM_PROBABILITY, flops_per_token, mfu
+from fastbert_bench.measure.lengths import lengths_asked
+from fastbert_bench.measure.memory import peak_of
 from fastbert_bench.measure.result import HEADS, Row, cells, gaps
 from fastbert_bench.suites import contenders as ways
 from fastbert_bench.suites.contenders import (
     MissingError,
     PaddedBatch,
     TorchEncoder,
-    lengths_asked,
     make_batches,
 )
-from fastbert_bench.suites.step import peak_of
 
 TASKS = ("encode", "fill-mask")
 # Of a hidden state or a logit, whose size is about 1. FlashAttention has no fp32.

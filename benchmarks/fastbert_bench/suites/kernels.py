@@ -42,7 +42,7 @@ from fastbert.train.device import (
     keep_freed_memory,
 )
 from fastbert_bench.config import KERNEL_OPS, KernelBenchConfig
-from fastbert_bench.gpu import kernels as gpu_kernels
+from fastbert_bench.kernels import stage as kernel_stage
 from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.costs import model_sizes
 from fastbert_bench.kernels.timings import (
@@ -61,10 +61,10 @@ from fastbert_bench.kernels.timings import (
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure import timing
 from fastbert_bench.measure.energy import EnergyMeter
+from fastbert_bench.measure.lengths import file_lengths
+from fastbert_bench.measure.memory import peak_of
 from fastbert_bench.measure.processes import one_line
 from fastbert_bench.measure.result import HEADS, Row, cells, gaps
-from fastbert_bench.suites.contenders import file_lengths
-from fastbert_bench.suites.step import peak_of
 from fastbert_kernels import reference, reference_optimizer
 
 TOLERANCE = 1e-4  # of an output in fp32, relative to its largest element
@@ -316,7 +316,7 @@ def on_gpu(
     """Runs the stage and returns `rows`, `missing`, and its ceilings and checks."""
     with tempfile.TemporaryDirectory(prefix="fastbert-bench-") as folder:
         with contextlib.redirect_stdout(sys.stderr):
-            gpu_kernels.run(
+            kernel_stage.run(
                 Path(folder), quick, ops=ops, device_type=device_type, timeout=SECONDS_OF_AN_OP,
                 asked=dataclasses.asdict(asked),
             )  # fmt: skip

@@ -142,7 +142,7 @@ def start(
     arguments += ["--asked", json.dumps(asked or {})]
     # As many of them compile at once as there are cores.
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1"} if part else {}
-    return processes.start("fastbert_bench.gpu.kernels", arguments, device_type, **threads)
+    return processes.start("fastbert_bench.kernels.stage", arguments, device_type, **threads)
 
 
 def compile_all(
@@ -340,7 +340,7 @@ def timing_line(row: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """One op's process; see `run` for the stage."""
-    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.gpu.kernels")
+    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.kernels.stage")
     parser.add_argument("op")
     parser.add_argument("path", type=Path)
     parser.add_argument("device", choices=("cuda", "cpu"))
