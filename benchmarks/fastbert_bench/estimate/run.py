@@ -557,7 +557,8 @@ def table(found: Estimate) -> str:
             f"{plan.tokens_per_second:>15,.0f}{_or_dash(plan.mfu, '.1%'):>7}"
             f"{_or_dash(plan.mfu_executed, '.1%'):>7}"
             f"{plan.sequences_per_step:>11,.0f}{plan.optimizer_steps:>12,}"
-            f"{duration(plan.days * 86400):>14}{_or_dash(plan.dollars, ',.0f'):>11}{_or_dash(plan.kilowatt_hours, ',.0f'):>9}"
+            f"{duration(plan.days * 86400):>14}{_or_dash(plan.dollars, ',.0f'):>11}"
+            f"{_or_dash(plan.kilowatt_hours, ',.0f'):>9}"
         )
     lines += [f"warning: {line}" for line in warnings(found)]
     return "\n".join((*lines, "", "assumptions", *(f"- {line}" for line in assumptions(found))))

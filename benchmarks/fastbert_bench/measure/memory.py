@@ -14,16 +14,21 @@ def peak_of(step: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return int(torch.cuda.max_memory_allocated(device) - before)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each trace writes two lines to stderr
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with profiler(profile_memory=True) as profile:
         step()
     alive = most = 0
     for _, size in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):
         alive += size
         most = max(most, alive)
     return int(most)
+
+
+def profiler(cuda: bool = False, **options: Any) -> Any:
+    """torch's profiler, of the CPU and where asked of the GPU, which writes nothing to stderr."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each trace writes two lines there
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
+    return torch.profiler.profile(activities=activities, **options)
 
 
 def _allocations(events: Any) -> Iterator[tuple[int, int]]:

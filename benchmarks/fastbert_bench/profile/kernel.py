@@ -78,33 +78,42 @@ _NCU_METRICS = (
 def sizes_of(op: str, shape: Mapping[str, int], cuda: bool) -> dict[str, int]:
     """BERT-base's sizes (a CPU's: small ones) with those asked for, and what follows from them.
 
+    What was not asked for is made to fit: the longest sequences that fill T, the most heads of at
+    least 64 that fill H.
+
     Raises:
         UserError: sizes that do not fit each other.
     """
     T, S, H = (65_536, 512, 768) if cuda else (1024, 32, 64)
-    S, H = shape.get("S", S), shape.get("H", H)
+    S = shape.get("S", _divisor(shape["T"], S) if "T" in shape else S)
     T = shape.get("T", max(S, T // S * S))
-    sizes = model_sizes(H, S, T) | ({} if cuda else {"V": 1000}) | dict(shape)
-    if T < S or T % S:
+    H = shape.get("H", 64 * shape["A"] if "A" in shape else H)
+    sizes = model_sizes(H, S, T) | {"A": _divisor(H, max(1, H // 64))}
+    sizes |= ({} if cuda else {"V": 1000}) | dict(shape)
+    if op in ("attention", "embed_layer_norm") and T % S:  # no other op sees a sequence's end
         raise UserError(f"shape: T = {T} must be a multiple of S = {S}")
     if op == "embed_layer_norm" and S > POSITIONS:
         raise UserError(f"shape: S = {S} must be at most {POSITIONS}, the positions of BERT")
-    if H % sizes["A"]:
+    if op == "attention" and H % sizes["A"]:
         raise UserError(f"shape: H = {H} must be a multiple of A = {sizes['A']}")
     return sizes
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`."""
+    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
 
 
 def sweep(op: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """Growing sizes, the last of which is `sizes`; an optimizer grows with the model's width."""
     found = []
+    S = 1 if sizes["T"] % sizes["S"] else sizes["S"]
     for power in reversed(range(POINTS)):
         part = dict(sizes)
         if op in ("adamw", "lamb"):
             part["H"] = max(8, sizes["H"] * (POINTS - power) // POINTS // 8 * 8)
         else:
-            part["T"] = max(
-                sizes["S"], sizes["T"] // STEP_BETWEEN**power // sizes["S"] * sizes["S"]
-            )
+            part["T"] = max(S, sizes["T"] // STEP_BETWEEN**power // S * S)
             part["M"] = max(1, sizes["M"] * part["T"] // sizes["T"])
         if part not in found:
             found.append(part)
@@ -426,6 +435,7 @@ def run(op: str, config: ProfileKernelConfig) -> dict[str, Any]:
     return result.make(
         "profile-kernel", dataclasses.asdict(config), device, rows, missing,
         op=op,
+        dtype=str(dtype).removeprefix("torch."),
         implementation="Triton kernels" if cuda else "plain PyTorch, as the step runs it on a CPU",
         grows="P" if op in ("adamw", "lamb") else "T",
         ceilings=found,
@@ -449,12 +459,15 @@ def table(found: Mapping[str, Any]) -> str:
             f"{row['flops'] / 1e9:>10.2f}{row['gbps']:>9.1f}{row['tflops']:>9.3f}"
             f"{row['floor_share']:>8.0%} of {row['bound']:<7}{row['gap_us']:>10.1f}"
         )
-    if found["kernels"]:
+    # Without a GPU nobody chooses among kernels: those that none would take are in the JSON alone.
+    cuda = found["conditions"]["device_type"] == "cuda"
+    kernels = [row for row in found["kernels"] if cuda or row["chosen"]]
+    if kernels:
         lines.append(
             f"{'kernel':<36}{'configuration':<38}{'arch':<7}{'tiles':<18}{'warps':>5}{'stages':>7}"
             f"{'regs':>6}{'shared':>8}{'spills':>7}{'occupancy':>10}  limited by"
         )
-    for row in found["kernels"]:
+    for row in kernels:
         tiles = " x ".join(map(str, row["tiles"].values()))
         line = (
             f"{row['kernel']:<36}{row['configuration']:<38}sm_{row['arch']:<4}{tiles:<18}"
@@ -509,7 +522,8 @@ def main(op: str, config: ProfileKernelConfig) -> None:
         result.write(found, Path(config.json))
     told, ceiling = found["conditions"], found["ceilings"]
     print(
-        f"{told['device']}, {told['threads']} threads, torch {told['torch']}; ceilings here, now: "
+        f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {found['dtype']}; "
+        "ceilings here, now: "
         f"{ceiling['bandwidth'] / 1e9:,.1f} GB/s, {ceiling['matrix'] / 1e12:,.3f} TFLOP/s"
     )
     print(table(found))

@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
+from fastbert.commands.checks import check_output
 from fastbert.config import ModelConfig, model_config
 from fastbert.data.batch import Batch
 from fastbert.errors import UserError
@@ -41,6 +42,7 @@ from fastbert_bench.estimate.step_cost import Lengths
 from fastbert_bench.kernels.costs import COSTS, Ceilings, cost_of
 from fastbert_bench.measure import result, timing
 from fastbert_bench.measure.lengths import lengths_asked
+from fastbert_bench.measure.memory import profiler
 from fastbert_bench.profile.trace import (
     BETWEEN,
     PRODUCTS,
@@ -377,6 +379,9 @@ class Runner:
         )  # fmt: skip
         self.recipe = recipe
         self.execution: Execution = choose_execution(recipe, self.sizes)
+        # What depends on the length of a run is chosen for one of many steps.
+        told, long = r"\(the whole run is .*", f"(as in a run of {recipe.max_steps:,} steps)"
+        self.reasons = [re.sub(told, long, line) for line in self.execution.reasons]
         self.device = self.execution.device
         check_memory(recipe, self.sizes, self.device, self.execution.dtype)
         rng = np.random.default_rng(config.seed)
@@ -420,10 +425,8 @@ class Runner:
 
     def record(self, launch: Callable[[Sequence[Batch]], None], path: Path) -> Recorded:
         """Records steps, host and device waiting for each other in between."""
-        activities = [ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        with profile(activities=activities, record_shapes=True) as recorded:
+        cuda = self.device.type == "cuda"
+        with profiler(cuda, record_shapes=True) as recorded:
             launch([self.batches[0]])  # the profiler's own first costs
             self.wait()
             for index in range(RECORDED):
@@ -435,7 +438,7 @@ class Runner:
             trace = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, RuntimeError) as error:
             raise UserError(f"trace = {str(path)!r}: cannot be written: {error}") from None
-        return analyse(trace, self.device.type == "cuda")
+        return analyse(trace, cuda)
 
 
 def trace_path(config: ProfileStepConfig) -> Path:
@@ -474,7 +477,7 @@ def run(config: ProfileStepConfig) -> dict[str, Any]:
     batch = runner.batches[0]
     made = result.make(
         "profile-step", dataclasses.asdict(config), device, rows, missing,
-        execution=list(execution.reasons),
+        execution=runner.reasons,
         dtype=str(execution.dtype).removeprefix("torch."),
         real_tokens=batch.num_tokens,
         sequences=batch.num_sequences,
@@ -546,6 +549,15 @@ def _cell(value: float | None, scale: float = 1.0, form: str = ".1f") -> str:
     return "-" if value is None else format(value / scale, form)
 
 
+def _is_whole(calls: float) -> bool:
+    return abs(calls - round(calls)) < 1e-6
+
+
+def _calls(calls: float) -> str:
+    """How often a step does something; with a decimal where not every step does it as often."""
+    return format(calls, ".0f" if _is_whole(calls) else ".1f")
+
+
 def table(found: Mapping[str, Any]) -> str:
     """The result as text: encoder layers that do the same are one line."""
     rows = _merged(found["rows"])
@@ -557,7 +569,7 @@ def table(found: Mapping[str, Any]) -> str:
         op = " ".join((row["op"] or "other", *(f"{k}={v}" for k, v in row["sizes"].items())))
         share = "-" if row["gap_us"] is None else f"{row['floor_share']:.0%} of {row['bound']}"
         lines.append(
-            f"{row['layer']:<17}{op:<46}{row['direction']:<9}{row['calls']:>6.0f}{row['ms']:>9.3f}"
+            f"{row['layer']:<17}{op:<46}{row['direction']:<9}{_calls(row['calls']):>6}{row['ms']:>9.3f}"
             f"{row['share']:>7.1%}{_cell(row['bytes'], 1e6):>9}{_cell(row['flops'], 1e9):>8}"
             f"{_cell(row['gbps']):>8}{_cell(row['tflops'], 1, '.3f'):>8}{share:>19}"
             f"{_cell(row['gap_us'], 1, ',.0f'):>9}"
@@ -567,7 +579,7 @@ def table(found: Mapping[str, Any]) -> str:
                 break
             name = f"  {kernel['name']}"[:60]
             lines.append(
-                f"{name:<72}{kernel['calls']:>6.0f}{kernel['ms']:>9.3f}  {kernel['origin']}"
+                f"{name:<72}{_calls(kernel['calls']):>6}{kernel['ms']:>9.3f}  {kernel['origin']}"
             )
     if len(rows) > SHOWN:
         rest = sum(row["ms"] for row in rows[SHOWN:])
@@ -602,19 +614,20 @@ def _summary(found: Mapping[str, Any]) -> str:
     if idle_time:
         lines.append(
             f"idle: {idle_time['idle_ms']:.3f} of {idle_time['span_ms']:.3f} ms a step, in "
-            f"{idle_time['gaps']:.0f} gaps between kernels"
+            f"{_calls(idle_time['gaps'])} gaps between kernels"
         )
         lines += [
-            f"  {gap['us']:8.1f} us in {gap['gaps']:.0f}: {gap['after'][:50]} -> "
+            f"  {gap['us']:8.1f} us in {_calls(gap['gaps'])}: {gap['after'][:50]} -> "
             f"{gap['before'][:50]} ({gap['where']})"
             for gap in idle_time["longest"][:5]
         ]
     questions = sum(sync["calls"] for sync in found["host_syncs"])
     free = "" if idle_time else " (free on a CPU; on a GPU each makes the host wait)"
-    lines.append(f"host syncs: {questions:.0f} a step{free if questions else ''}")
-    lines += [
-        f"  {sync['calls']:g} x {sync['name']} in {sync['where']}" for sync in found["host_syncs"]
-    ]
+    lines.append(f"host syncs: {_calls(questions)} a step{free if questions else ''}")
+    for sync in found["host_syncs"]:
+        calls, steps = sync["calls"], step["recorded_steps"]
+        often = f"{calls:.0f}" if _is_whole(calls) else f"in {steps} steps {calls * steps:.0f}"
+        lines.append(f"  {often} x {sync['name']} in {sync['where']}")
     return "\n".join(lines)
 
 
@@ -622,9 +635,10 @@ def main(config: ProfileStepConfig) -> None:
     """Records the step, prints its table, writes the trace and the JSON.
 
     Raises:
-        UserError: settings that do not fit.
+        UserError: settings that do not fit, or no trace can be written.
         RunError: a file that cannot be written.
     """
+    check_output("trace", str(trace_path(config)))
     found = run(config)
     result.write(found, Path(config.json))
     told = found["conditions"]
