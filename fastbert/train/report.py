@@ -60,13 +60,7 @@ class Reporter:
             raise RunError(f"{self._path}: cannot be written: {error.strerror}") from None
         # A run that goes on from its last step would evaluate that one again.
         self._logged = {(row["step"], key) for row in kept if row["step"] == done for key in row}
-        self._bar = progress_bar(
-            total=max_steps,
-            initial=done,
-            unit="step",
-            desc="pretrain",
-            file=sys.stderr,
-        )
+        self._bar = progress_bar(total=max_steps, initial=done, unit="step", desc="pretrain")
 
     def advance(self, loss: float | None, tokens_per_second: float | None) -> None:
         """Moves the bar by one step."""
