@@ -12,6 +12,8 @@ from torch import Tensor
 from fastbert_kernels import main_grad, reference, reference_optimizer
 from fastbert_kernels.cpu import CpuOps
 from fastbert_kernels.main_grad import MainGrad as MainGrad  # for the flat buffers
+from fastbert_kernels.reference_optimizer import Buffers as Buffers
+from fastbert_kernels.reference_optimizer import Hyperparameters as Hyperparameters
 
 Op = Callable[..., Tensor]
 OpAndResidual = Callable[..., tuple[Tensor, Tensor]]
@@ -121,9 +123,8 @@ def triton_ops(
     def lamb_table(spans: tuple[tuple[int, int], ...], device: torch.device) -> Any:
         return optimizer.lamb_table(list(spans), device)
 
-    def lamb_step(*buffers: Any, spans: list[tuple[int, int]], **settings: Any) -> None:
-        settings["table"] = lamb_table(tuple(spans), buffers[0].device)
-        optimizer.lamb_step(*buffers, **settings)
+    def lamb_step(buffers: Buffers, hyper: Hyperparameters, spans: list[tuple[int, int]]) -> None:
+        optimizer.lamb_step(buffers, hyper, lamb_table(tuple(spans), buffers.master.device))
 
     chosen: Any = {"backend": attn_implementation, "precision": precision}
     return Ops(

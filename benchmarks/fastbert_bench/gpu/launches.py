@@ -43,6 +43,7 @@ from fastbert_bench.kernels import sass
 from fastbert_bench.measure import processes
 from fastbert_bench.measure.workloads import TINY, WORKLOADS
 from fastbert_bench.suites.contenders import make_batches, make_recipe
+from fastbert_kernels.compile_cases import op_of
 
 ALIGNMENT = 16  # bytes: what Triton asks of a pointer
 
@@ -75,7 +76,7 @@ class Launch:
     @property
     def name(self) -> str:
         """Such as layer_norm._backward_kernel."""
-        return f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
+        return f"{op_of(self.kernel)}.{self.kernel.__name__}"
 
     def variant(self) -> str:
         """What tells the compiled forms of a kernel apart, as the JIT under a driver sees it."""

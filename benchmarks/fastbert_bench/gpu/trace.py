@@ -45,6 +45,7 @@ from fastbert_bench.measure import result, timing
 from fastbert_bench.measure.workloads import SEED, Workload
 from fastbert_bench.profile import step as profiling
 from fastbert_bench.profile.trace import PRODUCTS, Kernel, Recorded, label_like
+from fastbert_kernels.compile_cases import op_of
 
 MODEL_TOKENS = {"cuda": 65_536, "cpu": 512}
 QUICK_TOKENS = {"cuda": 16_384, "cpu": 256}
@@ -59,11 +60,11 @@ Library = Mapping[str, str]
 
 
 def library_kernels() -> dict[str, str]:
-    """Our Triton kernels: name -> family, by the module that holds them."""
+    """Our Triton kernels: name -> family, by the op's module."""
     families = {"optimizer": OPTIMIZER, "mask": OTHER, "linear": GEMM_FORWARD}
     found = {}
     for case in shipped_cases():
-        module, name = case.fn.fn.__module__.rpartition(".")[2], case.fn.fn.__name__
+        module, name = op_of(case.fn), case.fn.fn.__name__
         if module == "attention":
             found[name] = ATTENTION_FORWARD if "forward" in name else ATTENTION_BACKWARD
         else:

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastbert_bench.kernels.costs import VOCABULARY
 from fastbert_kernels import reference, reference_optimizer
 from fastbert_kernels.philox import keep_mask, keep_threshold, score_mask
+from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
 
 Row = dict[str, Any]
 Op = Callable[..., Tensor]
@@ -538,10 +539,7 @@ def layer_norm_bits(device: torch.device) -> Iterator[Row]:
 
 SPANS = [(0, 50_000), (50_016, 50_116), (50_128, 50_129), (50_144, 51_000)]
 DECAY_END, ELEMENTS = 50_128, 51_008
-SETTINGS = {
-    "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.01, "decay_end": DECAY_END,
-    "max_grad_norm": 1.0,
-}  # fmt: skip
+HYPER = Hyperparameters(DECAY_END)
 
 
 def optimizer_state(device: torch.device, weights: torch.dtype) -> dict[str, Tensor]:
@@ -570,8 +568,8 @@ def optimizer_checks(name: str, device: torch.device, quick: bool) -> Iterator[R
     """Many steps beside the oracle in fp64, some clipped, steps 3 and 5 holding inf and nan."""
     from fastbert_kernels import optimizer
 
-    table = {"table": optimizer.lamb_table(SPANS, device)} if name == "lamb" else {}
-    spans = {"spans": SPANS} if name == "lamb" else {}
+    table = [optimizer.lamb_table(SPANS, device)] if name == "lamb" else []
+    spans = [SPANS] if name == "lamb" else []
     kernel, oracle = (
         getattr(optimizer, f"{name}_step"),
         getattr(reference_optimizer, f"{name}_step"),
@@ -591,8 +589,8 @@ def optimizer_checks(name: str, device: torch.device, quick: bool) -> Iterator[R
                 grad[7 if i == 3 else -30] = torch.inf if i == 3 else torch.nan
             before = copied(found)
             with poisoned():
-                kernel(grad=grad, **found, **table, **SETTINGS)
-            oracle(grad=grad, **want, **spans, **SETTINGS)
+                kernel(Buffers(grad=grad, **found), HYPER, *table)
+            oracle(Buffers(grad=grad, **want), HYPER, *spans)
             if i in (3, 5):
                 kept = ("master", "exp_avg", "exp_avg_sq", "weights", "step")
                 unchanged &= all(torch.equal(found[n], before[n]) for n in kept)
@@ -618,7 +616,7 @@ def optimizer_checks(name: str, device: torch.device, quick: bool) -> Iterator[R
         yield {"check": f"{label}: steps are counted", "ok": counted}
 
         def step(state: dict[str, Tensor], grad: Tensor) -> None:
-            kernel(grad=grad, **state, **table, **SETTINGS)
+            kernel(Buffers(grad=grad, **state), HYPER, *table)
 
         grad = (torch.randn(ELEMENTS, device=device) * inside).to(dtype)
         trace = dtype == dtypes(device)[-1]

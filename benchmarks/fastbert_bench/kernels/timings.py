@@ -40,6 +40,7 @@ from fastbert_bench.measure.timing import (
     quantiles,
     random_like,
 )
+from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
 
 Row = dict[str, Any]
 Inputs = dict[str, Tensor]
@@ -533,10 +534,7 @@ def optimizer(
     spans = aligned_spans(numels)
     count = 3 + 6 * layers + 3
     P, decay_end = spans[-1][1] + -spans[-1][1] % 64, spans[count][0]
-    settings: dict[str, Any] = {
-        "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.01, "decay_end": decay_end,
-        "max_grad_norm": 1.0,
-    }  # fmt: skip
+    hyper = Hyperparameters(decay_end)
     table = lamb_table(spans, device)
 
     def inputs() -> Inputs:
@@ -554,12 +552,10 @@ def optimizer(
         }
 
     def adamw(inputs: Inputs) -> Built:
-        arguments: dict[str, Any] = inputs | settings
-        return [], functools.partial(adamw_step, **arguments)
+        return [], functools.partial(adamw_step, Buffers(**inputs), hyper)
 
     def lamb(inputs: Inputs) -> Built:
-        arguments: dict[str, Any] = inputs | settings | {"table": table}
-        return [], functools.partial(lamb_step, **arguments)
+        return [], functools.partial(lamb_step, Buffers(**inputs), hyper, table)
 
     def by_torch(inputs: Inputs, **kind: Any) -> Built:
         """fp32 parameters with views of the same gradient; no bf16 copy is written."""

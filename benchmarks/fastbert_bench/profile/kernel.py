@@ -156,14 +156,13 @@ def _on_cpu(workload: Workload) -> Callable[[Inputs], Built]:
             mask = reference_optimizer.mask_tokens
             return [], lambda: mask(inputs["ids"], special, seed, 0.15, 4)
         _, step = workload.contenders[0].build(inputs)  # of our kernel, whose arguments serve
-        arguments = dict(step.keywords)  # type: ignore[attr-defined]
+        buffers, hyper = step.args[:2]  # type: ignore[attr-defined]
         if workload.op == "adamw":
-            return [], functools.partial(reference_optimizer.adamw_step, **arguments)
-        del arguments["table"]
+            return [], functools.partial(reference_optimizer.adamw_step, buffers, hyper)
         layers = {768: 12, 1024: 24}.get(sizes["H"], 1)
         numels = kernel_timings.parameter_sizes(sizes["H"], layers, sizes["V"], sizes["F"])
-        arguments["spans"] = kernel_timings.aligned_spans(numels)
-        return [], functools.partial(reference_optimizer.lamb_step, **arguments)
+        spans = kernel_timings.aligned_spans(numels)
+        return [], functools.partial(reference_optimizer.lamb_step, buffers, hyper, spans)
 
     return build
 

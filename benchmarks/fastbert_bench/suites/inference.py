@@ -93,7 +93,7 @@ def ours(
     def hidden(batch: Batch, rows: Tensor | None = None) -> Tensor:
         return model.encode(
             batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens,
-            batch.max_seqlen, rows,
+            batch.max_seqlen, rows=rows,
         )  # fmt: skip
 
     def encode(batch: Batch) -> Tensor:

@@ -66,6 +66,7 @@ from fastbert_bench.measure.memory import peak_of
 from fastbert_bench.measure.processes import one_line
 from fastbert_bench.measure.result import HEADS, Row, cells, gaps
 from fastbert_kernels import reference, reference_optimizer
+from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
 
 TOLERANCE = 1e-4  # of an output in fp32, relative to its largest element
 ROUNDS, SECONDS = 20, 1.0
@@ -176,12 +177,9 @@ def cpu_workload(op: str, quick: bool, asked: Asked = kernel_timings.STAGE) -> W
 
 def _optimizer(step: Callable[..., None], sizes: dict[str, int], inputs: Inputs) -> Built:
     spans = kernel_timings.aligned_spans(_numels(sizes))
-    arguments: dict[str, Any] = inputs | {
-        "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.01, "max_grad_norm": 1.0,
-        "decay_end": spans[3 + 6 + 3][0],  # embeddings, a layer's matrices, the heads'
-        "weights": None,  # on a CPU the masters are the weights
-    }  # fmt: skip
-    return [], functools.partial(step, **arguments)
+    hyper = Hyperparameters(spans[3 + 6 + 3][0])  # embeddings, a layer's matrices, the heads'
+    buffers = Buffers(**inputs)._replace(weights=None)  # on a CPU the masters are the weights
+    return [], functools.partial(step, buffers, hyper)
 
 
 def _lamb(sizes: dict[str, int]) -> Callable[..., None]:

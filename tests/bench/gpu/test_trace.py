@@ -22,6 +22,7 @@ from fastbert_bench.measure.workloads import Workload
 from fastbert_bench.profile import step as profiling
 from fastbert_bench.profile import trace as step_trace
 from fastbert_bench.profile.trace import Kernel, Place
+from fastbert_kernels.compile_cases import op_of
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(
@@ -262,8 +263,7 @@ def test_without_a_place_only_names_can_tell():
 
 def test_every_kernel_of_the_library_has_one_family():
     library = gpu_trace.library_kernels()
-    modules = {(case.fn.fn.__module__.rpartition(".")[2], case.fn.fn.__name__)
-               for case in shipped_cases()}  # fmt: skip
+    modules = {(op_of(case.fn), case.fn.fn.__name__) for case in shipped_cases()}
     assert {name for _, name in modules} == set(library)
     special = {"attention", "optimizer", "mask", "linear"}
     for module, name in modules:
