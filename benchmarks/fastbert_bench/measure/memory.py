@@ -1,5 +1,6 @@
 """The most memory that a call holds beside what was there before it."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,12 +15,15 @@ def peak_of(step: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return int(torch.cuda.max_memory_allocated(device) - before)
+    # Alive: torch warns where a tensor is freed whose making it did not record.
+    kept = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
     with profiler(profile_memory=True) as profile:
         step()
     alive = most = 0
     for _, size in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):
         alive += size
         most = max(most, alive)
+    del kept
     return int(most)
 
 

@@ -9,11 +9,11 @@ rounding does.
 B sequences, S longest sequence, T real tokens of a batch, M masked tokens, V vocabulary.
 """
 
-import contextlib
 import copy
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbert.config import ModelConfig, PretrainConfig
+from fastbert.config import ModelConfig, PretrainConfig, to_hf_dict
 from fastbert.data.batch import Batch
 from fastbert.errors import RunError, UserError
+from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
-from fastbert.train.device import can_compile
+from fastbert.ops import Ops
+from fastbert.train.device import Execution, can_compile, choose_execution
 from fastbert.train.graph import launcher
 from fastbert.train.step import TrainStep, model_inputs
+from fastbert_bench.config import InferenceBenchConfig, StepBenchConfig
 from fastbert_bench.measure.flops import MLM_PROBABILITY
 
 LEARNING_RATE = 1e-4
@@ -155,8 +158,38 @@ def make_batches(
     return padded, packed
 
 
+def rivals_asked(against: str, auto: Iterable[str]) -> list[str]:
+    """The names in `--against`; `auto` where it says so."""
+    if against == "none":
+        return []
+    return list(auto) if against == "auto" else against.split(",")
+
+
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def execution_of(
+    config: StepBenchConfig | InferenceBenchConfig, sizes: ModelConfig, compiled: bool
+) -> Execution:
+    """How `fastbert pretrain` would run with these settings."""
+    compile = "on" if compiled else "off"
+    asked = PretrainConfig(
+        device=config.device, precision=config.precision, torch_compile=compile
+    )
+    return choose_execution(asked, sizes)
+
+
+def seeded(sizes: ModelConfig, ops: Ops, seed: int, device: torch.device) -> Bert:
+    """The model with the same initial weights for everybody."""
+    torch.manual_seed(seed)
+    return Bert(sizes, ops).to(device)
+
+
+def weights_of(model: Bert, sizes: ModelConfig) -> dict[str, Tensor]:
+    """A copy of a model's weights, by Hugging Face's names."""
+    found = to_hf(dict(model.named_parameters()), sizes)
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
 def ours(
@@ -244,11 +277,8 @@ def rival(
         model, batches = _Flat(model), [flattened(batch) for batch in batches]
     check_dtype = dtype if name.startswith("hf-flash") else torch.float32
 
-    def autocast(to: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device.type, dtype=to, enabled=to != torch.float32)
-
     batch = batches[0]
-    with torch.no_grad(), autocast(check_dtype):
+    with torch.no_grad(), autocast(device, check_dtype):
         logits = model.eval()(**batch).prediction_logits
         chosen = batch["labels"] != -100
         losses = F.cross_entropy(logits[chosen].float(), batch["labels"][chosen], reduction="none")
@@ -256,18 +286,8 @@ def rival(
         torch.manual_seed(recipe.seed)
         model.train()
         drops = float(model(**batch).loss) != float(model(**batch).loss)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.dim() > 1],
-             "weight_decay": recipe.weight_decay},
-            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=LEARNING_RATE,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-        fused=True,
-    )  # fmt: skip
-    attention_order: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    optimizer = adamw(model, recipe)
+    attention_order: Callable[[], AbstractContextManager[Any]] = nullcontext
     if name.endswith("-cudnn"):
         if device.type != "cuda":
             raise MissingError("cuDNN's attention needs a GPU")
@@ -278,7 +298,7 @@ def rival(
         forward = torch.compile(model, dynamic=False, mode=mode)
 
     def step(index: int) -> None:
-        with autocast(dtype), attention_order():
+        with autocast(device, dtype), attention_order():
             loss = forward(**batches[index % NUM_BATCHES]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
@@ -298,7 +318,7 @@ def rival(
     )
 
 
-def _cudnn_first() -> contextlib.AbstractContextManager[Any]:
+def _cudnn_first() -> AbstractContextManager[Any]:
     order = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
              SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # fmt: skip
     return sdpa_kernel(list(order), set_priority=True)
@@ -341,12 +361,29 @@ class _Flat(nn.Module):
         return _Output(output.loss, output.logits)
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """What runs in `dtype` where PyTorch's users would have it so; off for fp32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def adamw(model: nn.Module, recipe: PretrainConfig) -> torch.optim.AdamW:
+    """The recipe's optimizer in PyTorch's terms: vectors do not decay."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": recipe.weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=recipe.learning_rate or 0.0,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+        fused=True,
+    )  # fmt: skip
+
+
 def _hugging_face(
     name: str, sizes: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
-
-    from fastbert.config import to_hf_dict
 
     config = BertConfig(**to_hf_dict(sizes, "BertForPreTraining"))
     attention = name.split("-")[1]

@@ -108,6 +108,16 @@ def test_the_trainer_is_the_loop(small):
     assert rows[1]["eval_losses"] == pytest.approx(rows[2]["eval_losses"], abs=0.1)
 
 
+def test_a_warm_up_without_end_is_said(small, tmp_path, capsys):
+    convergence.Task(dataclasses.replace(small, warmup_steps=24), tmp_path)
+    assert (
+        "warmup_steps = 24 is not less than max_steps = 24: the learning rate never reaches its "
+        "peak\n"
+    ) in capsys.readouterr().err
+    convergence.Task(small, tmp_path)
+    assert "warmup_steps" not in capsys.readouterr().err
+
+
 def test_a_trainer_that_is_missing_and_a_loss_never_reached_are_told(small, monkeypatch):
     monkeypatch.setattr(convergence, "why_no_trainer", lambda device: "no accelerate here")
     config = dataclasses.replace(small, against="auto", max_steps=2, target_loss=0.01)
@@ -195,3 +205,9 @@ def test_the_time_to_a_loss_lies_between_evaluations(small):
     assert curve.seconds_to(7.0) == 5.0
     assert curve.seconds_to(5.0) == 20.0
     assert curve.seconds_to(4.9) is None
+    # there before the first step, whatever training made of it
+    assert curve.seconds_to(9.0) == curve.seconds_to(8.0) == 0.0
+    curve.eval_losses = [5.0, 5.3, 5.1]
+    assert curve.seconds_to(5.1) == 0.0
+    curve.eval_seconds, curve.eval_losses = [0.0, 0.1 + 0.2], [0.7, 0.1]
+    assert curve.seconds_to(0.1) == 0.1 + 0.2  # and not a rounding later
