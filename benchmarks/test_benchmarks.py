@@ -116,12 +116,8 @@ def _workload(op: str) -> kernel_timings.Workload:
 )
 def test_op(benchmark: BenchmarkFixture, op: str, direction: str) -> None:
     workload = _workload(op)
-    first = workload.inputs()
-    bytes = sum(tensor.nbytes for tensor in first.values())
-    clones = timing.clones_needed(bytes, DEVICE) - 1
-    sets = [first] + [workload.inputs() for _ in range(clones)]
     try:
-        calls = kernel_timings.calls_of(workload.contenders[0], direction, sets)
+        calls = kernel_timings.calls_of(workload.contenders[0], direction, workload.sets(DEVICE))
     except kernel_timings.MissingError as error:
         pytest.skip(str(error))
     replay = timing.Replay(calls, DEVICE)

@@ -104,9 +104,13 @@ def measured(
     if "timings" not in halves:
         return
     wanted = kernel_timings.Asked(**asked)
+    cuda = device.type == "cuda"
+    rounds = kernel_timings.ROUNDS if cuda and not quick else 3
     for workload in kernel_timings.workloads(op, device, quick, wanted):
         try:
-            for timed in kernel_timings.measure(workload, device, quick, wanted):
+            for timed in kernel_timings.measure(
+                workload, device, rounds, asked=wanted, peaks=cuda
+            ):
                 found["timings"] += timed
                 yield found
         except Exception as error:

@@ -12,12 +12,11 @@ Letters of sizes are those of `kernels.costs`.
 
 import csv
 import dataclasses
-import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,26 +24,15 @@ from typing import Any
 import torch
 
 from fastbert.errors import UserError
-from fastbert.ops import cpu_ops
 from fastbert.train.device import choose_device
 from fastbert_bench.config import ProfileKernelConfig
 from fastbert_bench.kernels import sass
 from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.compile_report import cases_of, compile_case
 from fastbert_bench.kernels.costs import POSITIONS, cost_of, model_sizes
-from fastbert_bench.kernels.timings import (
-    DROPOUT_P,
-    EPS,
-    PAD,
-    Built,
-    Contender,
-    Inputs,
-    Workload,
-    differentiable,
-)
+from fastbert_bench.kernels.timings import Contender, Workload
 from fastbert_bench.measure import result, timing
 from fastbert_bench.profile.step import ceilings, figures, op_bytes, side_stream
-from fastbert_kernels import reference, reference_optimizer
 from fastbert_kernels.compile_cases import CompileCase
 
 POINTS, STEP_BETWEEN = 4, 4
@@ -120,69 +108,19 @@ def sweep(op: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     return found
 
 
-def _on_cpu(workload: Workload) -> Callable[[Inputs], Built]:
-    """The op as the training step runs it on a CPU, on the workload's inputs."""
-    ops, seed, sizes = cpu_ops(False), torch.tensor([1, 2, 3]), workload.sizes
-    T, S = sizes["T"], sizes["S"]
-    dropout = (DROPOUT_P, seed, 1)
-    if workload.op == "attention":
-        cu_seqlens = torch.arange(0, T + 1, S, dtype=torch.int32)
-        return differentiable("qkv")(lambda qkv: ops.attention(qkv, cu_seqlens, S, *dropout))
-    if workload.op == "dropout_add_layer_norm":
-        names = ("x", "bias", "residual", "weight", "beta")
-        return differentiable(*names)(lambda *x: ops.dropout_add_layer_norm(*x, EPS, *dropout))
-    if workload.op == "bias_gelu":
-        return differentiable("x", "bias")(reference.bias_gelu)
-    if workload.op == "linear_gelu":
-        return differentiable("x", "weight", "bias")(reference.linear_gelu)
-    if workload.op == "gelu_layer_norm":
-        return differentiable("x", "bias", "weight", "beta")(
-            lambda *x: ops.gelu_layer_norm(*x, EPS)
-        )
-
-    def build(inputs: Inputs) -> Built:
-        def leaves(*names: str) -> list[torch.Tensor]:
-            return [kernel_timings.leaf(inputs[name]) for name in names]
-
-        if workload.op == "linear_cross_entropy":
-            own = leaves("x", "weight", "bias")
-            return own, lambda: ops.linear_cross_entropy(*own, inputs["labels"])
-        if workload.op == "embed_layer_norm":
-            own = leaves("word", "token_type", "position", "weight", "beta")
-            ids = (inputs["ids"], inputs["types"], torch.arange(T) % S)
-            return own, lambda: ops.embed_layer_norm(*ids, *own, PAD, EPS, *dropout)
-        if workload.op == "mask_tokens":
-            special = torch.arange(sizes["V"]) < 5
-            mask = reference_optimizer.mask_tokens
-            return [], lambda: mask(inputs["ids"], special, seed, 0.15, 4)
-        _, step = workload.contenders[0].build(inputs)  # of our kernel, whose arguments serve
-        buffers, hyper = step.args[:2]  # type: ignore[attr-defined]
-        if workload.op == "adamw":
-            return [], functools.partial(reference_optimizer.adamw_step, buffers, hyper)
-        layers = {768: 12, 1024: 24}.get(sizes["H"], 1)
-        numels = kernel_timings.parameter_sizes(sizes["H"], layers, sizes["V"], sizes["F"])
-        spans = kernel_timings.aligned_spans(numels)
-        return [], functools.partial(reference_optimizer.lamb_step, buffers, hyper, spans)
-
-    return build
-
-
 def workload_of(op: str, device: torch.device, sizes: dict[str, int]) -> Workload:
     """The op alone, our kernel on a GPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    workload = kernel_timings.WORKLOADS[op](device, dtype, sizes)
+    workload = kernel_timings.workload(op, device, dtype, sizes)
     ours = workload.contenders[0]
     if device.type == "cpu":
-        ours = Contender("plain PyTorch", _on_cpu(workload))
+        ours = Contender("plain PyTorch", workload.by(kernel_timings.cpu_op(op, False)))
     return dataclasses.replace(workload, contenders=[ours])
 
 
 def measure(workload: Workload, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
     """(direction, milliseconds) of the workload's one contender, L2 cold on a GPU."""
-    first = workload.inputs()
-    bytes = sum(tensor.nbytes for tensor in first.values())
-    sets = [first]
-    sets += [workload.inputs() for _ in range(timing.clones_needed(bytes, device) - 1)]
+    sets = workload.sets(device)
     for direction in workload.directions:
         calls = kernel_timings.calls_of(workload.contenders[0], direction, sets)
         replays = {"ours": timing.Replay(calls, device)}
