@@ -554,11 +554,11 @@ def table(found: Estimate) -> str:
             f"{plan.gpus:>5,}{plan.tokens_per_batch:>13,}{plan.step_seconds * 1e3:>10,.1f}"
             f"{plan.low_seconds * 1e3:>9,.1f}{plan.high_seconds * 1e3:>9,.1f}"
             f"{plan.exposed_seconds * 1e3:>9.1f}{plan.efficiency:>9.1%}"
-            f"{plan.tokens_per_second:>15,.0f}{_or_dash(plan.mfu, '.1%'):>7}"
-            f"{_or_dash(plan.mfu_executed, '.1%'):>7}"
+            f"{plan.tokens_per_second:>15,.0f}{or_dash(plan.mfu, '.1%'):>7}"
+            f"{or_dash(plan.mfu_executed, '.1%'):>7}"
             f"{plan.sequences_per_step:>11,.0f}{plan.optimizer_steps:>12,}"
-            f"{duration(plan.days * 86400):>14}{_or_dash(plan.dollars, ',.0f'):>11}"
-            f"{_or_dash(plan.kilowatt_hours, ',.0f'):>9}"
+            f"{duration(plan.days * 86400):>14}{or_dash(plan.dollars, ',.0f'):>11}"
+            f"{or_dash(plan.kilowatt_hours, ',.0f'):>9}"
         )
     lines += [f"warning: {line}" for line in warnings(found)]
     return "\n".join((*lines, "", "assumptions", *(f"- {line}" for line in assumptions(found))))
@@ -575,7 +575,7 @@ def family_lines(cost: StepCost, tokens: int) -> list[str]:
             lines.append(
                 f"{one.name:<36}{one.launches:>9,}{one.seconds * 1e3:>10,.2f}"
                 f"{one.seconds / cost.seconds:>7.1%}{one.low * 1e3:>10,.2f}{one.high * 1e3:>10,.2f}"
-                f"  {one.limit:<13}{_or_dash(one.filled, '.0%'):>7}"
+                f"  {one.limit:<13}{or_dash(one.filled, '.0%'):>7}"
                 f"{one.flops / 1e12:>8,.2f}{one.bytes / 1e9:>8,.1f}"
             )
     lines.append(
@@ -593,7 +593,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds >= 1 else "under a second"
 
 
-def _or_dash(value: float | None, form: str) -> str:
+def or_dash(value: float | None, form: str) -> str:
+    """A figure as a table has it; "-" where it is not known."""
     return "-" if value is None else format(value, form)
 
 

@@ -5,7 +5,6 @@ its first checkpoint and resumed; and beside it the first steps again in fp32, b
 with the same weights, batches and dropout bits, so that the losses must lie on each other.
 """
 
-import argparse
 import json
 import pydoc_data.topics
 import signal
@@ -17,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastbert_bench.measure import processes
+from fastbert_bench.gpu import part
 from fastbert_bench.measure.places import importable, module_command
 from fastbert_bench.measure.processes import STDERR_LINES, failed
 
@@ -198,18 +197,10 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.gpu.pretrain")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--wait", action="store_true", help="begin when a line comes on stdin")
-    args = parser.parse_args(argv)
-    if args.wait:
-        processes.wait()
-    found: dict[str, Any] = {}
+    args = part.parser("pretrain").parse_args(argv)
+    device = part.device_of(args).type
     with tempfile.TemporaryDirectory(prefix="fastbert-pretrain-") as folder:
-        for found in measure(args.device, Path(folder)):
-            processes.write_json(args.out, found)
-    return 1 if failed(found.get("checks", ())) else 0
+        return part.checked(measure(device, Path(folder)), args.out)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ processes leave one result: it admits a rival only where the loss of every maske
 L layers, H hidden size, F intermediate size, V vocabulary, T tokens, M masked tokens, N sequences.
 """
 
-import argparse
 import dataclasses
-import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -29,6 +27,7 @@ from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE, Ops, cpu_ops, triton_ops
 from fastbert.train.device import is_out_of_memory
 from fastbert_bench.estimate import predictions
+from fastbert_bench.gpu import part
 from fastbert_bench.measure import processes, timing
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.flops import executed_flops_per_token, flops_per_token
@@ -168,14 +167,8 @@ def _largest_that_fits(
                 raise
         # Here, where the exception no longer holds the tensors of what did not fit.
         made = None  # type: ignore[assignment]
-        _free(bench.device)
+        part.free(bench.device)
     raise AssertionError("unreachable")
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def floor_seconds(bench: Bench) -> float:
@@ -235,7 +228,7 @@ def run_contender(
     row["conditions"] = results.conditions(device)
     processes.write_json(path, row)
     if name == OURS:  # what any implementation needs for its products, beside our step
-        _free(device)
+        part.free(device)
         row["floor_ms"] = floor_seconds(bench) * 1e3
         processes.write_json(path, row)
 
@@ -424,13 +417,9 @@ def table(result: Mapping[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """One contender's process."""
-    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.gpu.step")
+    parser = part.parser("step", quick="fewer rounds")
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("contender", choices=[OURS, AGAIN, *ABLATIONS, *ways.RIVALS])
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--wait", action="store_true", help="begin when a line comes on stdin")
     args = parser.parse_args(argv)
     run_contender(
         args.workload, args.contender, args.device, args.quick, args.out, waits=args.wait

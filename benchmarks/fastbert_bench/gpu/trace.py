@@ -7,21 +7,19 @@ place, which the eager step gives (see `profile.step`). A kernel that no rule kn
 name: all lines add up to the step, from its first kernel to the end of its last.
 """
 
-import argparse
 import dataclasses
-import gc
 import re
 import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastbert.errors import RunError
 from fastbert.train.device import is_out_of_memory
 from fastbert_bench.config import ProfileStepConfig
 from fastbert_bench.estimate import predictions
@@ -40,8 +38,10 @@ from fastbert_bench.estimate.step_cost import (
     QKV_BIAS,
     RESIDUAL_ADDS,
 )
+from fastbert_bench.gpu import part
 from fastbert_bench.kernels.compile_report import shipped_cases
 from fastbert_bench.measure import result, timing
+from fastbert_bench.measure.processes import one_line
 from fastbert_bench.measure.workloads import SEED, Workload
 from fastbert_bench.profile import step as profiling
 from fastbert_bench.profile.trace import PRODUCTS, Kernel, Recorded, label_like
@@ -294,7 +294,7 @@ def measure(
                 raise
             notes.append(f"{tokens:,} tokens do not fit: {one_line(error)}")
         tokens //= 2
-        _release(device)  # here, where no traceback holds the failed step any more
+        part.free(device)  # here, where no traceback holds the failed step any more
 
 
 def _measured(
@@ -320,7 +320,7 @@ def _measured(
         if not runner.execution.graph:
             return found
         del launch
-        _release(device)
+        part.free(device)
         try:
             launch = runner.launch(graph=True)
             times = runner.seconds(launch)
@@ -389,18 +389,6 @@ def _described(
     )  # fmt: skip
 
 
-def _release(device: torch.device) -> None:
-    """Frees what nobody uses: a step that announces its parts is a cycle of references."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, for a note."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-
-
 # The table
 
 
@@ -457,48 +445,17 @@ def _line(row: Found, indent: str = "") -> str:
     )
 
 
-class Keeper:
-    """Writes what is known so far; that it could not be written stops no measurement.
-
-    Attributes:
-        failures: why what was last to be written was not, and where its figures are.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.failures: list[str] = []
-
-    def __call__(self, found: Found) -> None:
-        self.failures.clear()
-        try:
-            result.write(found, self.path)
-        except RunError as error:
-            self.failures.append(str(error))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.gpu.trace")
+    parser = part.parser("trace", quick="fewer tokens")
     parser.add_argument("name", help="base-512-full, large-512-natural, tiny-64-natural, ...")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="fewer tokens")
-    parser.add_argument(
-        "--wait", action="store_true", help="touch the GPU only once a line comes on stdin"
-    )
     args = parser.parse_args(argv)
     Workload.of(args.name)
     if args.device == "cuda":
         import triton  # noqa: F401  so that no import is left for the time on the GPU
 
         library_kernels()
-    if args.wait:
-        sys.stdin.readline()
-    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    keeper = Keeper(args.out)
-    found = measure(args.name, device, args.quick, keeper)
-    print("\n".join([*table(found), *keeper.failures]))
-    return 1 if keeper.failures else 0
+    device = part.device_of(args)
+    return part.kept(partial(measure, args.name, device, args.quick), args.out, table)
 
 
 if __name__ == "__main__":

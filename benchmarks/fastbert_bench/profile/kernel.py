@@ -455,15 +455,9 @@ def main(op: str, config: ProfileKernelConfig) -> None:
         RunError: a file that cannot be written.
     """
     found = run(op, config)
-    if config.json:
-        result.write(found, Path(config.json))
-    told, ceiling = found["conditions"], found["ceilings"]
-    print(
-        f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {found['dtype']}; "
-        "ceilings here, now: "
-        f"{ceiling['bandwidth'] / 1e9:,.1f} GB/s, {ceiling['matrix'] / 1e12:,.3f} TFLOP/s"
-    )
-    print(table(found))
+    ceiling = found["ceilings"]
+    rates = f"{ceiling['bandwidth'] / 1e9:,.1f} GB/s, {ceiling['matrix'] / 1e12:,.3f} TFLOP/s"
+    result.finish(found, config.json, f"ceilings here, now: {rates}", table(found))
     if config.png:
         draw(found, Path(config.png))
 

@@ -640,16 +640,15 @@ def main(config: ProfileStepConfig) -> None:
     """
     check_output("trace", str(trace_path(config)))
     found = run(config)
-    result.write(found, Path(config.json))
-    told = found["conditions"]
-    print(
-        f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {found['dtype']}; "
+    asked = (
         f"{config.model}, {found['sequences']} sequences of at most {config.max_seq_length}, "
         f"{found['real_tokens']} real tokens"
     )
-    print("\n".join(found["execution"]))
-    print(table(found))
-    print(_summary(found))
-    for one in found["missing"]:
-        print(f"missing: {one['name']}: {one['why']}")
-    print(f"table: {config.json}; trace: {found['trace']} (opens in ui.perfetto.dev)")
+    lines = [
+        *found["execution"],
+        table(found),
+        _summary(found),
+        *(f"missing: {one['name']}: {one['why']}" for one in found["missing"]),
+        f"table: {config.json}; trace: {found['trace']} (opens in ui.perfetto.dev)",
+    ]
+    result.finish(found, config.json, asked, "\n".join(lines))

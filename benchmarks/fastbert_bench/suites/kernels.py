@@ -54,7 +54,7 @@ from fastbert_bench.kernels.timings import (
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.lengths import file_lengths
-from fastbert_bench.measure.result import HEADS, Row, cells, gaps
+from fastbert_bench.measure.result import Row, gaps
 
 TOLERANCE = 1e-4  # of an output in fp32, relative to its largest element
 ROUNDS, SECONDS = 20, 1.0
@@ -287,16 +287,16 @@ def _not_there(found: dict[str, Any], against: str) -> list[Missing]:
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text, one line each, and a line for each that is missing."""
-    lines = [f"{'op':<58}{HEADS}{'GB/s':>8}{'TFLOP/s':>9}"]
-    for row in result["rows"]:
-        rate = f"{row['tflops']:.2f}" if row["flops"] else "-"
-        compared = f"   {row['compared_with']} is {row['ratio']:.2f}x as fast"
-        lines.append(
-            f"{row['name']:<58}{cells(row)}"
-            f"{row['gbps']:>8.1f}{rate:>9}{compared if row['ratio'] != 1 else ''}"
-        )
-    lines += [f"{one['name']:<58}missing: {one['why']}" for one in result["missing"]]
-    return "\n".join(lines)
+
+    def compared(row: Row) -> str:
+        ratio = row["ratio"]
+        return f"{row['compared_with']} is {ratio:.2f}x as fast" if ratio != 1 else ""
+
+    more = {
+        "GB/s": lambda row: f"{row['gbps']:.1f}",
+        "TFLOP/s": lambda row: f"{row['tflops']:.2f}" if row["flops"] else "-",
+    }
+    return results.table(result, "op", more, ("", compared))
 
 
 def main(config: KernelBenchConfig) -> None:
@@ -306,11 +306,5 @@ def main(config: KernelBenchConfig) -> None:
         RunError: contenders that do not compute the same thing, or a file that cannot be written.
     """
     result = run(config)
-    if config.json:
-        results.write(result, Path(config.json))
-    told = result["conditions"]
-    print(
-        f"{told['device']}, {told['threads']} threads, torch {told['torch']}; "
-        f"model {config.model}, {Path(config.lengths).name} lengths"
-    )
-    print(table(result))
+    asked = f"model {config.model}, {Path(config.lengths).name} lengths"
+    results.finish(result, config.json, asked, table(result))
