@@ -188,21 +188,12 @@ def kernel_parts(asked: Asked) -> Iterator[Part]:
 def compile_steps(asked: Asked, seconds: float) -> str | None:
     """Compiles all kernels of the smoke test, the steps and the run, on all cores at once."""
     count = (os.cpu_count() or 1) if asked.cuda else 1
-    deadline = time.monotonic() + seconds
     running = []
-    try:
-        for index in range(count):
-            arguments = ["--share", f"{index}/{count}", "--device", asked.device]
-            arguments += ["--out", str(asked.out / "gpu" / "compile" / f"{index}.json")]
-            process = processes.start("fastbert_bench.gpu.launches", arguments, asked.device)
-            running.append(process)
-        for process in running:
-            processes.go(process)
-        said = [processes.finish(process, deadline - time.monotonic()) for process in running]
-    finally:
-        for process in running:
-            processes.stop(process)
-    return next(filter(None, said), None)
+    for index in range(count):
+        arguments = ["--share", f"{index}/{count}", "--device", asked.device]
+        arguments += ["--out", str(asked.out / "gpu" / "compile" / f"{index}.json")]
+        running.append(processes.start("fastbert_bench.gpu.launches", arguments, asked.device))
+    return next(filter(None, processes.together(running, seconds)), None)
 
 
 class Run:

@@ -108,9 +108,7 @@ def measured(
     rounds = kernel_timings.ROUNDS if cuda and not quick else 3
     for workload in kernel_timings.workloads(op, device, quick, wanted):
         try:
-            for timed in kernel_timings.measure(
-                workload, device, rounds, asked=wanted, peaks=cuda
-            ):
+            for timed in kernel_timings.measure(workload, device, rounds, asked=wanted, peaks=cuda):
                 found["timings"] += timed
                 yield found
         except Exception as error:
@@ -164,20 +162,17 @@ def compile_all(
     notes = []
     cores = os.cpu_count() or 1
     for first in range(0, len(shares), cores):
+        now = shares[first : first + cores]
         running = [
-            (op, part, start(op, folder / "unused", device_type, quick, part, asked, halves))
-            for op, part in shares[first : first + cores]
+            start(op, folder / "unused", device_type, quick, part, asked, halves)
+            for op, part in now
         ]
-        try:
-            for _, _, process in running:
-                processes.go(process)
-            for op, part, process in running:
-                why = processes.finish(process, deadline - time.monotonic())
-                if why:
-                    notes.append(f"compiling {op} {part}: {why}")
-        finally:
-            for _, _, process in running:
-                processes.stop(process)
+        said = processes.together(running, deadline - time.monotonic())
+        notes += [
+            f"compiling {op} {part}: {why}"
+            for (op, part), why in zip(now, said, strict=True)
+            if why
+        ]
     return notes
 
 
