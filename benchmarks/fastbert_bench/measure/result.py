@@ -12,13 +12,16 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastbert.config import ModelConfig
 from fastbert.errors import RunError
+from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.places import CHECKOUT
 from fastbert_bench.measure.schema import MisfitError, check
 
@@ -61,6 +64,31 @@ def make(
         "missing": [dict(one) for one in missing],
         **more,
     }
+
+
+def of_model(
+    benchmark: str,
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: ModelConfig,
+    rows: Sequence[Row],
+    missing: Sequence[Mapping[str, str]],
+    unread: Mapping[str, str] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """A result of contenders that run a model, with what no row has among what is missing.
+
+    Args:
+        benchmark, device, rows, missing, more: as for `make`.
+        config: its settings, a dataclass.
+        dtype, sizes: of the model.
+        unread: figure -> why no row has it, beyond those that any device may lack.
+    """
+    why = {"mfu": "the peak of this device is not known", **(unread or {})}
+    why["watts"] = EnergyMeter(device).why_not
+    told = dict(dtype=str(dtype).removeprefix("torch."), **more, model=asdict(sizes))
+    return make(benchmark, asdict(config), device, rows, [*missing, *gaps(rows, why)], **told)
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:

@@ -121,26 +121,15 @@ def make_batches(
         raise UserError(f"vocab_size = {vocab_size} of the model must be more than {low}")
     B = len(lengths)
     lengths = np.sort(lengths)[::-1]
-    padded, packed = [], []
+    packed = []
     for _ in range(NUM_BATCHES):
         real = np.arange(S) < lengths[:, None]
-        ids = rng.integers(low, vocab_size, (B, S)) * real
-        types = ((np.arange(S) >= lengths[:, None] // 2) & real).astype(np.int64)
+        ids = rng.integers(low, vocab_size, (B, S))
+        types = (np.arange(S) >= lengths[:, None] // 2).astype(np.int64)
         masked = np.zeros((B, S), dtype=bool)
         for row, length in enumerate(lengths):  # never [CLS] or the last [SEP], as in training
             count = max(1, round(MLM_PROBABILITY * length))
             masked[row, rng.choice(np.arange(1, length - 1), count, replace=False)] = True
-        labels = np.where(masked, ids, -100)
-        nsp = rng.integers(0, 2, B)
-        padded.append(
-            {
-                "input_ids": torch.from_numpy(ids),
-                "attention_mask": torch.from_numpy(real.astype(np.int64)),
-                "token_type_ids": torch.from_numpy(types),
-                "labels": torch.from_numpy(labels),
-                "next_sentence_label": torch.from_numpy(nsp),
-            }
-        )
         packed.append(
             Batch(
                 input_ids=torch.from_numpy(ids[real]),
@@ -148,14 +137,39 @@ def make_batches(
                 position_ids=torch.from_numpy(np.broadcast_to(np.arange(S), (B, S))[real]),
                 cu_seqlens=torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype("i4")),
                 masked_positions=torch.from_numpy(np.flatnonzero(masked[real])),
-                masked_labels=torch.from_numpy(labels[masked]),
-                next_sentence_labels=torch.from_numpy(nsp),
+                masked_labels=torch.from_numpy(ids[masked]),
+                next_sentence_labels=torch.from_numpy(rng.integers(0, 2, B)),
                 max_seqlen=S,
                 num_tokens=int(lengths.sum()),
                 num_sequences=B,
             )
         )
-    return padded, packed
+    return [padded(batch, 0, S) for batch in packed], packed
+
+
+def padded(batch: Batch, pad_token_id: int = 0, S: int | None = None) -> PaddedBatch:
+    """The real sequences of a packed batch as Hugging Face's models take them.
+
+    Padded to S, or to the longest of them.
+    """
+    N = batch.num_sequences
+    starts = batch.cu_seqlens[: N + 1].long()
+    T, lengths = int(starts[-1]), starts.diff()
+    real = torch.arange(S or int(lengths.max())) < lengths[:, None]  # (N, S)
+    labels = torch.full((T,), -100)
+    chosen = batch.masked_labels != -100
+    labels[batch.masked_positions[chosen]] = batch.masked_labels[chosen]
+
+    def spread(values: Tensor, filler: int) -> Tensor:  # (T,) -> (N, S)
+        return torch.full(real.shape, filler).masked_scatter_(real, values)
+
+    return {
+        "input_ids": spread(batch.input_ids[:T], pad_token_id),
+        "attention_mask": real.long(),
+        "token_type_ids": spread(batch.token_type_ids[:T], 0),
+        "labels": spread(labels, -100),
+        "next_sentence_label": batch.next_sentence_labels[:N],
+    }
 
 
 def rivals_asked(against: str, auto: Iterable[str]) -> list[str]:
@@ -433,7 +447,7 @@ class TorchEncoder(nn.Module):
         self.transform, self.transform_norm = nn.Linear(H, H), nn.LayerNorm(H, eps=eps)
         self.decoder = nn.Linear(H, sizes.vocab_size)
         self.decoder.weight = self.word.weight
-        self.load_state_dict(_torch_names(weights, sizes.num_hidden_layers))
+        self.load_state_dict(_torch_names(weights))
 
     def forward(
         self,
@@ -453,42 +467,38 @@ class TorchEncoder(nn.Module):
         return _Output(mlm + F.cross_entropy(scores.float(), next_sentence_label), logits)
 
 
-def _torch_names(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Hugging Face's names turned into `TorchEncoder`'s."""
-    plain = {
-        "word": "bert.embeddings.word_embeddings",
-        "position": "bert.embeddings.position_embeddings",
-        "token_type": "bert.embeddings.token_type_embeddings",
-        "norm": "bert.embeddings.LayerNorm",
-        "pooler": "bert.pooler.dense",
-        "next_sentence": "cls.seq_relationship",
-        "transform": "cls.predictions.transform.dense",
-        "transform_norm": "cls.predictions.transform.LayerNorm",
-    }
-    for index in range(layers):
-        theirs, mine = f"bert.encoder.layer.{index}", f"encoder.layers.{index}"
-        plain |= {
-            f"{mine}.self_attn.out_proj": f"{theirs}.attention.output.dense",
-            f"{mine}.norm1": f"{theirs}.attention.output.LayerNorm",
-            f"{mine}.linear1": f"{theirs}.intermediate.dense",
-            f"{mine}.linear2": f"{theirs}.output.dense",
-            f"{mine}.norm2": f"{theirs}.output.LayerNorm",
-        }
-    found = {
-        f"{mine}.{kind}": weights[f"{theirs}.{kind}"]
-        for mine, theirs in plain.items()
-        for kind in ("weight", "bias")
-        if f"{theirs}.{kind}" in weights
-    }
-    for index in range(layers):
-        own = f"bert.encoder.layer.{index}.attention.self"
-        for kind in ("weight", "bias"):
-            parts = [weights[f"{own}.{part}.{kind}"] for part in ("query", "key", "value")]
-            found[f"encoder.layers.{index}.self_attn.in_proj_{kind}"] = torch.cat(parts)
-    found["decoder.weight"], found["decoder.bias"] = (
-        found["word.weight"],
-        weights["cls.predictions.bias"],
-    )
+# Hugging Face's names -> `TorchEncoder`'s, of whatever begins or goes on so.
+_TORCH_NAMES = {
+    "bert.embeddings.word_embeddings": "word",
+    "bert.embeddings.position_embeddings": "position",
+    "bert.embeddings.token_type_embeddings": "token_type",
+    "bert.embeddings.LayerNorm": "norm",
+    "bert.pooler.dense": "pooler",
+    "cls.seq_relationship": "next_sentence",
+    "cls.predictions.transform.dense": "transform",
+    "cls.predictions.transform.LayerNorm": "transform_norm",
+    "cls.predictions.bias": "decoder.bias",
+    "bert.encoder.layer": "encoder.layers",
+    "attention.output.dense": "self_attn.out_proj",
+    "attention.output.LayerNorm": "norm1",
+    "intermediate.dense": "linear1",
+    "output.dense": "linear2",
+    "output.LayerNorm": "norm2",
+}
+
+
+def _torch_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's weights by `TorchEncoder`'s names; query, key and value are one there."""
+    found = {"decoder.weight": weights["bert.embeddings.word_embeddings.weight"]}
+    for given, tensor in weights.items():
+        name = given
+        for theirs, mine in _TORCH_NAMES.items():
+            name = name.replace(theirs, mine)
+        if ".attention.self.query." in name:
+            parts = [weights[given.replace("query", part)] for part in ("query", "key", "value")]
+            found[name.replace("attention.self.query.", "self_attn.in_proj_")] = torch.cat(parts)
+        elif ".attention.self." not in name:
+            found[name] = tensor
     return found
 
 

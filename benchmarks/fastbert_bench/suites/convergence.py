@@ -35,7 +35,6 @@ from torch import Tensor
 from fastbert.config import ModelConfig, PretrainConfig, model_config, resolved
 from fastbert.data.batch import Batch
 from fastbert.data.pack import Packer, evaluation_batches
-from fastbert.data.shards import Shards
 from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
 from fastbert.progress import progress_bar
@@ -53,7 +52,7 @@ from fastbert_bench.measure.processes import one_line
 from fastbert_bench.measure.result import Row
 from fastbert_bench.measure.timing import quantiles, synchronize
 from fastbert_bench.suites import contenders as ways
-from fastbert_bench.suites.contenders import PaddedBatch, rivals_asked
+from fastbert_bench.suites.contenders import PaddedBatch, padded, rivals_asked
 
 # Of the held-out MLM loss before training, in nats.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02}
@@ -112,23 +111,9 @@ class Task:
 
     def __init__(self, config: ConvergenceBenchConfig, folder: Path) -> None:
         asked = model_config(config.model)
-        self.recipe = resolved(
-            PretrainConfig(
-                device=config.device,
-                precision=config.precision,
-                seed=config.seed,
-                model=config.model,
-                data=config.data,
-                tokenizer=config.tokenizer,
-                vocab_size=config.vocab_size,
-                max_seq_length=config.max_seq_length,
-                tokens_per_batch=config.tokens_per_batch,
-                max_steps=config.max_steps,
-                warmup_steps=config.warmup_steps,
-                learning_rate=config.learning_rate,
-                max_eval_batches=config.max_eval_batches,
-            )
-        )
+        known = {field.name for field in dataclasses.fields(PretrainConfig)}
+        shared = {name: vars(config)[name] for name in vars(config) if name in known}
+        self.recipe = resolved(PretrainConfig(**shared))
         self.config = config
         if config.warmup_steps >= config.max_steps:
             say(
@@ -149,7 +134,10 @@ class Task:
             asked, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id
         )
         self.execution: Execution = choose_execution(self.recipe, self.sizes)
-        self.held_out = self._held_out(held_out)
+        most = self.recipe.max_eval_batches
+        self.held_out = evaluation_batches(
+            held_out, self.tokenizer.ids, max_batches=most, **self._packing()
+        )
         counts = self.shards.token_counts(self.sizes.vocab_size)
         unigram = unigram_log_probabilities(counts, self.tokenizer.special_ids)
         self.unigram = unigram.to(self.execution.device)
@@ -163,10 +151,6 @@ class Task:
             "mlm_probability": recipe.mlm_probability,
             "seed": recipe.seed,
         }
-
-    def _held_out(self, shards: Shards) -> list[Batch]:
-        most = self.recipe.max_eval_batches
-        return evaluation_batches(shards, self.tokenizer.ids, max_batches=most, **self._packing())
 
     def batches(self, clock: Clock, form: Callable[[Batch], Made]) -> Iterator[Made]:
         """The training batches in the form wanted, made in advance while the clock stands still."""
@@ -277,37 +261,38 @@ def ours(task: Task) -> tuple[Curve, dict[str, Tensor]]:
     return curve, weights
 
 
-def padded(batch: Batch, pad_token_id: int) -> PaddedBatch:
-    """The real sequences of a packed batch as Hugging Face's models take them."""
-    N = batch.num_sequences
-    starts = batch.cu_seqlens[: N + 1].long()
-    T, lengths = int(starts[-1]), starts.diff()
-    real = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, S)
-    labels = torch.full((T,), -100)
-    chosen = batch.masked_labels != -100
-    labels[batch.masked_positions[chosen]] = batch.masked_labels[chosen]
-
-    def spread(values: Tensor, filler: int) -> Tensor:  # (T,) -> (N, S)
-        return torch.full(real.shape, filler).masked_scatter_(real, values)
-
-    return {
-        "input_ids": spread(batch.input_ids[:T], pad_token_id),
-        "attention_mask": real.long(),
-        "token_type_ids": spread(batch.token_type_ids[:T], 0),
-        "labels": spread(labels, -100),
-        "next_sentence_label": batch.next_sentence_labels[:N],
-    }
-
-
-@dataclasses.dataclass
 class HuggingFace:
     """Hugging Face's model with the initial weights, and the recipe in PyTorch's terms."""
 
-    task: Task
-    model: Any
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
-    curve: Curve
+    def __init__(self, name: str, task: Task, weights: dict[str, Tensor]) -> None:
+        recipe, device, dtype = task.recipe, task.execution.device, task.execution.dtype
+        clock = Clock(device, held(device))
+        self.task = task
+        self.model: Any = ways._hugging_face("hf-sdpa", task.sizes, weights, dtype).to(device)
+        self.optimizer = ways.adamw(self.model, recipe)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate(recipe, step) / (recipe.learning_rate or 1.0)
+        )
+        packed = (padded(batch, task.sizes.pad_token_id) for batch in task.held_out)
+        self._held_out = [{key: one[key].to(device) for key in one} for one in packed]
+        self.curve = Curve(name, clock, task.config, self._held_out_loss)
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        model = self.model
+        was_training = model.training
+        model.eval()
+        total, count = 0.0, 0
+        for batch in self._held_out:
+            chosen = batch["labels"] != -100
+            inputs = {key: batch[key] for key in ("attention_mask", "token_type_ids")}
+            with self.autocast():
+                logits = model.cls.predictions(model.bert(batch["input_ids"], **inputs)[0][chosen])
+            labels = batch["labels"][chosen]
+            total += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+            count += labels.numel()
+        model.train(was_training)
+        return total / max(count, 1)
 
     def batches(self) -> Iterator[PaddedBatch]:
         pad = self.task.sizes.pad_token_id
@@ -317,40 +302,6 @@ class HuggingFace:
 
     def autocast(self) -> torch.autocast:
         return ways.autocast(self.task.execution.device, self.task.execution.dtype)
-
-
-def hugging_face(name: str, task: Task, weights: dict[str, Tensor]) -> HuggingFace:
-    recipe, device = task.recipe, task.execution.device
-    held_before = held(device)
-    model: Any = ways._hugging_face("hf-sdpa", task.sizes, weights, task.execution.dtype).to(device)
-    optimizer = ways.adamw(model, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate(recipe, step) / (recipe.learning_rate or 1.0)
-    )
-    held_out = [
-        {key: value.to(device) for key, value in padded(batch, task.sizes.pad_token_id).items()}
-        for batch in task.held_out
-    ]
-
-    @torch.no_grad()
-    def held_out_loss() -> float:
-        was_training = model.training
-        model.eval()
-        total, count = 0.0, 0
-        for batch in held_out:
-            chosen = batch["labels"] != -100
-            inputs = {key: batch[key] for key in ("attention_mask", "token_type_ids")}
-            with found.autocast():
-                logits = model.cls.predictions(model.bert(batch["input_ids"], **inputs)[0][chosen])
-            labels = batch["labels"][chosen]
-            total += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-            count += labels.numel()
-        model.train(was_training)
-        return total / max(count, 1)
-
-    curve = Curve(name, Clock(device, held_before), task.config, held_out_loss)
-    found = HuggingFace(task, model, optimizer, schedule, curve)
-    return found
 
 
 def train_by_loop(hf: HuggingFace) -> None:
@@ -458,7 +409,7 @@ def trained_rival(name: str, task: Task, weights: dict[str, Tensor], first: Curv
     Raises:
         RunError: it cannot be compared with `first`.
     """
-    hf = hugging_face(name, task, weights)
+    hf = HuggingFace(name, task, weights)
     check_start(first, hf.curve, task.execution.dtype)
     (train_by_trainer if name == "hf-trainer" else train_by_loop)(hf)
     check_tokens(first, hf.curve)
@@ -587,25 +538,12 @@ def run(config: ConvergenceBenchConfig) -> dict[str, Any]:
             missing.append({"name": f"{curve.name}, seconds_to_target", "why": why})
     device = task.execution.device
     rows = summary(curves, target, task.sizes, device)
-    missing += results.gaps(
-        rows,
-        {
-            "mfu": "the peak of this device is not known",
-            "peak_memory_bytes": "not traced on a CPU, which would slow training: see bench step",
-            "watts": EnergyMeter(device).why_not,
-        },
-    )
-    return results.make(
-        "convergence",
-        dataclasses.asdict(config),
-        device,
-        rows,
-        missing,
-        dtype=str(task.execution.dtype).removeprefix("torch."),
-        target_loss=target,
-        learning_rate=task.recipe.learning_rate,
-        model=dataclasses.asdict(task.sizes),
-    )
+    memory = "not traced on a CPU, which would slow training: see bench step"
+    return results.of_model(
+        "convergence", config, device, task.execution.dtype, task.sizes, rows, missing,
+        {"peak_memory_bytes": memory},
+        target_loss=target, learning_rate=task.recipe.learning_rate,
+    )  # fmt: skip
 
 
 def main(config: ConvergenceBenchConfig) -> None:

@@ -145,6 +145,10 @@ class Source:
     seen: Callable[[], tuple[Tensor, Tensor, Taken]]
     """A batch's ids as they were before masking, its labels (`IGNORE`: not masked), and how it is
     counted."""
+    rounds: "list[Round]" = dataclasses.field(default_factory=list)
+    """What was measured."""
+    peak_bytes: int | None = None
+    """Of a GPU; None on a CPU."""
 
 
 def packer(shards: Shards, S: int, config: DataBenchConfig) -> Packer:
@@ -371,13 +375,11 @@ def run(config: DataBenchConfig) -> dict[str, Any]:
 def _measure(
     shards: Shards, S: int, config: DataBenchConfig, device: torch.device, against: Sequence[str]
 ) -> tuple[list[Row], list[dict[str, str]]]:
-    rounds: dict[tuple[int, str], list[Round]] = {}
-    peaks: dict[tuple[int, str], int] = {}
     missing: list[dict[str, str]] = []
     with ExitStack() as stack:
-        sources = []
+        sources: list[Source] = []
         sequences = sequences_of(shards, S, config) if against else []
-        for W in integers("num_workers", config.num_workers, 0):
+        for W in dict.fromkeys(integers("num_workers", config.num_workers, 0)):
             sources.append(ours(shards, S, W, config, device, stack))
             for name in against:
                 try:
@@ -390,42 +392,38 @@ def _measure(
         for _, source in in_turn(sources, config.rounds, f"length {S}"):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            found = one_round(source, SETTLING * source.ahead, config.seconds, device)
-            key = source.W, source.name
-            rounds.setdefault(key, []).append(found)
+            settle = SETTLING * source.ahead
+            source.rounds.append(one_round(source, settle, config.seconds, device))
             if device.type == "cuda":
                 peak = int(torch.cuda.max_memory_allocated(device))
-                peaks[key] = max(peak, peaks.get(key, 0))
-    known = ("fastbert", *against)
-    order = sorted(rounds, key=lambda key: (key[0], known.index(key[1])))
-    rows = [
-        _row(S, W, name, rounds[W, name], rounds[W, "fastbert"], peaks.get((W, name)))
-        for W, name in order
-    ]
-    return rows, missing
+                source.peak_bytes = max(peak, source.peak_bytes or 0)
+    own = {source.W: source for source in sources if source.name == "fastbert"}
+    by_workers = sorted(sources, key=lambda source: source.W)
+    return [_row(S, source, own[source.W]) for source in by_workers], missing
 
 
-def _row(
-    S: int, W: int, name: str, rounds: list[Round], first: list[Round], peak: int | None
-) -> Row:
+def _row(S: int, source: Source, first: Source) -> Row:
+    name, rounds = source.name, source.rounds
     rates = [one.tokens / one.wall for one in rounds]
     per_core = [one.tokens / one.cpu for one in rounds]
     times = [one.wall / one.batches * 1e3 for one in rounds]
-    label = f"length {S}, {W} workers"
-    pairs = [best.tokens / best.wall / rate for best, rate in zip(first, rates, strict=True)]
+    label = f"length {S}, {source.W} workers"
+    pairs = [
+        best.tokens / best.wall / rate for best, rate in zip(first.rounds, rates, strict=True)
+    ]
     return {
         "name": label if name == "fastbert" else f"{label}, {name}",
         "contender": name,
         "compared_with": "fastbert",
         "ratio": statistics.median(pairs),
         "max_seq_length": S,
-        "num_workers": W,
+        "num_workers": source.W,
         **quantiles(times),
         "rounds_ms": times,
         "real_tokens_per_second": statistics.median(rates),
         "sequences_per_second": statistics.median(one.sequences / one.wall for one in rounds),
         "mfu": None,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": source.peak_bytes,
         "watts": None,
         "joules_per_million_tokens": None,
         "real_tokens_per_second_and_core": statistics.median(per_core),

@@ -22,7 +22,7 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,10 +75,11 @@ class Contender:
     """One way to run BERT: its tasks, what shows that it computes the same, what was measured."""
 
     name: str
-    run: dict[str, Callable[[int], Tensor]]
-    """Task -> its answer for batch `index`: (B, H), or (M, V)."""
-    one: dict[str, Callable[[int], Tensor]]
-    """The same for a single sequence."""
+    tasks: dict[str, Callable[[Any], Tensor]]
+    """Task -> its answer for a batch: (B, H), or (M, V)."""
+    batches: Sequence[Batch] | Sequence[PaddedBatch]
+    singles: Sequence[Batch] | Sequence[PaddedBatch]
+    """Batches of one sequence."""
     answers: dict[str, Tensor]
     """For batch 0: hidden states (T, H), their means (B, H), logits (M, V). Empty where it is
     another model."""
@@ -86,6 +87,15 @@ class Contender:
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     latencies: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.answers = {what: tensor.float().cpu() for what, tensor in self.answers.items()}
+
+    def run(self, task: str, index: int) -> Tensor:
+        return self.tasks[task](self.batches[index % len(self.batches)])
+
+    def one(self, task: str, index: int) -> Tensor:
+        return self.tasks[task](self.singles[index % len(self.singles)])
 
 
 def ours(
@@ -113,28 +123,7 @@ def ours(
     batch = batches[0]
     answers = {"hidden states": hidden(batch), "means": encode(batch), "logits": fill(batch)}
     model.to(dtype)
-    return _contender(name, {"encode": encode, "fill-mask": fill}, batches, singles, answers)
-
-
-Given = TypeVar("Given", Batch, PaddedBatch)
-
-
-def _contender(
-    name: str,
-    tasks: dict[str, Callable[[Given], Tensor]],
-    batches: Sequence[Given],
-    singles: Sequence[Given],
-    answers: dict[str, Tensor],
-) -> Contender:
-    def of(call: Callable[[Given], Tensor], given: Sequence[Given]) -> Callable[[int], Tensor]:
-        return lambda index: call(given[index % len(given)])
-
-    return Contender(
-        name,
-        {task: of(call, batches) for task, call in tasks.items()},
-        {task: of(call, singles) for task, call in tasks.items()},
-        {what: tensor.float().cpu() for what, tensor in answers.items()},
-    )
+    return Contender(name, {"encode": encode, "fill-mask": fill}, batches, singles, answers)
 
 
 Hidden = Callable[[Tensor, Tensor | None, Tensor], Tensor]
@@ -188,8 +177,7 @@ def rival(
     tasks: dict[str, Callable[[PaddedBatch], Tensor]] = {"encode": encode, "fill-mask": fill}
     if "compile" in name:
         tasks = {task: torch.compile(call, dynamic=False) for task, call in tasks.items()}
-    found = _contender(name, tasks, batches, singles, answers)
-    return dataclasses.replace(found, checked_in=check_dtype)
+    return Contender(name, tasks, batches, singles, answers, check_dtype)
 
 
 Made = tuple[torch.nn.Module, Hidden, Callable[[Tensor], Tensor]]
@@ -200,12 +188,11 @@ def _hugging_face(
     name: str, sizes: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> Made:
     model: Any = ways._hugging_face(name, sizes, weights, dtype)
-
-    def forward(ids: Tensor, mask: Tensor | None, types: Tensor) -> Tensor:
-        hidden: Tensor = model.bert(ids, attention_mask=mask, token_type_ids=types)[0]
-        return hidden
-
-    return model, forward, model.cls.predictions
+    return (
+        model,
+        lambda ids, mask, types: model.bert(ids, attention_mask=mask, token_type_ids=types)[0],
+        model.cls.predictions,
+    )
 
 
 def _torch_encoder(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
@@ -222,11 +209,11 @@ def _torch_encoder(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
             hidden: Tensor = model.encoder(x, src_key_padding_mask=padding)
         return hidden
 
-    def score(x: Tensor) -> Tensor:
-        logits: Tensor = model.decoder(model.transform_norm(F.gelu(model.transform(x))))
-        return logits
-
-    return model, forward, score
+    return (
+        model,
+        forward,
+        lambda x: model.decoder(model.transform_norm(F.gelu(model.transform(x)))),
+    )
 
 
 def _modern_bert(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
@@ -248,17 +235,12 @@ def _modern_bert(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
         **special,
     )
     config._attn_implementation = "sdpa"
-    model = ModernBertForMaskedLM(config)
-
-    def forward(ids: Tensor, mask: Tensor | None, types: Tensor) -> Tensor:
-        hidden: Tensor = model.model(ids, attention_mask=mask)[0]
-        return hidden
-
-    def score(x: Tensor) -> Tensor:
-        logits: Tensor = model.decoder(model.head(x))
-        return logits
-
-    return model, forward, score
+    model: Any = ModernBertForMaskedLM(config)
+    return (
+        model,
+        lambda ids, mask, types: model.model(ids, attention_mask=mask)[0],
+        lambda x: model.decoder(model.head(x)),
+    )
 
 
 def check_same(first: Contender, other: Contender) -> None:
@@ -292,7 +274,7 @@ def measure(contenders: Sequence[Contender], rounds: int, device: torch.device) 
     counts: dict[tuple[str, str], int] = {}
     pairs = [(contender, task) for contender in contenders for task in TASKS]
     for contender, task in progress_bar(pairs, desc="warm-up", unit="task"):
-        run, one = contender.run[task], contender.one[task]
+        run, one = (functools.partial(call, task) for call in (contender.run, contender.one))
         for index in range(3):
             run(index)
             one(index)
@@ -302,7 +284,7 @@ def measure(contenders: Sequence[Contender], rounds: int, device: torch.device) 
         counts[contender.name, task] = max(1, min(50, round(SECONDS_PER_ROUND / once)))
         contender.seconds[task], contender.latencies[task] = [], []
     for _, (contender, task) in in_turn(pairs, rounds):
-        run, one = contender.run[task], contender.one[task]
+        run, one = (functools.partial(call, task) for call in (contender.run, contender.one))
         timed(run, 0)  # settles caches after the one before
         contender.seconds[task].append(timed(run, *range(counts[contender.name, task])))
         timed(one, 0)
@@ -324,7 +306,8 @@ def summary(
             seconds = np.array(contender.seconds[task])
             middle = float(np.median(seconds))
             p50, p99 = np.percentile(contender.latencies[task], (50, 99)) * 1e3
-            spent = meter.measure(contender.run[task], SECONDS_OF_ENERGY, middle)
+            call = functools.partial(contender.run, task)
+            spent = meter.measure(call, SECONDS_OF_ENERGY, middle)
             same = bool(contender.answers)
             rows.append(
                 {
@@ -403,8 +386,8 @@ def run(config: InferenceBenchConfig) -> dict[str, Any]:
             one = rival(name, sizes, weights, padded, padded_ones, dtype, device)
             check_same(contenders[0], one)
             for task in TASKS:  # compiles
-                one.run[task](0)
-                one.one[task](0)
+                one.run(task, 0)
+                one.one(task, 0)
             contenders.append(one)
         except MissingError as error:
             missing.append({"name": name, "why": str(error)})
@@ -412,23 +395,13 @@ def run(config: InferenceBenchConfig) -> dict[str, Any]:
             missing.append({"name": name, "why": one_line(error)})
     measure(contenders, config.rounds, device)
     rows = summary(contenders, sizes, lengths, device)
-    missing += results.gaps(
-        rows,
-        {"mfu": "the peak of this device is not known", "watts": EnergyMeter(device).why_not},
-    )
-    return results.make(
-        "inference",
-        dataclasses.asdict(config),
-        device,
-        rows,
-        missing,
-        dtype=str(dtype).removeprefix("torch."),
+    return results.of_model(
+        "inference", config, device, dtype, sizes, rows, missing,
         real_tokens=int(lengths.sum()),
         padded_tokens=int(lengths.max()) * len(lengths),
         lengths=lengths.tolist(),
         latency_tokens=median,
-        model=dataclasses.asdict(sizes),
-    )
+    )  # fmt: skip
 
 
 def main(config: InferenceBenchConfig) -> None:

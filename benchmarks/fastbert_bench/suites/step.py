@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from fastbert.config import ModelConfig, model_config
-from fastbert.errors import UserError
 from fastbert.ops import Ops
 from fastbert.progress import progress_bar
 from fastbert.train.device import (
@@ -145,11 +144,6 @@ def run(config: StepBenchConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     sizes = model_config(config.model)
     check_weights(config.model, sizes, device)
-    if config.max_seq_length > sizes.max_position_embeddings:
-        raise UserError(
-            f"max_seq_length = {config.max_seq_length} must be at most the model's "
-            f"max_position_embeddings = {sizes.max_position_embeddings}"
-        )
     rng = np.random.default_rng(config.seed)
     lengths = lengths_asked(config.lengths, config.batch_size, config.max_seq_length, rng)
     padded, packed = make_batches(lengths, config.max_seq_length, sizes.vocab_size, rng)
@@ -191,24 +185,13 @@ def run(config: StepBenchConfig) -> dict[str, Any]:
             )
     check_fair(contenders[0], contenders[-1], drops)
     contenders, failed = measure(contenders, config.rounds, device)
-    missing += failed
     rows = summary(contenders, sizes, lengths, device)
-    missing += results.gaps(
-        rows,
-        {"mfu": "the peak of this device is not known", "watts": EnergyMeter(device).why_not},
-    )
-    return results.make(
-        "step",
-        dataclasses.asdict(config),
-        device,
-        rows,
-        missing,
-        dtype=str(dtype).removeprefix("torch."),
+    return results.of_model(
+        "step", config, device, dtype, sizes, rows, missing + failed,
         real_tokens=contenders[0].real_tokens,
         padded_tokens=config.batch_size * config.max_seq_length,
         lengths=lengths.tolist(),
-        model=dataclasses.asdict(sizes),
-    )
+    )  # fmt: skip
 
 
 def main(config: StepBenchConfig) -> None:

@@ -13,7 +13,7 @@ from fastbert.cli import main
 from fastbert.errors import RunError
 from fastbert_bench.config import ConvergenceBenchConfig
 from fastbert_bench.measure import result as results
-from fastbert_bench.suites import convergence
+from fastbert_bench.suites import contenders, convergence
 
 needs_accelerate = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None, reason="transformers' Trainer needs accelerate"
@@ -160,10 +160,12 @@ def test_full_sequences_are_not_cut_short(small, tmp_path, capsys):
 
 
 def test_other_initial_weights_are_refused(small, monkeypatch):
-    make = convergence.hugging_face
-    monkeypatch.setattr(
-        convergence, "hugging_face", lambda name, task, weights: make(name, task, {})
-    )
+    make = contenders._hugging_face
+
+    def other(name, sizes, weights, dtype):
+        return make(name, sizes, {}, dtype)
+
+    monkeypatch.setattr(contenders, "_hugging_face", other)
     with pytest.raises(RunError, match="before training, the held-out MLM losses of hf-loop"):
         convergence.run(dataclasses.replace(small, max_steps=1))
 
