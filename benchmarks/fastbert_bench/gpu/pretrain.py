@@ -63,23 +63,22 @@ def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 def _told(log: Path) -> str:
     """The last lines of a call, without the bar."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return " | ".join(line.strip()[:200] for line in lines[-STDERR_LINES:] if line.strip())
+    return " | ".join(line.strip()[:200] for line in _lines(log)[-STDERR_LINES:] if line.strip())
 
 
 def losses(run: Path) -> dict[int, float]:
     """Step -> loss, of a run's metrics."""
+    return {row["step"]: row["loss"] for row in _metrics(run) if "loss" in row}
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return [json.loads(line) for line in _lines(path) if line] if path.exists() else []
 
 
 def _rate(run: Path) -> float | None:
     """Median tokens/s; each step is logged, and so waited for: less than a run reaches else."""
-    rows = [json.loads(line) for line in _lines(run / "metrics.jsonl")]
-    rates = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
+    rates = sorted(r["tokens_per_second"] for r in _metrics(run) if "tokens_per_second" in r)
     return rates[len(rates) // 2] if rates else None
 
 
@@ -177,8 +176,8 @@ def _head(log: Path) -> list[str]:
 
 def _held_out(run: Path) -> dict[str, float]:
     """The last evaluation."""
-    rows = [json.loads(line) for line in _lines(run / "metrics.jsonl")]
-    return next((row for row in reversed(rows) if any("eval" in key for key in row)), {})
+    rows = reversed(_metrics(run))
+    return next((row for row in rows if any("eval" in key for key in row)), {})
 
 
 def table(found: dict[str, Any]) -> list[str]:

@@ -20,8 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fastbert_bench.kernels import checks as kernel_checks
+from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.costs import OPS
-from fastbert_bench.measure import processes
+from fastbert_bench.measure import processes, timing
+from fastbert_bench.measure import result as results
 from fastbert_bench.measure.processes import failed, one_line, write_json
 
 CEILINGS = "ceilings"
@@ -47,13 +52,7 @@ def work(
     waits: bool,
 ) -> None:
     """Checks and times one op, or compiles what a share (part) of that needs."""
-    import torch
     import triton  # noqa: F401  so that no import is left for the time on the GPU
-
-    from fastbert_bench.kernels import checks as kernel_checks
-    from fastbert_bench.kernels import timings as kernel_timings
-    from fastbert_bench.measure import result as results
-    from fastbert_bench.measure import timing
 
     if device_type == "cuda":
         importlib.import_module("torch._inductor.compile_fx")
@@ -87,9 +86,6 @@ def measured(
     op: str, device: Any, quick: bool, asked: Found, halves: Sequence[str] = HALVES
 ) -> Iterator[Found]:
     """What is known of `op`, again and again as more is found."""
-    from fastbert_bench.kernels import checks as kernel_checks
-    from fastbert_bench.kernels import timings as kernel_timings
-
     found: Found = {"checks": [], "timings": []}
     if op in FAULTS:
         yield found | {"checks": [{"check": "before the fault", "ok": True}]}
@@ -237,8 +233,6 @@ def add(
     stage: Found, op: str, found: Found, error: str | None, seconds: float, commit: str | None
 ) -> None:
     """Takes one process's findings into the whole."""
-    from fastbert_bench.kernels.timings import finish as finish_rows
-
     if op == CEILINGS:
         stage |= found
         if commit and stage["conditions"].get("commit") == "unknown":
@@ -253,7 +247,7 @@ def add(
     rows = found.get("timings", [])
     if "ceilings" in stage:
         hopper = (stage["conditions"].get("gpu") or {}).get("capability", 90) >= 90
-        rows = finish_rows(rows, stage["ceilings"], hopper)
+        rows = kernel_timings.finish(rows, stage["ceilings"], hopper)
     stage["rows"] += rows
 
 

@@ -28,7 +28,14 @@ from torch import Tensor
 from fastbert.config import model_config
 from fastbert.ops import cpu_ops
 from fastbert_bench.kernels.checks import with_rest
-from fastbert_bench.kernels.costs import TOKENS, Ceilings, cost_of, model_sizes, target_of
+from fastbert_bench.kernels.costs import (
+    TOKENS,
+    Ceilings,
+    cost_of,
+    model_sizes,
+    rates,
+    target_of,
+)
 from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.flops import mfu
 from fastbert_bench.measure.lengths import lengths_asked
@@ -47,6 +54,7 @@ from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
 
 Row = dict[str, Any]
 Inputs = dict[str, Tensor]
+Sizes = dict[str, int]
 Built = tuple[Sequence[Tensor], Callable[[], Any]]
 """Leaves whose gradients are asked for (none: a step in place), and the forward."""
 Build = Callable[[Inputs], Built]
@@ -68,7 +76,7 @@ class Workload:
     """One op at one shape, with everybody who can do it."""
 
     op: str
-    sizes: dict[str, int]
+    sizes: Sizes
     inputs: Callable[[], Inputs]
     contenders: list[Contender]
     by: Callable[[Op], Build]
@@ -112,7 +120,7 @@ def peer_of(contender: str) -> str:
 STAGE = Asked()
 
 
-def sizes_of(model: str, S: int, T: int) -> dict[str, int]:
+def sizes_of(model: str, S: int, T: int) -> Sizes:
     """Sizes of a model's ops on T tokens in sequences of at most S."""
     config = model_config(model)
     H, V, L, width = (
@@ -131,7 +139,7 @@ def filled(lengths: str, T: int, S: int) -> np.ndarray:
     return np.diff(ends[: int(np.searchsorted(ends, T)) + 1], prepend=0)
 
 
-def shapes(op: str, device: torch.device, quick: bool, model: str = "auto") -> list[dict[str, int]]:
+def shapes(op: str, device: torch.device, quick: bool, model: str = "auto") -> list[Sizes]:
     """Sizes to time `op` at. Rows know nothing of S, except in attention and the embeddings."""
     if device.type == "cpu":
         if model != "auto":
@@ -209,7 +217,7 @@ def flash_implementation(name: str) -> Iterator[None]:
 def attention(
     device: torch.device,
     dtype: torch.dtype,
-    sizes: dict[str, int],
+    sizes: Sizes,
     lengths: np.ndarray | None = None,  # (N,), None: all S
 ) -> Workload:
     from fastbert_kernels.attention import attention as ours
@@ -303,9 +311,7 @@ def row_inputs(
     return inputs
 
 
-def dropout_add_layer_norm(
-    device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
-) -> Workload:
+def dropout_add_layer_norm(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.layer_norm import dropout_add_layer_norm as ours
 
     H = sizes["H"]
@@ -330,7 +336,7 @@ def dropout_add_layer_norm(
     return Workload("dropout_add_layer_norm", sizes, inputs, contenders, by)
 
 
-def bias_gelu(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Workload:
+def bias_gelu(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.gelu import bias_gelu as ours
 
     build = differentiable("x", "bias")
@@ -343,7 +349,7 @@ def bias_gelu(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -
     return Workload("bias_gelu", sizes, inputs, contenders, build)
 
 
-def gelu_layer_norm(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Workload:
+def gelu_layer_norm(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.gelu import gelu_layer_norm as ours
 
     H = sizes["H"]
@@ -367,7 +373,7 @@ def gelu_layer_norm(device: torch.device, dtype: torch.dtype, sizes: dict[str, i
     return Workload("gelu_layer_norm", sizes, inputs, contenders, by)
 
 
-def embed_layer_norm(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Workload:
+def embed_layer_norm(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.embedding import embed_layer_norm as ours
 
     T, S, H, V = (sizes[n] for n in "TSHV")
@@ -413,7 +419,7 @@ def embed_layer_norm(device: torch.device, dtype: torch.dtype, sizes: dict[str, 
 # Products
 
 
-def linear_gelu(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Workload:
+def linear_gelu(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.linear import linear_gelu as ours
 
     T, H, width = sizes["T"], sizes["H"], sizes["F"]
@@ -437,9 +443,7 @@ def linear_gelu(device: torch.device, dtype: torch.dtype, sizes: dict[str, int])
     return Workload("linear_gelu", sizes, inputs, contenders, build)
 
 
-def linear_cross_entropy(
-    device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
-) -> Workload:
+def linear_cross_entropy(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.cross_entropy import linear_cross_entropy as ours
     from fastbert_kernels.main_grad import MainGrad
 
@@ -537,9 +541,7 @@ def aligned_spans(numels: Sequence[int]) -> list[tuple[int, int]]:
     return [(start, start + n) for start, n in zip(starts, numels)]  # noqa: B905
 
 
-def optimizer(
-    name: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
-) -> Workload:
+def optimizer(name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.optimizer import adamw_step, lamb_step, lamb_table
 
     H = sizes["H"]
@@ -604,7 +606,7 @@ def optimizer(
     return Workload(name, sizes | {"P": sum(numels)}, inputs, contenders, by, ("step",))
 
 
-def mask_tokens(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Workload:
+def mask_tokens(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.mask import mask_tokens as ours
 
     T, V = sizes["T"], sizes["V"]
@@ -630,7 +632,7 @@ def mask_tokens(device: torch.device, dtype: torch.dtype, sizes: dict[str, int])
     return Workload("mask_tokens", sizes, inputs, contenders, by, ("step",))
 
 
-WORKLOADS: dict[str, Callable[[torch.device, torch.dtype, dict[str, int]], Workload]] = {
+WORKLOADS: dict[str, Callable[[torch.device, torch.dtype, Sizes], Workload]] = {
     "attention": attention,
     "dropout_add_layer_norm": dropout_add_layer_norm,
     "linear_cross_entropy": linear_cross_entropy,
@@ -660,7 +662,7 @@ def law_of(op: str) -> Op:
 
 
 def workload(
-    op: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int], lengths: str = "full"
+    op: str, device: torch.device, dtype: torch.dtype, sizes: Sizes, lengths: str = "full"
 ) -> Workload:
     """An op on sequences of such lengths; only attention sees where one ends."""
     if op == "attention":
@@ -785,10 +787,10 @@ def measure(
 
 def energy(replay: Replay, row: Row, meter: EnergyMeter, seconds: float) -> Row:
     """Watts of a call, and joules for a million of the batch's tokens."""
-    if meter.why_not or not seconds:
-        return {"watts": None, "joules_per_million_tokens": None}
-    spent = meter.measure(lambda _: replay.graph.replay(), seconds, row["ms"] / 1e3 * replay.count)
-    if spent is None:  # the counter failed just now
+    once, spent = row["ms"] / 1e3 * replay.count, None
+    if seconds:
+        spent = meter.measure(lambda _: replay.graph.replay(), seconds, once)
+    if spent is None:
         return {"watts": None, "joules_per_million_tokens": None}
     counts = row["real_tokens_per_second"] is not None
     joules = spent.joules / replay.count / row["sizes"]["T"] * 1e6
@@ -823,11 +825,8 @@ def finish(rows: Sequence[Row], measured: Mapping[str, float], hopper: bool) -> 
         sizes, seconds = row["sizes"], row["ms"] / 1e3
         moved, flops, _ = costs(row["op"], row["direction"], sizes)
         floor = ceilings.floor(moved, flops)
-        row = row | {
-            "bytes": moved,
-            "flops": flops,
-            "gbps": moved / seconds / 1e9,
-            "tflops": flops / seconds / 1e12,
+        row = row | rates(moved, flops, seconds)
+        row |= {
             "bandwidth_share": moved / seconds / ceilings.bandwidth,
             "floor_ms": floor * 1e3,
             "floor_share": floor / seconds,

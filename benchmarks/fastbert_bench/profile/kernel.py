@@ -52,6 +52,7 @@ _KERNELS: dict[str, tuple[tuple[str, str], ...]] = {
     "lamb": (("optimizer", "square_sums"), ("optimizer", "prepare"), ("optimizer", "lamb")),
     "mask_tokens": (("mask", ""),),
 }
+_TOLD_OF_A_KERNEL = ("registers", "shared", "spills", "stack", "hmma", "hgmma", "instructions")
 _NCU_METRICS = (
     "gpu__time_duration.sum", "dram__bytes.sum",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -204,9 +205,7 @@ def _kernel_row(
     found = compile_case(case, arch)
     _, limit = sass.programs(found.registers, found.shared, case.num_warps, arch)
     row |= {
-        "registers": found.registers, "shared": found.shared, "spills": found.spills,
-        "stack": found.stack, "hmma": found.hmma, "hgmma": found.hgmma,
-        "instructions": found.instructions, "programs": found.held,
+        **{name: getattr(found, name) for name in _TOLD_OF_A_KERNEL}, "programs": found.held,
         "occupancy": found.held * case.num_warps / sass.WARPS, "limited_by": limit,
     }  # fmt: skip
     if found.main and found.cost:

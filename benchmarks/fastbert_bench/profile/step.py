@@ -39,7 +39,7 @@ from fastbert.train.step import TrainStep, compile_model
 from fastbert_bench.config import ProfileStepConfig
 from fastbert_bench.estimate.predictions import device_of
 from fastbert_bench.estimate.step_cost import Lengths
-from fastbert_bench.kernels.costs import COSTS, Ceilings, cost_of
+from fastbert_bench.kernels.costs import COSTS, Ceilings, cost_of, rates
 from fastbert_bench.measure import result, timing
 from fastbert_bench.measure.lengths import lengths_asked
 from fastbert_bench.measure.memory import profiler
@@ -163,10 +163,7 @@ def figures(
     ceilings = Ceilings(max(enough, default=copies[max(copies)]), found["matrix"])
     floor = ceilings.floor(moved, flops)
     return {
-        "bytes": moved,
-        "flops": flops,
-        "gbps": moved / seconds / 1e9,
-        "tflops": flops / seconds / 1e12,
+        **rates(moved, flops, seconds),
         "bound": "memory" if moved / ceilings.bandwidth >= flops / ceilings.matrix else "compute",
         "floor_share": floor / seconds,
         "gap_us": (seconds - floor) * 1e6,

@@ -42,7 +42,7 @@ from fastbert.train.device import (
 from fastbert_bench.config import KERNEL_OPS, KernelBenchConfig
 from fastbert_bench.kernels import stage as kernel_stage
 from fastbert_bench.kernels import timings as kernel_timings
-from fastbert_bench.kernels.costs import model_sizes
+from fastbert_bench.kernels.costs import model_sizes, rates
 from fastbert_bench.kernels.timings import (
     Asked,
     Contender,
@@ -163,8 +163,7 @@ def common(rows: Sequence[Row]) -> list[Row]:
         made.append(
             {"name": f"{row['op']} {row['direction']} {shape}, {row['contender']}"}
             | {key: row[key] for key in kept if key in row}
-            | {"bytes": moved, "flops": flops, "gbps": moved / seconds / 1e9}
-            | {"tflops": flops / seconds / 1e12}
+            | rates(moved, flops, seconds)
             | {"ratio": ratio, "compared_with": base["contender"]}
         )
     return made
