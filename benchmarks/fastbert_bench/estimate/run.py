@@ -537,7 +537,7 @@ def table(found: Estimate) -> str:
         f"{config.model} ({parameters(found.model) / 1e6:.0f}M parameters, vocabulary "
         f"{found.model.vocab_size:,}), lengths "
         f"{config.lengths} up to {config.max_seq_length}, {found.tokens:.4g} tokens, {config.gpu}",
-        f"step time {found.source}",
+        f"step time, {found.source}",
         f"memory of each: {memory.state_bytes / GIB:.1f} GiB of weights, gradients and moments + "
         f"{T * memory.bytes_per_token / GIB:.1f} of activations and logits, of "
         f"{memory.device_bytes / GIB:.0f}; the largest micro-batch is "

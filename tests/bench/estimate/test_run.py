@@ -290,7 +290,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     result.check(written)
     assert written["benchmark"] == "estimate"
     assert written["settings"]["model"] == "large"
-    assert f"step time {written['source']}" in printed and ": modelled: " not in printed
+    assert f"step time, {written['source']}" in printed and ": modelled: " not in printed
     for line in written["assumptions"]:
         assert f"\n- {line}" in printed
         assert "\n" not in line
