@@ -1,3 +1,5 @@
+"""Token shards: everything arrives once; what is damaged or half written is seen."""
+
 import errno
 import json
 import os
