@@ -30,6 +30,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def timed(call: Callable[[int], object], indices: Sequence[int], device: torch.device) -> float:
+    """Seconds of one of call(index), ..., until the device is done with all."""
+    started = time.perf_counter()
+    for index in indices:
+        call(index)
+    synchronize(device)
+    return (time.perf_counter() - started) / len(indices)
+
+
 def in_turn(
     contenders: Sequence[One], rounds: int, desc: str = "measuring"
 ) -> Iterator[tuple[int, One]]:

@@ -188,9 +188,7 @@ def execution_of(
 ) -> Execution:
     """How `fastbert pretrain` would run with these settings."""
     compile = "on" if compiled else "off"
-    asked = PretrainConfig(
-        device=config.device, precision=config.precision, torch_compile=compile
-    )
+    asked = PretrainConfig(device=config.device, precision=config.precision, torch_compile=compile)
     return choose_execution(asked, sizes)
 
 

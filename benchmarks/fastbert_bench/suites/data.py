@@ -408,9 +408,7 @@ def _row(S: int, source: Source, first: Source) -> Row:
     per_core = [one.tokens / one.cpu for one in rounds]
     times = [one.wall / one.batches * 1e3 for one in rounds]
     label = f"length {S}, {source.W} workers"
-    pairs = [
-        best.tokens / best.wall / rate for best, rate in zip(first.rounds, rates, strict=True)
-    ]
+    pairs = [best.tokens / best.wall / rate for best, rate in zip(first.rounds, rates, strict=True)]
     return {
         "name": label if name == "fastbert" else f"{label}, {name}",
         "contender": name,

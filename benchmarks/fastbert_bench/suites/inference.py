@@ -19,7 +19,6 @@ V vocabulary.
 import dataclasses
 import functools
 import importlib.util
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,7 +48,7 @@ from fastbert_bench.measure.lengths import lengths_asked
 from fastbert_bench.measure.memory import peak_of
 from fastbert_bench.measure.processes import one_line
 from fastbert_bench.measure.result import Row
-from fastbert_bench.measure.timing import figures, in_turn, synchronize
+from fastbert_bench.measure.timing import figures, in_turn, timed
 from fastbert_bench.suites import contenders as ways
 from fastbert_bench.suites.contenders import (
     MissingError,
@@ -263,32 +262,24 @@ def check_same(first: Contender, other: Contender) -> None:
 
 def measure(contenders: Sequence[Contender], rounds: int, device: torch.device) -> None:
     """Fills in `seconds` (one entry a round), `latencies` and `peak_bytes`."""
-
-    def timed(call: Callable[[int], object], *indices: int) -> float:
-        started = time.perf_counter()
-        for index in indices:
-            call(index)
-        synchronize(device)
-        return (time.perf_counter() - started) / len(indices)
-
     counts: dict[tuple[str, str], int] = {}
     pairs = [(contender, task) for contender in contenders for task in TASKS]
     for contender, task in progress_bar(pairs, desc="warm-up", unit="task"):
         run, one = (functools.partial(call, task) for call in (contender.run, contender.one))
-        for index in range(3):
-            run(index)
-            one(index)
-        synchronize(device)
+        timed(run, range(3), device)
+        timed(one, range(3), device)
         contender.peak_bytes[task] = peak_of(functools.partial(run, 0), device)
-        once = timed(run, 1)
+        once = timed(run, (1,), device)
         counts[contender.name, task] = max(1, min(50, round(SECONDS_PER_ROUND / once)))
         contender.seconds[task], contender.latencies[task] = [], []
     for _, (contender, task) in in_turn(pairs, rounds):
         run, one = (functools.partial(call, task) for call in (contender.run, contender.one))
-        timed(run, 0)  # settles caches after the one before
-        contender.seconds[task].append(timed(run, *range(counts[contender.name, task])))
-        timed(one, 0)
-        contender.latencies[task] += [timed(one, index) for index in range(LATENCIES)]
+        timed(run, (0,), device)  # settles caches after the one before
+        count = counts[contender.name, task]
+        contender.seconds[task].append(timed(run, range(count), device))
+        timed(one, (0,), device)
+        latencies = [timed(one, (index,), device) for index in range(LATENCIES)]
+        contender.latencies[task] += latencies
 
 
 def summary(

@@ -9,7 +9,6 @@ their users have it, and as `...+malloc` once more with ours, which helps them m
 
 import dataclasses
 import functools
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from fastbert_bench.measure.flops import flops_per_token, mfu
 from fastbert_bench.measure.lengths import lengths_asked
 from fastbert_bench.measure.memory import peak_of
 from fastbert_bench.measure.processes import one_line
-from fastbert_bench.measure.timing import figures, in_turn, synchronize
+from fastbert_bench.measure.timing import figures, in_turn, timed
 from fastbert_bench.suites.contenders import (
     Contender,
     MissingError,
@@ -60,11 +59,6 @@ def measure(
         The contenders that were measured, and {"name", "why"} of rivals that cannot run: out of
         memory, or a compiler's failure. Ours must run.
     """
-
-    def synchronized(contender: Contender, index: int) -> None:
-        contender.step(index)
-        synchronize(device)
-
     steps_per_round = {}
     able, failed = [], []
     bar = progress_bar(contenders, desc="warm-up", unit="contender")
@@ -72,14 +66,10 @@ def measure(
         bar.set_postfix_str(contender.name)
         _set_allocator(contender, device)
         try:
-            synchronized(contender, 0)
-            synchronized(contender, 1)
-            contender.peak_bytes = contender.state_bytes + peak_of(
-                functools.partial(synchronized, contender, 2), device
-            )
-            started = time.perf_counter()
-            synchronized(contender, 3)
-            once = time.perf_counter() - started
+            timed(contender.step, (0, 1), device)
+            third = functools.partial(timed, contender.step, (2,), device)
+            contender.peak_bytes = contender.state_bytes + peak_of(third, device)
+            once = timed(contender.step, (3,), device)
         except Exception as error:
             if contender is contenders[0]:
                 raise
@@ -90,12 +80,9 @@ def measure(
     for round_index, contender in in_turn(able, rounds):
         count = steps_per_round[contender.name]
         _set_allocator(contender, device)
-        synchronized(contender, 0)  # settles caches and heap after the one before
-        started = time.perf_counter()
-        for index in range(count):
-            contender.step(4 + round_index * count + index)
-        synchronize(device)
-        contender.seconds.append((time.perf_counter() - started) / count)
+        timed(contender.step, (0,), device)  # settles caches and heap after the one before
+        first = 4 + round_index * count
+        contender.seconds.append(timed(contender.step, range(first, first + count), device))
     return able, failed
 
 
