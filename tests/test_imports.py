@@ -1,8 +1,12 @@
-"""The import law of CONTRIBUTING.md, read from the source: left never imports right."""
+"""The import law of CONTRIBUTING.md, read from the source: left never imports right.
+
+And the road that a reader follows, from the command to the launch of a kernel.
+"""
 
 import ast
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,12 @@ BENCH = ROOT / "benchmarks" / "fastbert_bench"
 BENCH_ORDER = (
     *("config", "measure", "kernels", "estimate", "suites", "profile", "gpu", "report", "commands"),
 )
+ROAD = (
+    *("fastbert/cli.py", "fastbert/commands/pretrain.py", "fastbert/train/loop.py"),
+    *("fastbert/train/step.py", "fastbert/model/bert.py", "fastbert/ops.py"),
+    "kernels/fastbert_kernels/attention.py",
+)
+ROAD_LINES = 1900
 
 
 def sources() -> list[Path]:
@@ -175,3 +185,13 @@ def test_settings_config_and_errors_need_only_the_standard_library() -> None:
 def test_kernels_folder_is_no_package() -> None:
     # transformers probes `import kernels` for the hub package of that name.
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_road_from_the_command_to_a_kernel_is_short_and_whole() -> None:
+    sources = {path: (ROOT / path).read_text("utf-8") for path in ROAD}
+    for here, there in pairwise(ROAD):
+        wanted = module_name(ROOT / there)
+        found = imports(sources[here], module_name(ROOT / here), False)
+        assert any(f"{name}.".startswith(f"{wanted}.") for name in found), f"{here} -> {there}"
+    assert "attention_forward_kernel[" in sources[ROAD[-1]], "nothing is launched at its end"
+    assert sum(len(source.splitlines()) for source in sources.values()) <= ROAD_LINES
