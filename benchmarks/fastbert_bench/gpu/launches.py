@@ -441,9 +441,7 @@ def makers(arch: int) -> list[Callable[[], list[Launch]]]:
     for changes in ({"dropout": 0.0}, {"optim": "lamb"}, {"vocab_size": 8192, "evaluates": True}):
         found.append(functools.partial(step, "base", 512, **changes))
     shapes = dict.fromkeys(
-        (workload.model, workload.S)
-        for workload in WORKLOADS.values()
-        if workload.name != TINY
+        (workload.model, workload.S) for workload in WORKLOADS.values() if workload.name != TINY
     )
     for shape in shapes:
         found.append(functools.partial(step, *shape))

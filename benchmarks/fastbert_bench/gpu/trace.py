@@ -381,10 +381,7 @@ def _described(
         },
         total=total,
         predicted_range_ms=[said["low_ms"], said["high_ms"]] if said else None,
-        host_syncs=[
-            {"name": name, "calls": count / eager.steps, "where": " ".join(filter(None, place))}
-            for (name, place), count in eager.syncs.most_common()
-        ],
+        host_syncs=eager.host_syncs(),
         notes=told,
     )  # fmt: skip
 

@@ -486,10 +486,7 @@ def run(config: ProfileStepConfig) -> dict[str, Any]:
         },
         ceilings=found,
         idle=idle(recorded) if cuda else None,
-        host_syncs=[
-            {"name": name, "calls": count / recorded.steps, "where": " ".join(filter(None, place))}
-            for (name, place), count in recorded.syncs.most_common()
-        ],
+        host_syncs=recorded.host_syncs(),
         origins=dict(origins.most_common()),
         trace=str(trace_path(config)),
     )  # fmt: skip
