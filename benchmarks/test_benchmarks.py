@@ -23,9 +23,9 @@ from fastbert_bench.config import StepBenchConfig
 from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.costs import COSTS
 from fastbert_bench.measure import timing
+from fastbert_bench.measure.lengths import lengths_asked
 from fastbert_bench.suites import contenders, data
 from fastbert_bench.suites import kernels as bench_kernels
-from fastbert_bench.suites.step import drawn_lengths
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
@@ -71,7 +71,7 @@ def _stream_and_memory() -> Iterator[None]:
 @functools.cache
 def _step(name: str) -> contenders.Contender:
     sizes, rng = model_config(STEP.model), np.random.default_rng(STEP.seed)
-    lengths = drawn_lengths(STEP, rng)
+    lengths = lengths_asked(STEP.lengths, STEP.batch_size, STEP.max_seq_length, rng)
     padded, packed = contenders.make_batches(lengths, STEP.max_seq_length, sizes.vocab_size, rng)
     recipe = contenders.make_recipe(STEP.seed)
     execution = choose_execution(PretrainConfig(torch_compile="off"), sizes)
@@ -113,12 +113,8 @@ def _workload(op: str) -> kernel_timings.Workload:
 )
 def test_op(benchmark: BenchmarkFixture, op: str, direction: str) -> None:
     workload = _workload(op)
-    first = workload.inputs()
-    bytes = sum(tensor.nbytes for tensor in first.values())
-    clones = timing.clones_needed(bytes, DEVICE) - 1
-    sets = [first] + [workload.inputs() for _ in range(clones)]
     try:
-        calls = kernel_timings.calls_of(workload.contenders[0], direction, sets)
+        calls = kernel_timings.calls_of(workload.contenders[0], direction, workload.sets(DEVICE))
     except kernel_timings.MissingError as error:
         pytest.skip(str(error))
     replay = timing.Replay(calls, DEVICE)

@@ -505,7 +505,7 @@ class _MaskedLanguageModel(_HuggingFaceModel):
         elif output_logits or positions is None:
             x = bert.encode(*batch.packed)
         else:  # only labelled and [CLS] tokens leave the last layer
-            x = bert.encode(*batch.packed, torch.cat((positions, cls)))
+            x = bert.encode(*batch.packed, rows=torch.cat((positions, cls)))
             cls = torch.arange(len(positions), len(x), device=x.device)
             positions = torch.arange(len(positions), device=x.device)
         loss = None

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from fastbert_kernels import main_grad, reference, reference_optimizer
+from fastbert_kernels.attention_config import HEAD_SIZES
 from fastbert_kernels.cpu import CpuOps
 from fastbert_kernels.main_grad import MainGrad as MainGrad  # for the flat buffers
+from fastbert_kernels.reference_optimizer import Buffers as Buffers
+from fastbert_kernels.reference_optimizer import Hyperparameters as Hyperparameters
 
 Op = Callable[..., Tensor]
 OpAndResidual = Callable[..., tuple[Tensor, Tensor]]
 
-HEAD_SIZES = (32, 64, 128)  # what the attention kernels are made for
 MAX_WIDTH = 4096
 
 
@@ -28,13 +30,14 @@ class Ops:
     attention: Op
     attention_at: Op
     dropout_add_layer_norm: Op
-    linear: Op
-    linear_residual: OpAndResidual
-    linear_gelu_residual: OpAndResidual
-    qkv_linear_at: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gelu_layer_norm: Op
     embed_layer_norm: Op
     linear_cross_entropy: Op
+    # Products are the vendor's library's everywhere; ours only add gradients where they belong.
+    linear: Op = main_grad.linear
+    linear_residual: OpAndResidual = main_grad.linear_residual
+    linear_gelu_residual: OpAndResidual = main_grad.linear_gelu_residual
+    qkv_linear_at: Callable[..., tuple[Tensor, Tensor, Tensor]] = main_grad.qkv_linear_at
     adamw_step: Callable[..., None] = reference_optimizer.adamw_step
     lamb_step: Callable[..., None] = reference_optimizer.lamb_step
     kernels: bool = False
@@ -64,10 +67,6 @@ REFERENCE = Ops(
     attention=reference.attention,
     attention_at=reference.attention_at,
     dropout_add_layer_norm=reference.dropout_add_layer_norm,
-    linear=main_grad.linear,
-    linear_residual=main_grad.linear_residual,
-    linear_gelu_residual=main_grad.linear_gelu_residual,
-    qkv_linear_at=main_grad.qkv_linear_at,
     gelu_layer_norm=reference.gelu_layer_norm,
     embed_layer_norm=reference.embed_layer_norm,
     linear_cross_entropy=reference.linear_cross_entropy,
@@ -86,10 +85,6 @@ def cpu_ops(compiled: bool) -> Ops:
         attention=ops.attention,
         attention_at=ops.attention_at,
         dropout_add_layer_norm=ops.dropout_add_layer_norm,
-        linear=main_grad.linear,
-        linear_residual=main_grad.linear_residual,
-        linear_gelu_residual=main_grad.linear_gelu_residual,
-        qkv_linear_at=main_grad.qkv_linear_at,
         gelu_layer_norm=ops.gelu_layer_norm,
         embed_layer_norm=ops.embed_layer_norm,
         linear_cross_entropy=ops.linear_cross_entropy,
@@ -121,9 +116,8 @@ def triton_ops(
     def lamb_table(spans: tuple[tuple[int, int], ...], device: torch.device) -> Any:
         return optimizer.lamb_table(list(spans), device)
 
-    def lamb_step(*buffers: Any, spans: list[tuple[int, int]], **settings: Any) -> None:
-        settings["table"] = lamb_table(tuple(spans), buffers[0].device)
-        optimizer.lamb_step(*buffers, **settings)
+    def lamb_step(buffers: Buffers, hyper: Hyperparameters, spans: list[tuple[int, int]]) -> None:
+        optimizer.lamb_step(buffers, hyper, lamb_table(tuple(spans), buffers.master.device))
 
     chosen: Any = {"backend": attn_implementation, "precision": precision}
     return Ops(
@@ -131,10 +125,7 @@ def triton_ops(
         attention=partial(attention.attention, **chosen),
         attention_at=partial(attention.attention_at, **chosen),
         dropout_add_layer_norm=layer_norm.dropout_add_layer_norm,
-        linear=main_grad.linear,
-        linear_residual=main_grad.linear_residual,
         linear_gelu_residual=linear_gelu_residual,
-        qkv_linear_at=main_grad.qkv_linear_at,
         gelu_layer_norm=gelu.gelu_layer_norm,
         embed_layer_norm=embedding.embed_layer_norm,
         linear_cross_entropy=cross_entropy.linear_cross_entropy,

@@ -285,7 +285,7 @@ def test_a_missing_gpu_is_told_before_the_work(folder: Folder) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     status, lines = folder.run(device="cuda")
-    assert status == 1
+    assert status == 2
     assert lines == [
         "fastbert: error: device = 'cuda': this torch sees no GPU; use device = 'cpu' or 'auto'"
     ]

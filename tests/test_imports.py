@@ -1,8 +1,12 @@
-"""The import law of CONTRIBUTING.md, read from the source: left never imports right."""
+"""The import law of CONTRIBUTING.md, read from the source: left never imports right.
+
+And the road that a reader follows, from the command to the launch of a kernel.
+"""
 
 import ast
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,16 @@ ORDER = (
     "__main__",
 )
 NEVER = ("tests", "fastbert_bench", "benchmarks")  # by the engine
+BENCH = ROOT / "benchmarks" / "fastbert_bench"
+BENCH_ORDER = (
+    *("config", "measure", "kernels", "estimate", "suites", "profile", "gpu", "report", "commands"),
+)
+ROAD = (
+    *("fastbert/cli.py", "fastbert/commands/pretrain.py", "fastbert/train/loop.py"),
+    *("fastbert/train/step.py", "fastbert/model/bert.py", "fastbert/ops.py"),
+    "kernels/fastbert_kernels/attention.py",
+)
+ROAD_LINES = 1900
 
 
 def sources() -> list[Path]:
@@ -129,6 +143,38 @@ def test_what_the_law_allows_passes(module: str, source: str) -> None:
     assert breaches(source, module) == []
 
 
+def bench_breaches(source: str, module: str) -> list[str]:
+    """What a module of the bench imports against its own order; it may import the engine."""
+    here = BENCH_ORDER.index(module.split(".")[1])
+    return [
+        f"{module} imports {name}"
+        for name in imports(source, module, False)
+        if (parts := name.split("."))[0] == "tests"
+        or (parts[0] == "fastbert_bench" and BENCH_ORDER.index(parts[1]) > here)
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*BENCH.glob("[!_]*.py"), *BENCH.glob("*/*.py")]),
+    ids=lambda path: str(path.relative_to(BENCH)),
+)
+def test_the_bench_holds_its_own_order(path: Path) -> None:
+    module = ".".join(path.relative_to(BENCH.parent).with_suffix("").parts)
+    assert bench_breaches(path.read_text("utf-8"), module) == []
+
+
+def test_a_breach_of_the_bench_is_seen() -> None:
+    for source in (
+        "def f():\n    from fastbert_bench.suites import step",
+        "from fastbert_bench.gpu.step import OURS",
+        "import tests",
+    ):
+        assert len(bench_breaches(source, "fastbert_bench.estimate.run")) == 1
+    allowed = "from fastbert.hf import to_hf\nfrom fastbert_bench.kernels import costs"
+    assert bench_breaches(allowed, "fastbert_bench.estimate.run") == []
+
+
 def test_settings_config_and_errors_need_only_the_standard_library() -> None:
     for name in STANDARD:
         source = (ROOT / "fastbert" / f"{name}.py").read_text("utf-8")
@@ -139,3 +185,13 @@ def test_settings_config_and_errors_need_only_the_standard_library() -> None:
 def test_kernels_folder_is_no_package() -> None:
     # transformers probes `import kernels` for the hub package of that name.
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_road_from_the_command_to_a_kernel_is_short_and_whole() -> None:
+    sources = {path: (ROOT / path).read_text("utf-8") for path in ROAD}
+    for here, there in pairwise(ROAD):
+        wanted = module_name(ROOT / there)
+        found = imports(sources[here], module_name(ROOT / here), False)
+        assert any(f"{name}.".startswith(f"{wanted}.") for name in found), f"{here} -> {there}"
+    assert "attention_forward_kernel[" in sources[ROAD[-1]], "nothing is launched at its end"
+    assert sum(len(source.splitlines()) for source in sources.values()) <= ROAD_LINES

@@ -5,6 +5,7 @@ imported only once its request is known to be good.
 """
 
 import os
+import re
 from argparse import Namespace
 from functools import partial
 from importlib import import_module
@@ -69,7 +70,7 @@ def add(commands: Commands) -> None:
     report.add_argument("paths", nargs="*", metavar="FILE_OR_FOLDER", help="what to show")
 
     help = "time, money, energy and memory that a pre-training will take"
-    commands.add("estimate", help, partial(_run, "estimate.run"), EstimateConfig)
+    commands.add("estimate", help, _estimate, EstimateConfig)
 
 
 def _check(config: Any) -> None:
@@ -97,6 +98,16 @@ def _run(module: str, args: Namespace) -> None:
 def _room(module: str) -> Any:
     with held_signals():
         return import_module(f"fastbert_bench.{module}")
+
+
+_SUFFIXES = {"K": "e3", "M": "e6", "B": "e9", "G": "e9", "T": "e12"}
+
+
+def _estimate(args: Namespace) -> None:
+    for name in ("tokens", "corpus_tokens"):
+        if short := re.fullmatch(r"([0-9.]+)([KMBGT])", getattr(args, name, ""), re.IGNORECASE):
+            setattr(args, name, short[1] + _SUFFIXES[short[2].upper()])
+    _run("estimate.run", args)
 
 
 def _profile_kernel(args: Namespace) -> None:

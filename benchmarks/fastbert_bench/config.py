@@ -32,6 +32,7 @@ from fastbert.settings import (
     MOST_AHEAD,
     MOST_STEPS,
     MOST_TOKENS,
+    MOST_WORDS,
     MOST_WORKERS,
     Group,
     check_fields,
@@ -329,18 +330,24 @@ class EstimateConfig:
     model: str = model_setting(ESTIMATE, "base")
     lengths: str = _lengths(ESTIMATE)
     max_seq_length: int = max_seq_length_setting(ESTIMATE, 512)
+    vocab_size: int | None = _estimate(
+        None, "tokens in the vocabulary (none = the model's own)", at_least=1, at_most=MOST_WORDS
+    )
     tokens: float | None = _estimate(
-        None, "real tokens of the whole run (none = 1.31e11, as BERT)", more_than=0, at_most=1e18
+        None,
+        "real tokens of the whole run, e.g. 3.3B (none = 1.31e11, as BERT)",
+        more_than=0,
+        at_most=1e18,
     )
     epochs: float | None = _estimate(
         None, "instead of tokens: times that the corpus is read", more_than=0, at_most=1e9
     )
     corpus_tokens: float | None = _estimate(
-        None, "real tokens of the corpus, for epochs", more_than=0, at_most=1e18
+        None, "real tokens of the corpus, for epochs, e.g. 3.3B", more_than=0, at_most=1e18
     )
     gpu: str = _estimate("h100", "what it runs on: " + ", ".join(ESTIMATE_GPUS))
-    gpus: int = _estimate(
-        1, "how many, with one copy of the model each", at_least=1, at_most=1024
+    gpus: str = _estimate(
+        "1", "how many, with one copy of the model each; several to compare them: 1,8,64"
     )
     price_per_hour: float | None = _estimate(
         None, "dollars for one GPU and hour (none = no costs)", at_least=0, at_most=1e9
@@ -357,6 +364,7 @@ class EstimateConfig:
         check_fields(self)
         _check_names("gpu", self.gpu, ESTIMATE_GPUS, ())
         check_not_empty(self, "lengths")
+        self.counts()
         if (self.epochs is None) != (self.corpus_tokens is None):
             raise UserError("epochs and corpus_tokens belong together: give both, or tokens")
         if self.tokens is not None and self.epochs is not None:
@@ -365,8 +373,16 @@ class EstimateConfig:
             )
         if self.tokens_per_batch is not None:
             check_batch_holds_a_sequence(self.model, self.tokens_per_batch, self.max_seq_length)
-        if self.gpu == "cpu" and self.gpus > 1:
+        if self.gpu == "cpu" and self.counts() != [1]:
             raise UserError(f"gpus = {self.gpus} must be 1 with gpu = 'cpu'")
+
+    def counts(self) -> list[int]:
+        """The numbers of GPUs that `gpus` names, each once and in order.
+
+        Raises:
+            UserError: it names none, or too many GPUs.
+        """
+        return sorted({*integers("gpus", self.gpus, 1, 1024)})
 
 
 @dataclass(frozen=True)

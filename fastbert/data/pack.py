@@ -677,42 +677,19 @@ def _best_fit(lengths: NDArray[np.int64], rest: int) -> list[int]:
 
 
 def evaluation_batches(
-    shards: Shards,
-    ids: TokenIds,
-    *,
-    tokens_per_batch: int,
-    max_seq_length: int,
-    nsp: bool = True,
-    short_seq_prob: float = 0.0,
-    mlm_probability: float = 0.15,
-    whole_word_mask: bool = False,
-    seed: int = 0,
-    num_slots: int | None = None,
-    max_batches: int | None = None,
+    shards: Shards, ids: TokenIds, *, max_batches: int | None = None, **packing: Any
 ) -> list[Batch]:
     """Returns one pass over a split in order, the same batches and masks at every call.
 
     Args:
-        num_slots: N of the training batches, so that one graph serves both.
+        shards, ids: as in `Packer`.
         max_batches: how many to return at most.
-        shards, ids, tokens_per_batch, max_seq_length, nsp, short_seq_prob, mlm_probability,
-            whole_word_mask, seed: as in `Packer`.
+        packing: the other arguments of `Packer`. No sequence is shorter on purpose unless
+            `short_seq_prob` says so; with `num_slots` of the training batches, one graph serves
+            both.
 
     Raises:
         UserError: as in `Packer`.
     """
-    packer = Packer(
-        shards,
-        ids,
-        tokens_per_batch=tokens_per_batch,
-        max_seq_length=max_seq_length,
-        nsp=nsp,
-        short_seq_prob=short_seq_prob,
-        mlm_probability=mlm_probability,
-        whole_word_mask=whole_word_mask,
-        seed=seed,
-        shuffle=False,
-        num_slots=num_slots,
-        epochs=1,
-    )
-    return list(islice(packer, max_batches))
+    packing = {"short_seq_prob": 0.0, **packing}
+    return list(islice(Packer(shards, ids, **packing, shuffle=False, epochs=1), max_batches))

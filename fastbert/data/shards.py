@@ -480,6 +480,18 @@ class _SplitWriter:
             os.remove(raw)
 
 
+@contextlib.contextmanager
+def _split_writers(folder: str, dtype: np.dtype[Any]) -> Iterator[dict[str, _SplitWriter]]:
+    """A writer for each split; what they have written is whole once the block ends."""
+    with contextlib.ExitStack() as stack:
+        writers = {split: _SplitWriter(folder, split, dtype) for split in SPLITS}
+        for writer in writers.values():
+            stack.callback(writer.close)
+        yield writers
+        for writer in writers.values():
+            writer.finish()
+
+
 def _write(
     source: str,
     tokenizer: WordPiece,
@@ -513,7 +525,8 @@ def _write(
             yield document, continues
 
     with bar, contextlib.closing(counted()) as documents:
-        writers = _split(documents, work, dtype, validation_fraction, seed, source, report)
+        division = _Division(work, dtype, validation_fraction, seed, source, report)
+        writers = _split(documents, division)
     stats = ShardStats(
         documents={split: writers[split].documents for split in SPLITS},
         sentences={split: writers[split].sentences for split in SPLITS},
@@ -608,10 +621,6 @@ def _hash(index: int, seed: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _held_out(index: int, validation_fraction: float, seed: int) -> bool:
-    return _hash(index, seed) < validation_fraction * 2**64
-
-
 def _near(validation: float, train: float, validation_fraction: float) -> bool:
     """Whether each split has what was asked for, up to a factor of `BOUND`."""
     total = validation + train
@@ -622,24 +631,32 @@ def _near(validation: float, train: float, validation_fraction: float) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Division:
+    """Where the splits are written, and how documents are divided among them."""
+
+    work: str
+    dtype: np.dtype[Any]
+    validation_fraction: float
+    seed: int
+    source: str
+    report: Skipped
+
+    def holds_out(self, index: int) -> bool:
+        """Whether a document is for validation, as far as its number tells."""
+        return _hash(index, self.seed) < self.validation_fraction * 2**64
+
+
 def _split(
-    pieces: Iterator[tuple[Document, bool]],
-    work: str,
-    dtype: np.dtype[Any],
-    validation_fraction: float,
-    seed: int,
-    source: str,
-    report: Skipped,
+    pieces: Iterator[tuple[Document, bool]], division: _Division
 ) -> dict[str, _SplitWriter]:
     """Writes each document to its split, and all anew where their sizes ask for another division.
 
     The first document comes last, so that it can go to a split left empty.
     """
-    with contextlib.ExitStack() as stack:
-        writers = {split: _SplitWriter(work, split, dtype) for split in SPLITS}
-        for writer in writers.values():
-            stack.callback(writer.close)
-        index_of = {split: array("q") for split in SPLITS}  # document of each piece written
+    fraction = division.validation_fraction
+    index_of = {split: array("q") for split in SPLITS}  # document of each piece written
+    with _split_writers(division.work, division.dtype) as writers:
 
         def put(piece: Document, index: int, held_out: bool) -> None:
             split = SPLITS[held_out]
@@ -648,40 +665,30 @@ def _split(
 
         first = next(pieces, None)
         if first is None:
-            raise UserError(f"{source}: no document gives a token with this vocabulary")
+            raise UserError(f"{division.source}: no document gives a token with this vocabulary")
         index = 0
         for piece, continues in pieces:
             if continues and index == 0 and first is not None:
-                put(first[0], 0, _held_out(0, validation_fraction, seed))
+                put(first[0], 0, division.holds_out(0))
                 first = None
             index += not continues
-            put(piece, index, _held_out(index, validation_fraction, seed))
+            put(piece, index, division.holds_out(index))
         train, validation = writers["train"], writers["validation"]
         if first is not None:
-            held_out = _held_out(0, validation_fraction, seed)
-            if validation_fraction and bool(train.documents) != bool(validation.documents):
+            held_out = division.holds_out(0)
+            if fraction and bool(train.documents) != bool(validation.documents):
                 held_out = not validation.documents
             put(first[0], 0, held_out)
-        for writer in writers.values():
-            writer.finish()
-        if not validation_fraction or (
-            train.tokens and _near(validation.tokens, train.tokens, validation_fraction)
-        ):
-            return writers
-        return _divided(writers, index_of, work, dtype, validation_fraction, seed, source, report)
+    if not fraction or (train.tokens and _near(validation.tokens, train.tokens, fraction)):
+        return writers
+    return _divided(writers, index_of, division)
 
 
 def _divided(
-    written: dict[str, _SplitWriter],
-    index_of: dict[str, "array[int]"],
-    work: str,
-    dtype: np.dtype[Any],
-    validation_fraction: float,
-    seed: int,
-    source: str,
-    report: Skipped,
+    written: dict[str, _SplitWriter], index_of: dict[str, "array[int]"], division: _Division
 ) -> dict[str, _SplitWriter]:
     """Writes all documents anew, in the order of the source, divided by their sizes."""
+    work, dtype = division.work, division.dtype
     old = [
         _map_split(work, split, dtype, writer.shards, writer.sentences, writer.documents)
         for split, writer in written.items()
@@ -696,19 +703,15 @@ def _divided(
     held_out, cut, keep = _plan(
         np.bincount(index, weights=tokens),
         np.bincount(index, weights=sentences),
-        validation_fraction,
-        seed,
-        source,
+        division,
     )
     if cut >= 0:
-        report.note(f"the end of document {cut + 1:,} is held out: whole ones are too large")
+        note = f"the end of document {cut + 1:,} is held out: whole ones are too large"
+        division.report.note(note)
     last = np.flatnonzero(index == cut)[-1:].tolist()  # its last piece
     new = os.path.join(work, "divided")
     os.mkdir(new)
-    with contextlib.ExitStack() as stack:
-        writers = {split: _SplitWriter(new, split, dtype) for split in SPLITS}
-        for writer in writers.values():
-            stack.callback(writer.close)
+    with _split_writers(new, dtype) as writers:
         train, validation = writers["train"], writers["validation"]
         at_least = 1  # sentence of the divided document for training, and one for validation
         for piece in np.lexsort((number, index)).tolist():
@@ -725,8 +728,6 @@ def _divided(
                 validation.add_ids(ids[split_at:], lengths[kept:])
             keep -= len(ids)  # below 0 behind the cut
             at_least = 0
-        for writer in writers.values():
-            writer.finish()
     for writer in written.values():
         for name in writer.files:
             os.remove(os.path.join(work, name))
@@ -740,16 +741,15 @@ def _divided(
 def _plan(
     sizes: NDArray[Any],  # tokens of each document
     sentences: NDArray[Any],
-    validation_fraction: float,
-    seed: int,
-    source: str,
+    division: _Division,
 ) -> tuple[NDArray[np.bool_], int, float]:
     """Returns which documents are held out, and one that is divided (-1: none) behind how many
     tokens. Documents for the smaller split are taken by their hashes as far as they fit."""
     total, count = float(sizes.sum()), len(sizes)
-    small = validation_fraction if validation_fraction <= 0.5 else 1 - validation_fraction
+    fraction = division.validation_fraction
+    small = min(fraction, 1 - fraction)
     target = small * total
-    order = sorted(range(count), key=lambda index: _hash(index, seed))
+    order = sorted(range(count), key=lambda index: _hash(index, division.seed))
     chosen: set[int] = set()
     taken = 0.0
     for index in order:
@@ -772,8 +772,8 @@ def _plan(
             cut = largest
         elif count == 1:
             raise UserError(
-                f"{source}: a single sentence cannot be split into training and validation; "
-                "give more text"
+                f"{division.source}: a single sentence cannot be split into training and "
+                "validation; give more text"
             )
         else:
             smallest = min(rest, key=lambda index: sizes[index])
@@ -781,10 +781,10 @@ def _plan(
                 chosen.add(smallest)
     held_out = np.zeros(count, dtype=bool)
     held_out[list(chosen)] = True
-    if validation_fraction > 0.5:
+    if fraction > 0.5:
         held_out = ~held_out
     trained = float(sizes[~held_out].sum()) - (sizes[cut] if cut >= 0 and not held_out[cut] else 0)
-    return held_out, cut, (1 - validation_fraction) * total - trained
+    return held_out, cut, (1 - fraction) * total - trained
 
 
 class DamagedShardsError(RunError):

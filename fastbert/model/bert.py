@@ -1,7 +1,8 @@
 """BERT over packed sequences: encoder, pooler and the two pre-training heads.
 
-N sequences, T tokens, M masked tokens, H hidden size, V vocabulary. The tensors are those of a
-`Batch`: sequences laid end to end, `cu_seqlens` telling where each starts.
+Vaswani et al. 2017, Devlin et al. 2019: post-LayerNorm. N sequences, T tokens, R of them wanted, M
+masked, H hidden size, V vocabulary. The tensors are those of a `Batch`: sequences laid end to end,
+`cu_seqlens` telling where each starts.
 """
 
 from typing import NamedTuple
@@ -13,9 +14,18 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import ModelConfig
 from fastbert.model.embeddings import Embeddings
-from fastbert.model.encoder import Layer, Queries, distinct
-from fastbert.model.heads import MaskedLanguageHead, NextSentenceHead, Pooler
+from fastbert.model.heads import (
+    GELU_APPROXIMATION,
+    Linear,
+    MaskedLanguageHead,
+    NextSentenceHead,
+    Pooler,
+)
 from fastbert.ops import REFERENCE, Ops
+
+Tokens = tuple[Tensor, Tensor, Tensor, Tensor, int]
+"""Packed: input_ids, token_type_ids, position_ids, all (T,); cu_seqlens (N + 1,) int32; max_seqlen.
+"""
 
 
 class LossSums(NamedTuple):
@@ -30,6 +40,88 @@ class Logits(NamedTuple):
 
     mlm: Tensor  # (M, V)
     next_sentence: Tensor  # (N, 2)
+
+
+class Queries(NamedTuple):
+    """Tokens whose output is wanted, each once, in the order in which they lie."""
+
+    positions: Tensor  # (R,) int64; T in the unused tail
+    cu_queries: Tensor  # (N + 1,) int32, where each sequence's begin in `positions`
+
+
+def distinct(
+    rows: Tensor,  # (R,) int64, any order, repeats
+    cu_seqlens: Tensor,  # (N + 1,) int32
+    T: int,
+) -> tuple[Queries, Tensor]:  # and (R,) where each of `rows` is among the queries
+    """The tokens of `rows` without repeats: no sort, no shape that the values decide."""
+    flags = rows.new_zeros(T + 1).index_fill_(0, rows + 1, 1)
+    before = flags.cumsum(0)  # before[i]: how many of the tokens 0 to i - 1
+    inverse = before.index_select(0, rows)
+    positions = rows.new_full(rows.shape, T).scatter_(0, inverse, rows)  # repeats write the same
+    return Queries(positions, before.index_select(0, cu_seqlens).int()), inverse
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward over packed tokens, each followed by dropout + add + LayerNorm."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.heads, self.head_size = config.num_attention_heads, config.head_size
+        self.qkv = Linear(hidden, 3 * hidden)
+        self.attention_out = Linear(hidden, hidden)
+        self.attention_norm_weight = nn.Parameter(torch.ones(hidden))
+        self.attention_norm_bias = nn.Parameter(torch.zeros(hidden))
+        self.up = Linear(hidden, intermediate)
+        self.down = Linear(intermediate, hidden)
+        self.norm_weight = nn.Parameter(torch.ones(hidden))
+        self.norm_bias = nn.Parameter(torch.zeros(hidden))
+        self.eps = config.layer_norm_eps
+        self.hidden_dropout_p = config.hidden_dropout_prob
+        self.attention_dropout_p = config.attention_probs_dropout_prob
+        self.approximate = GELU_APPROXIMATION[config.hidden_act]
+        self.ops = ops
+
+    def forward(
+        self,
+        x: Tensor,  # (T, H)
+        cu_seqlens: Tensor,  # (N + 1,) int32
+        max_seqlen: int,
+        seed: Tensor,  # (3,)
+        queries: Queries | None = None,  # the tokens whose output is wanted; None for all
+    ) -> Tensor:  # (T or R, H)
+        ops, heads = self.ops, (self.heads, self.head_size)
+        weight, bias, rows = self.qkv.weight, self.qkv.bias, None
+        attention_p = self.attention_dropout_p if self.training else 0.0
+        hidden_p = self.hidden_dropout_p if self.training else 0.0
+        # The bias gets its gradient from attention, which can sum dqkv where it makes it.
+        if queries is None:
+            qkv, x = ops.linear_residual(x, weight, bias.detach())
+            context = ops.attention(
+                qkv.view(-1, 3, *heads), cu_seqlens, max_seqlen, attention_p, seed, 0,
+                qkv_bias=bias,
+            )  # fmt: skip
+        else:
+            # Of a token that no loss reads, the others need key and value only.
+            rows = queries.positions
+            q, kv, x = ops.qkv_linear_at(x, rows, weight, bias.detach())
+            context = ops.attention_at(
+                q.view(-1, *heads), kv.view(-1, 2, *heads), *queries, cu_seqlens, max_seqlen,
+                attention_p, seed, 0, qkv_bias=bias,
+            )  # fmt: skip
+        x = ops.dropout_add_layer_norm(
+            ops.linear(context.flatten(1), self.attention_out.weight), self.attention_out.bias, x,
+            self.attention_norm_weight, self.attention_norm_bias, self.eps, hidden_p, seed, 1,
+            rows=rows,
+        )  # fmt: skip
+        x, residual = ops.feed_forward(
+            x, self.up.weight, self.up.bias, self.down.weight, self.approximate
+        )
+        return ops.dropout_add_layer_norm(
+            x, self.down.bias, residual,
+            self.norm_weight, self.norm_bias, self.eps, hidden_p, seed, 2, rows=rows,
+        )  # fmt: skip
 
 
 class Bert(nn.Module):
@@ -94,20 +186,18 @@ class Bert(nn.Module):
 
     def encode(
         self,
-        input_ids: Tensor,  # (T,)
-        token_type_ids: Tensor,  # (T,)
-        position_ids: Tensor,  # (T,)
-        cu_seqlens: Tensor,  # (N + 1,) int32
-        max_seqlen: int,
+        *tokens: *Tokens,
         rows: Tensor | None = None,  # (R,) tokens wanted from the last layer; None for all
     ) -> Tensor:  # (T or R, H)
+        """The last layer's output."""
+        *ids, cu_seqlens, max_seqlen = tokens
         seeds = self.dropout_state.unbind(0)
-        x = self.embeddings(input_ids, token_type_ids, position_ids, seeds[0])
+        x = self.embeddings(*ids, seeds[0])
         for layer, seed in zip(self.layers[:-1], seeds[1:-1], strict=True):
             x = self._run(layer, x, cu_seqlens, max_seqlen, seed)
         queries, inverse = None, rows
         if self.last_layer_masked_only and rows is not None:
-            queries, inverse = distinct(rows, cu_seqlens, input_ids.numel())
+            queries, inverse = distinct(rows, cu_seqlens, len(ids[0]))
         x = self._run(self.layers[-1], x, cu_seqlens, max_seqlen, seeds[-1], queries)
         return x if inverse is None else x.index_select(0, inverse)
 
@@ -119,36 +209,22 @@ class Bert(nn.Module):
             out = layer(*inputs)
         return out
 
-    def hidden_states(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-    ) -> list[Tensor]:  # L + 1 tensors (T, H)
+    def hidden_states(self, *tokens: *Tokens) -> list[Tensor]:  # L + 1 tensors (T, H)
         """The embeddings' output and every layer's."""
+        *ids, cu_seqlens, max_seqlen = tokens
         seeds = self.dropout_state.unbind(0)
-        states = [self.embeddings(input_ids, token_type_ids, position_ids, seeds[0])]
+        states = [self.embeddings(*ids, seeds[0])]
         for layer, seed in zip(self.layers, seeds[1:], strict=True):
             states.append(layer(states[-1], cu_seqlens, max_seqlen, seed))
         return states
 
     def _masked_and_cls(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        masked_positions: Tensor,
+        self, *inputs: *tuple[*Tokens, Tensor]
     ) -> tuple[Tensor, Tensor]:  # (M, H), (N, H)
+        input_ids, _, _, cu_seqlens, _, masked_positions = inputs
         # An empty sequence at the tail starts at T: its row is a stand-in that no label reads.
         cls_positions = cu_seqlens[:-1].long().clamp(max=input_ids.numel() - 1)
-        x = self.encode(
-            input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen,
-            torch.cat((masked_positions, cls_positions)),
-        )  # fmt: skip
+        x = self.encode(*inputs[:-1], rows=torch.cat((masked_positions, cls_positions)))
         masked, cls = x.split((masked_positions.numel(), cls_positions.numel()))
         return masked, cls
 
@@ -175,19 +251,9 @@ class Bert(nn.Module):
         next_sentence = F.cross_entropy(scores, next_sentence_labels, reduction="sum")
         return LossSums(mlm, next_sentence)
 
-    def predict(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        masked_positions: Tensor,
-    ) -> Logits:
-        """Both heads' logits in fp32, for evaluation."""
-        masked, cls = self._masked_and_cls(
-            input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen, masked_positions
-        )
+    def predict(self, *inputs: *tuple[*Tokens, Tensor]) -> Logits:
+        """Both heads' logits in fp32, for evaluation, of what `forward` takes but its labels."""
+        masked, cls = self._masked_and_cls(*inputs)
         assert self.mlm is not None
         mlm = self.mlm.logits(masked, self.embeddings.word).float()
         if self.next_sentence is None or self.pooler is None:

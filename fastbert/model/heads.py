@@ -1,12 +1,25 @@
-"""What stands on the encoder: the pooler, the masked-word head, the next-sentence head."""
+"""What stands on the encoder: the pooler, the masked-word head, the next-sentence head.
+
+T tokens, N sequences, M masked tokens, H hidden size, V vocabulary.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.config import ModelConfig
-from fastbert.model.encoder import GELU_APPROXIMATION, Linear
 from fastbert.ops import Ops
+
+GELU_APPROXIMATION = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+class Linear(nn.Module):
+    """Weight (out, in) and bias (out,); how they are applied is the caller's business."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
 
 
 class Pooler(Linear):

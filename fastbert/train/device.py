@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from fastbert.config import ModelConfig, PretrainConfig
-from fastbert.errors import RunError, UserError
+from fastbert.data.parallel import available_cores
+from fastbert.errors import UserError
 from fastbert.ops import REFERENCE, Ops, cpu_ops, triton_ops, why_no_kernels
 from fastbert.train.flat import FlatParameters
 
@@ -54,8 +55,7 @@ def choose_execution(config: PretrainConfig, model: ModelConfig) -> Execution:
     the same numbers.
 
     Raises:
-        UserError: settings that do not fit the device or each other.
-        RunError: CUDA was asked for and is not there.
+        UserError: settings that do not fit the device or each other, or a GPU that is not there.
     """
     device = choose_device(config.device)
     dtype, precision_reason = choose_dtype(config.precision, device)
@@ -132,7 +132,7 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is the GPU if there is one.
 
     Raises:
-        RunError: a GPU was asked for and is not there.
+        UserError: a GPU was asked for and is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,10 +140,10 @@ def choose_device(name: str) -> torch.device:
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        raise RunError(f"device = {name!r}: this torch sees no GPU; use device = 'cpu' or 'auto'")
+        raise UserError(f"device = {name!r}: this torch sees no GPU; use device = 'cpu' or 'auto'")
     index = device.index or 0
     if index >= torch.cuda.device_count():
-        raise RunError(f"device = {name!r}: there are only {torch.cuda.device_count()} GPUs")
+        raise UserError(f"device = {name!r}: there are only {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(index)  # Triton launches, and graphs are recorded, on the current one
     return torch.device("cuda", index)
 
@@ -317,8 +317,8 @@ def check_threads(num_threads: int) -> None:
 
 
 def _check_count(name: str, count: int) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    most = max(16, 4 * (cores or 1))
+    cores = available_cores()
+    most = max(16, 4 * cores)
     if count > most:
         raise UserError(f"{name} = {count} must be at most {most} on {cores} CPU cores")
 

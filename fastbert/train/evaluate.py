@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.data.batch import Batch
+from fastbert.data.shards import Shards
 from fastbert.data.tokenize import WordPiece
 from fastbert.model.bert import Bert
 from fastbert.train.step import model_inputs
@@ -130,3 +131,24 @@ def fill_masks(
         text = f"{before} [MASK] {after}"
         results.append(FillMask(text.strip(), tokenizer.tokens[answer], guesses))
     return results
+
+
+def sentences_to_show(shards: Shards, longest: int, wanted: int = 4) -> list[list[int]]:
+    """Token ids of some held-out sentences for `fill_masks`, from all over the text.
+
+    Args:
+        shards: the held-out part.
+        longest: tokens that the model takes at most; 24 are enough to read.
+        wanted: how many.
+    """
+    longest = min(24, longest)
+    lengths = shards.sentence_lengths
+    fitting = np.flatnonzero((lengths >= 8) & (lengths <= longest))
+    if not len(fitting):
+        fitting = np.argsort(-lengths, kind="stable")[:wanted]  # cut to what fits
+    stride = max(1, len(fitting) // wanted)
+    offsets = shards.sentence_offsets
+    return [
+        shards.tokens(offsets[index], offsets[index + 1])[:longest].tolist()
+        for index in fitting[::stride][:wanted]
+    ]

@@ -14,37 +14,41 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.config import ModelConfig, PretrainConfig, model_config, resolved
+from fastbert.config import ModelConfig, PretrainConfig, resolved
 from fastbert.data.batch import Batch
 from fastbert.data.pack import Packer, evaluation_batches
-from fastbert.data.shards import Shards
-from fastbert.data.tokenize import WordPiece
 from fastbert.data.workers import BatchLoader, DevicePrefetcher
 from fastbert.errors import RunError, UserError
 from fastbert.model.bert import Bert
 from fastbert.train import checkpoint
-from fastbert.train.device import (
-    Execution,
-    check_memory,
-    check_threads,
-    choose_execution,
-    is_out_of_memory,
-    what_fits,
+from fastbert.train.device import check_threads, is_out_of_memory, what_fits
+from fastbert.train.evaluate import (
+    Evaluation,
+    evaluate,
+    fill_masks,
+    sentences_to_show,
+    unigram_log_probabilities,
 )
-from fastbert.train.evaluate import Evaluation, evaluate, fill_masks, unigram_log_probabilities
 from fastbert.train.graph import launcher
 from fastbert.train.interrupts import interruptible, noting_signals
-from fastbert.train.prepare import held_run, prepare_data, say, taken_back_on_failure
+from fastbert.train.prepare import (
+    CheckTokenizer,
+    Prepared,
+    check_request,
+    held_run,
+    prepare,
+    restored_state,
+    say,
+    taken_back_on_failure,
+)
 from fastbert.train.report import Reporter
 from fastbert.train.schedule import learning_rate
 from fastbert.train.step import Metrics, TrainStep, compile_model
 
 Export = Callable[[Path, Mapping[str, Tensor], ModelConfig, Path], None]
-CheckTokenizer = Callable[[WordPiece, Path], None]
 _MAX_SKIPPED_IN_A_ROW = 3
 
 
@@ -71,88 +75,14 @@ def pretrain(
         torch.set_num_threads(config.num_threads)
     with interruptible(), held_run(config) as run:
         config = dataclasses.replace(resolved(config), out=str(run))
-        _check_device(config)
-        restored = _restored(config, run)
+        check_request(config)
+        restored = restored_state(config, run)
         with taken_back_on_failure(run):
-            trainer = _prepared(config, run, restored, check_tokenizer)
+            trainer = _Trainer(config, run, prepare(config, run, check_tokenizer), restored)
         with noting_signals() as stop:
             trainer.run(stop)
         trainer.finish(export)
     return run
-
-
-def _check_device(config: PretrainConfig) -> None:
-    """A wrong device, or a model that cannot fit on it, is told before the work."""
-    sizes = _asked_model(config)
-    execution = choose_execution(config, sizes)
-    # The vocabulary is the tokenizer's, yet unknown.
-    least = dataclasses.replace(sizes, vocab_size=1, pad_token_id=0)
-    check_memory(config, least, execution.device, execution.dtype)
-
-
-def _prepared(
-    config: PretrainConfig,
-    run: Path,
-    restored: checkpoint.Checkpoint | None,
-    check_tokenizer: CheckTokenizer | None,
-) -> "_Trainer":
-    # What we trained is of a kind that is tested; the check takes seconds.
-    check = check_tokenizer if config.tokenizer != "train" else None
-    tokenizer, train_shards, validation_shards = prepare_data(config, run, check)
-    sizes = _model_sizes(config, tokenizer)
-    execution = choose_execution(config, sizes)
-    check_memory(config, sizes, execution.device, execution.dtype)
-    if config.warmup_steps >= config.max_steps:
-        say(
-            f"warmup_steps = {config.warmup_steps} is not less than max_steps = "
-            f"{config.max_steps}: the learning rate never reaches its peak"
-        )
-    for line in execution.reasons:
-        say(line)
-    return _Trainer(
-        config, run, sizes, execution, tokenizer, train_shards, validation_shards, restored
-    )
-
-
-def _restored(config: PretrainConfig, run: Path) -> checkpoint.Checkpoint | None:
-    if not config.resume:
-        return None
-    if config.resume == "auto":
-        found = checkpoint.load_newest(run, say)
-        if found is None:
-            say(f"resume: {run} has no checkpoint yet, starting at step 0")
-            return None
-    else:
-        found = checkpoint.load(Path(config.resume))
-    for line in checkpoint.check_recipe(
-        found.state["recipe"], dataclasses.asdict(config), f"the checkpoint of step {found.step}"
-    ):
-        say(f"resume: {line}")
-    say(f"resume: going on from step {found.step}")
-    return found
-
-
-def _asked_model(config: PretrainConfig) -> ModelConfig:
-    sizes = model_config(config.model)
-    if config.max_seq_length > sizes.max_position_embeddings:
-        raise UserError(
-            f"max_seq_length = {config.max_seq_length} must be at most the model's "
-            f"max_position_embeddings = {sizes.max_position_embeddings}"
-        )
-    if config.nsp and sizes.type_vocab_size < 2:
-        raise UserError(
-            f"model = {config.model!r} has type_vocab_size = {sizes.type_vocab_size}: sentence "
-            "pairs need 2; give another model, or --no-nsp"
-        )
-    return sizes
-
-
-def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
-    changes: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if getattr(config, name) is not None:
-            changes[name] = getattr(config, name)
-    return dataclasses.replace(_asked_model(config), **changes)
 
 
 class _Trainer:
@@ -162,16 +92,13 @@ class _Trainer:
         self,
         config: PretrainConfig,
         run: Path,
-        sizes: ModelConfig,
-        execution: Execution,
-        tokenizer: WordPiece,
-        train_shards: Shards,
-        validation_shards: Shards | None,
+        prepared: Prepared,
         restored: checkpoint.Checkpoint | None,
     ) -> None:
-        self.config, self.folder, self.sizes, self.device = config, run, sizes, execution.device
-        self.execution, self.tokenizer = execution, tokenizer
-        self.train_shards, self.validation_shards = train_shards, validation_shards
+        self.config, self.folder = config, run
+        self.sizes, self.execution = prepared.sizes, prepared.execution
+        self.device, self.tokenizer = prepared.execution.device, prepared.tokenizer
+        self.train_shards, self.validation_shards = prepared.train, prepared.validation
         state = restored.state if restored else {}
         self.step = restored.step if restored else 0
         self.tokens = state.get("tokens", 0)
@@ -181,34 +108,39 @@ class _Trainer:
         """The same of the held-out batches, beyond `split`."""
         self.told_skipped = state.get("skipped", 0)
         self.model = self._build_model()
-        compiled = execution.compile and self.device.type == "cuda"
-        self.train_step = TrainStep(self.model, config, execution.dtype, main_grads=not compiled)
+        dtype, compiled = self.execution.dtype, self._compiles_model()
+        self.train_step = TrainStep(self.model, config, dtype, main_grads=not compiled)
         self.launch = self._launcher()
         self.loader = self._open_data(state.get("data"), adopt=self._other_phase(state))
         for note in self.loader.notes:
             say(f"data: {note}")
         self.eval_batches = self._evaluation_batches()
-        counts = train_shards.token_counts(tokenizer.vocab_size)
-        self.unigram = unigram_log_probabilities(counts, tokenizer.special_ids).to(self.device)
+        counts = self.train_shards.token_counts(self.tokenizer.vocab_size)
+        unigram = unigram_log_probabilities(counts, self.tokenizer.special_ids)
+        self.unigram = unigram.to(self.device)
         if restored is not None:
             self._restore(restored)
         self.reporter = Reporter(
             run, self.step, config.max_steps, config.report_to == "tensorboard"
         )
 
+    def _compiles_model(self) -> bool:
+        """Whether torch.compile gets the layers; on a CPU, ops compile their own pieces."""
+        return self.execution.compile and self.device.type == "cuda"
+
     def _build_model(self) -> Bert:
-        config, execution = self.config, self.execution
+        config = self.config
         torch.manual_seed(config.seed)
         model = Bert(
             self.sizes,
-            execution.ops,
+            self.execution.ops,
             pooler=config.nsp,
             next_sentence=config.nsp,
             gradient_checkpointing=config.gradient_checkpointing,
             last_layer_masked_only=config.last_layer_masked_only,
         )
-        model.to(execution.device)
-        if execution.compile and execution.device.type == "cuda":
+        model.to(self.device)
+        if self._compiles_model():
             compile_model(model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         say(
@@ -491,23 +423,10 @@ class _Trainer:
         hf_folder = self.folder / "hf"
         export(hf_folder, flat.views(flat.master), self.sizes, self.folder / "tokenizer")
         say(f"packing: {self.loader.fill:.2%} of each batch was real tokens")
-        for example in fill_masks(self.model, self.tokenizer, self._held_out_sentences()):
-            print(example)
+        if self.validation_shards is not None:
+            longest = self.config.max_seq_length - 2
+            sentences = sentences_to_show(self.validation_shards, longest)
+            for example in fill_masks(self.model, self.tokenizer, sentences):
+                print(example)
         print(f"loss curve: {picture}")
         print(f"model: {hf_folder} (transformers.AutoModelForMaskedLM loads it)")
-
-    def _held_out_sentences(self, wanted: int = 4) -> list[list[int]]:
-        shards = self.validation_shards
-        if shards is None:
-            return []
-        longest = min(24, self.config.max_seq_length - 2)
-        lengths = shards.sentence_lengths
-        fitting = np.flatnonzero((lengths >= 8) & (lengths <= longest))
-        if not len(fitting):
-            fitting = np.argsort(-lengths, kind="stable")[:wanted]  # cut to what fits
-        stride = max(1, len(fitting) // wanted)
-        offsets = shards.sentence_offsets
-        return [
-            shards.tokens(offsets[index], offsets[index + 1])[:longest].tolist()
-            for index in fitting[::stride][:wanted]
-        ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastbert.config import PretrainConfig
 from fastbert.errors import UserError
-from fastbert.ops import Ops
+from fastbert.ops import Buffers, Hyperparameters, Ops
 from fastbert.train.flat import FlatParameters
 
 
@@ -76,17 +76,23 @@ class _Functional(FlatOptimizer):
     ) -> None:
         super().__init__(flat, config)
         self._function = function
+        self._hyper = Hyperparameters(
+            decay_end=flat.decay_end,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        )
 
     def update(self, grad_scale: Tensor) -> None:
-        flat, config = self.flat, self.config
-        self._function(
-            flat.master, flat.grad, self.exp_avg, self.exp_avg_sq,
-            None if flat.weights is flat.master else flat.weights,
+        flat = self.flat
+        weights = None if flat.weights is flat.master else flat.weights
+        buffers = Buffers(
+            flat.master, flat.grad, self.exp_avg, self.exp_avg_sq, weights,
             self.lr, self.updates, self.skipped, grad_scale, self.grad_norm,
-            beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_epsilon,
-            weight_decay=config.weight_decay, decay_end=flat.decay_end,
-            max_grad_norm=config.max_grad_norm,
         )  # fmt: skip
+        self._function(buffers, self._hyper)
 
 
 class _TorchFused(FlatOptimizer):

@@ -1,4 +1,6 @@
-"""Everything before the first step: the run's folder, its tokenizer, its token shards."""
+"""Everything before the first step: the run's folder, its tokenizer and token shards, the device,
+the model's sizes, and the checkpoint that it goes on from.
+"""
 
 import dataclasses
 import errno
@@ -12,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from fastbert.config import PretrainConfig, model_config
+from fastbert.config import ModelConfig, PretrainConfig, model_config
 from fastbert.data.corpus import Skipped, corpus_bytes, map_corpus
 from fastbert.data.pack import next_sentence_labels
 from fastbert.data.shards import (
@@ -29,9 +32,11 @@ from fastbert.data.tokenizer_training import count_chunks
 from fastbert.errors import RunError, UserError
 from fastbert.progress import progress_bar
 from fastbert.settings import sealed_toml
-from fastbert.train import lock
+from fastbert.train import checkpoint, lock
+from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.interrupts import held_signals
 
+CheckTokenizer = Callable[[WordPiece, Path], None]
 RUNS = Path("runs")
 _PREPARED = ("config.toml", "tokenizer", "data", "metrics.jsonl", "tensorboard")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -40,6 +45,98 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def say(line: str) -> None:
     """Prints a line of the log on stderr."""
     print(line, file=sys.stderr)
+
+
+class Prepared(NamedTuple):
+    """What a run begins with."""
+
+    sizes: ModelConfig
+    execution: Execution
+    tokenizer: WordPiece
+    train: Shards
+    validation: Shards | None  # None without a held-out part
+
+
+def check_request(config: PretrainConfig) -> None:
+    """A wrong device, or a model that cannot fit on it, is told before the work.
+
+    Raises:
+        UserError: so it is.
+    """
+    sizes = _asked_model(config)
+    execution = choose_execution(config, sizes)
+    # The vocabulary is the tokenizer's, yet unknown.
+    least = dataclasses.replace(sizes, vocab_size=1, pad_token_id=0)
+    check_memory(config, least, execution.device, execution.dtype)
+
+
+def prepare(config: PretrainConfig, run: Path, check_tokenizer: CheckTokenizer | None) -> Prepared:
+    """Makes or finds all that the steps need, and says how it was chosen.
+
+    Raises:
+        UserError: data, tokenizer, model and device do not fit each other.
+        RunError: the folder cannot be written.
+    """
+    # What we trained is of a kind that is tested; the check takes seconds.
+    check = check_tokenizer if config.tokenizer != "train" else None
+    tokenizer, train, validation = prepare_data(config, run, check)
+    sizes = _model_sizes(config, tokenizer)
+    execution = choose_execution(config, sizes)
+    check_memory(config, sizes, execution.device, execution.dtype)
+    if config.warmup_steps >= config.max_steps:
+        say(
+            f"warmup_steps = {config.warmup_steps} is not less than max_steps = "
+            f"{config.max_steps}: the learning rate never reaches its peak"
+        )
+    for line in execution.reasons:
+        say(line)
+    return Prepared(sizes, execution, tokenizer, train, validation)
+
+
+def restored_state(config: PretrainConfig, run: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint that a run goes on from; None where it begins.
+
+    Raises:
+        UserError: it is damaged, or of another recipe.
+    """
+    if not config.resume:
+        return None
+    if config.resume == "auto":
+        found = checkpoint.load_newest(run, say)
+        if found is None:
+            say(f"resume: {run} has no checkpoint yet, starting at step 0")
+            return None
+    else:
+        found = checkpoint.load(Path(config.resume))
+    for line in checkpoint.check_recipe(
+        found.state["recipe"], dataclasses.asdict(config), f"the checkpoint of step {found.step}"
+    ):
+        say(f"resume: {line}")
+    say(f"resume: going on from step {found.step}")
+    return found
+
+
+def _asked_model(config: PretrainConfig) -> ModelConfig:
+    sizes = model_config(config.model)
+    if config.max_seq_length > sizes.max_position_embeddings:
+        raise UserError(
+            f"max_seq_length = {config.max_seq_length} must be at most the model's "
+            f"max_position_embeddings = {sizes.max_position_embeddings}"
+        )
+    if config.nsp and sizes.type_vocab_size < 2:
+        raise UserError(
+            f"model = {config.model!r} has type_vocab_size = {sizes.type_vocab_size}: sentence "
+            "pairs need 2; give another model, or --no-nsp"
+        )
+    return sizes
+
+
+def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
+    changes: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if getattr(config, name) is not None:
+            changes[name] = getattr(config, name)
+    return dataclasses.replace(_asked_model(config), **changes)
 
 
 def run_folder(config: PretrainConfig) -> Path:
@@ -197,7 +294,7 @@ def _numbered(newest: bool) -> Path:
 def prepare_data(
     config: PretrainConfig,
     run: Path,
-    check_tokenizer: Callable[[WordPiece, Path], None] | None = None,
+    check_tokenizer: CheckTokenizer | None = None,
 ) -> tuple[WordPiece, Shards, Shards | None]:
     """Makes (or finds, in a run that goes on) the tokenizer and the token shards of a run.
 

@@ -46,3 +46,10 @@ class CompileCase:
     divisible_by_16: tuple[str, ...] = ()
     maxnreg: int | None = None
     archs: tuple[int, ...] = (80, 90)
+
+
+def op_of(kernel: Any) -> str:
+    """The module of the op that launches a `triton.jit` function, e.g. "attention": its own, but
+    where the op is too long for one file, and its kernels stand beside it (`attention_kernels`)."""
+    module: str = kernel.__module__.rpartition(".")[2]
+    return module.removesuffix("_kernels")

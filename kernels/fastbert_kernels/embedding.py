@@ -16,6 +16,7 @@ atomics: the same bits every run.
 import torch
 from torch import Tensor
 
+from fastbert_kernels import rowwise
 from fastbert_kernels.checks import (
     STORAGE_DTYPES,
     kernel_signature,
@@ -26,19 +27,8 @@ from fastbert_kernels.checks import (
     triton_name,
 )
 from fastbert_kernels.compile_cases import CompileCase
-from fastbert_kernels.layer_norm import (
-    add_rows,
-    backward_config,
-    backward_programs,
-    block_width,
-    forward_config,
-    normalize,
-    normalize_gradient,
-    require_width,
-)
 from fastbert_kernels.philox import keep_threshold
 from fastbert_kernels.philox_triton import dropout_key, keep_columns
-from fastbert_kernels.reduce import reduce_rows
 from fastbert_kernels.triton_import import tl, triton
 
 _CHUNK = 64  # sorted keys that one program sums at most: 100 KB of rows at H = 768 in bf16
@@ -120,9 +110,9 @@ def _forward_kernel(
         input_ids_ptr, token_type_ids_ptr, position_ids_ptr, word_ptr, token_type_ptr,
         position_ptr, row, column, mask, T, V, P, TYPES, H,
     )  # fmt: skip
-    mean, rstd, xhat = normalize(z, mask, eps, H)
-    weight = tl.load(weight_ptr + column, column < H, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + column, column < H, other=0.0).to(tl.float32)
+    mean, rstd, xhat = rowwise.normalize(z, mask, eps, H)
+    weight = rowwise.load_parameter(weight_ptr, column, H)
+    beta = rowwise.load_parameter(beta_ptr, column, H)
     y = xhat * weight[None, :] + beta[None, :]
     if THRESHOLD < 256:
         key0, key1, site = dropout_key(seed_ptr, stream)
@@ -162,7 +152,7 @@ def _rows_backward_kernel(
     BLOCK_H: tl.constexpr,
 ):
     column = tl.arange(0, BLOCK_H)
-    weight = tl.load(weight_ptr + column, column < H, other=0.0).to(tl.float32)
+    weight = rowwise.load_parameter(weight_ptr, column, H)
     dweight = tl.zeros((SUM_R, BLOCK_H), tl.float32)
     dbeta = tl.zeros((SUM_R, BLOCK_H), tl.float32)
     dtype0 = tl.zeros((SUM_R, BLOCK_H), tl.float32)
@@ -172,35 +162,29 @@ def _rows_backward_kernel(
         plane = tl.zeros((), tl.uint32)
     for block in range(tl.program_id(0), tl.cdiv(T, BLOCK_R), tl.num_programs(0)):
         row = block * BLOCK_R + tl.arange(0, BLOCK_R)
-        mask = (row < T)[:, None] & (column < H)[None, :]
-        offset = row.to(tl.int64)[:, None] * H + column[None, :]
+        mask, offset = rowwise.tile_at(row, column, T, H)
         dy = tl.load(dy_ptr + offset, mask, other=0.0).to(tl.float32)
         types, z = _embed(
             input_ids_ptr, token_type_ids_ptr, position_ids_ptr, word_ptr, token_type_ptr,
             position_ptr, row, column, mask, T, V, P, TYPES, H,
         )  # fmt: skip
-        mean = tl.load(mean_ptr + row, row < T, other=0.0)
-        rstd = tl.load(rstd_ptr + row, row < T, other=0.0)
+        mean, rstd = rowwise.load_statistics(mean_ptr, rstd_ptr, row, T)
         if THRESHOLD < 256:
             keep = keep_columns(row, 0, plane, site, key0, key1, THRESHOLD, BLOCK_H // 128)
             dy = tl.where(keep, dy * (256 / THRESHOLD), 0.0)
         xhat = (z - mean[:, None]) * rstd[:, None]  # where masked off, dy is 0: nothing adds
-        dz = normalize_gradient(dy * weight[None, :], xhat, rstd, H)
+        dz = rowwise.normalize_gradient(dy * weight[None, :], xhat, rstd, H)
         dz = tl.where(mask, dz, 0.0)
         tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask)
-        dweight = add_rows(dweight, dy * xhat)
-        dbeta = add_rows(dbeta, dy)
+        dweight = rowwise.add_rows(dweight, dy * xhat)
+        dbeta = rowwise.add_rows(dbeta, dy)
         if TYPES == 1:
-            dtype0 = add_rows(dtype0, dz)
+            dtype0 = rowwise.add_rows(dtype0, dz)
         else:
-            dtype0 = add_rows(dtype0, tl.where((types == 0)[:, None], dz, 0.0))
-            dtype1 = add_rows(dtype1, tl.where((types == 1)[:, None], dz, 0.0))
+            dtype0 = rowwise.add_rows(dtype0, tl.where((types == 0)[:, None], dz, 0.0))
+            dtype1 = rowwise.add_rows(dtype1, tl.where((types == 1)[:, None], dz, 0.0))
 
-    partials_ptr += tl.program_id(0).to(tl.int64) * (4 * H) + column
-    tl.store(partials_ptr, tl.sum(dweight, axis=0), column < H)
-    tl.store(partials_ptr + H, tl.sum(dbeta, axis=0), column < H)
-    tl.store(partials_ptr + 2 * H, tl.sum(dtype0, axis=0), column < H)
-    tl.store(partials_ptr + 3 * H, tl.sum(dtype1, axis=0), column < H)
+    rowwise.store_sums(partials_ptr, column, (dweight, dbeta, dtype0, dtype1), 4, H)
 
 
 @triton.jit(do_not_specialize=["T", "ROWS", "skip_key"])
@@ -318,15 +302,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T,), (V, H) = input_ids.shape, word.shape
     y = torch.empty(T, H, dtype=word.dtype, device=word.device)
-    mean, rstd = (torch.empty(T, dtype=torch.float32, device=word.device) for _ in range(2))
-    BLOCK_H = block_width(H)
-    BLOCK_R, num_warps = forward_config(H)
-    _forward_kernel[(triton.cdiv(T, BLOCK_R),)](
-        input_ids, token_type_ids, position_ids, word, token_type, position, weight, beta, seed,
-        y, mean, rstd, T, V, position.shape[0], stream, eps,
-        keep_threshold(dropout_p), token_type.shape[0], H, BLOCK_R, BLOCK_H, num_warps=num_warps,
+    tensors = (
+        input_ids, token_type_ids, position_ids, word, token_type, position, weight, beta, seed, y
     )  # fmt: skip
-    return y, mean, rstd
+    P, types = position.shape[0], token_type.shape[0]
+    numbers = (T, V, P, stream, eps, keep_threshold(dropout_p), types)
+    return y, *rowwise.launch_forward(_forward_kernel, tensors, numbers, H)
 
 
 @_forward.register_fake
@@ -357,23 +338,20 @@ def _backward(
     stream: int,
 ) -> tuple[Tensor, Tensor]:  # (V + P, H) of word and position; (4, H) of weight, beta, token_type
     (T,), (V, H), P = input_ids.shape, word.shape, position.shape[0]
-    BLOCK_H = block_width(H)
-    BLOCK_R, SUM_R, num_warps = backward_config(H)
-    programs = backward_programs(dy.device, T, H)
     dz = torch.empty_like(dy)
-    partials = torch.empty(programs, 4, H, dtype=torch.float32, device=dy.device)
-    _rows_backward_kernel[(programs,)](
+    tensors = (
         dy, input_ids, token_type_ids, position_ids, word, token_type, position, weight,
-        mean, rstd, seed, dz, partials, T, V, P, stream,
-        keep_threshold(dropout_p), token_type.shape[0], H, BLOCK_R, SUM_R, BLOCK_H,
-        num_warps=num_warps,
+        mean, rstd, seed, dz,
     )  # fmt: skip
-    dparameters = reduce_rows(partials, weight.dtype)
+    numbers = (T, V, P, stream, keep_threshold(dropout_p), token_type.shape[0])
+    kernel = _rows_backward_kernel
+    dparameters = rowwise.launch_backward(kernel, tensors, numbers, H, 4, weight.dtype)
 
     keys, order = torch.cat((input_ids, position_ids + V)).sort(stable=True)
     dtables = torch.zeros(V + P, H, dtype=dy.dtype, device=dy.device)
     chunks = triton.cdiv(2 * T, _CHUNK)
     pieces = torch.empty(chunks, 2, H, dtype=torch.float32, device=dy.device)
+    BLOCK_H = rowwise.block_width(H)
     BLOCK_R, num_warps = _pieces_config(BLOCK_H)
     _sum_pieces_kernel[(2 * T,)](
         dz, keys, order, dtables, pieces, T, V + P, pad_token_id, H, _CHUNK, BLOCK_R, BLOCK_H,
@@ -443,7 +421,7 @@ def embed_layer_norm(
     require_launchable(op, _forward_kernel, device)
     require_tensor(op, "word", word, (None, None), STORAGE_DTYPES, device)
     H = word.shape[1]
-    require_width(op, H)
+    rowwise.require_width(op, H)
     require(T > 0, f"{op}: input_ids is empty")
     for name, ids in {
         "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids
@@ -470,9 +448,9 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     # At 256, 512 and 2048 a program holds as many elements as at 1024.
     for H in (128, 256, 384, 512, 768, 1024, 4096):
-        BLOCK_H = block_width(H)
-        BLOCK_R, warps = forward_config(H)
-        BACK_R, SUM_R, back_warps = backward_config(H)
+        BLOCK_H = rowwise.block_width(H)
+        BLOCK_R, warps = rowwise.forward_config(H)
+        BACK_R, SUM_R, back_warps = rowwise.backward_config(H)
         PIECES_R, piece_warps = _pieces_config(BLOCK_H)
         row = {"H": H, "BLOCK_H": BLOCK_H, "TYPES": 2}
         pieces = {"H": H, "BLOCK_R": PIECES_R, "BLOCK_H": BLOCK_H, "CHUNK": _CHUNK}

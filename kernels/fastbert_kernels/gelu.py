@@ -11,20 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from fastbert_kernels import rowwise
 from fastbert_kernels.checks import kernel_signature, require_tensor
 from fastbert_kernels.compile_cases import CompileCase
-from fastbert_kernels.layer_norm import (
-    MAX_WIDTH,
-    add_rows,
-    backward_config,
-    backward_programs,
-    block_width,
-    forward_config,
-    normalize,
-    normalize_gradient,
-    require_parameters,
-    require_rows,
-)
 from fastbert_kernels.reduce import multiprocessors, reduce_rows
 from fastbert_kernels.triton_import import tl, triton
 
@@ -93,10 +82,9 @@ def _bias_gelu_kernel(
     blocks = tl.cdiv(H, BLOCK_C)  # neighbours in a row run side by side
     row = (tl.program_id(0) // blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (row < R)[:, None] & (column < H)[None, :]
-    offset = row.to(tl.int64)[:, None] * H + column[None, :]
+    mask, offset = rowwise.tile_at(row, column, R, H)
     x = tl.load(x_ptr + offset, mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, column < H, other=0.0).to(tl.float32)
+    bias = rowwise.load_parameter(bias_ptr, column, H)
     tl.store(y_ptr + offset, gelu(x + bias[None, :], TANH).to(y_ptr.dtype.element_ty), mask)
 
 
@@ -118,12 +106,11 @@ def _gelu_backward_kernel(
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     dbias = tl.zeros((SUM_R, BLOCK_C), tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + column, column < H, other=0.0).to(tl.float32)
+        bias = rowwise.load_parameter(bias_ptr, column, H)
     blocks = tl.cdiv(R, BLOCK_R)
     for block in tl.range(tl.program_id(1), blocks, tl.num_programs(1), num_stages=2):
         row = block * BLOCK_R + tl.arange(0, BLOCK_R)
-        mask = (row < R)[:, None] & (column < H)[None, :]
-        offset = row.to(tl.int64)[:, None] * H + column[None, :]
+        mask, offset = rowwise.tile_at(row, column, R, H)
         dy = tl.load(dy_ptr + offset, mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + offset, mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
@@ -131,7 +118,7 @@ def _gelu_backward_kernel(
         _, slope = gelu_slope(x, TANH)
         dx = dy * slope
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask)
-        dbias = add_rows(dbias, dx)
+        dbias = rowwise.add_rows(dbias, dx)
     partials_ptr += tl.program_id(1).to(tl.int64) * H + column
     tl.store(partials_ptr, tl.sum(dbias, axis=0), column < H)
 
@@ -154,13 +141,12 @@ def _gelu_layer_norm_kernel(
 ):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_H)
-    mask = (row < R)[:, None] & (column < H)[None, :]
-    offset = row.to(tl.int64)[:, None] * H + column[None, :]
+    mask, offset = rowwise.tile_at(row, column, R, H)
     x = tl.load(x_ptr + offset, mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, column < H, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, column < H, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + column, column < H, other=0.0).to(tl.float32)
-    mean, rstd, xhat = normalize(gelu(x + bias[None, :], TANH), mask, eps, H)
+    bias = rowwise.load_parameter(bias_ptr, column, H)
+    weight = rowwise.load_parameter(weight_ptr, column, H)
+    beta = rowwise.load_parameter(beta_ptr, column, H)
+    mean, rstd, xhat = rowwise.normalize(gelu(x + bias[None, :], TANH), mask, eps, H)
     y = xhat * weight[None, :] + beta[None, :]
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask)
     tl.store(mean_ptr + row, mean, row < R)
@@ -185,33 +171,28 @@ def _gelu_layer_norm_backward_kernel(
     BLOCK_H: tl.constexpr,
 ):
     column = tl.arange(0, BLOCK_H)
-    bias = tl.load(bias_ptr + column, column < H, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, column < H, other=0.0).to(tl.float32)
+    bias = rowwise.load_parameter(bias_ptr, column, H)
+    weight = rowwise.load_parameter(weight_ptr, column, H)
     dbias = tl.zeros((SUM_R, BLOCK_H), tl.float32)
     dweight = tl.zeros((SUM_R, BLOCK_H), tl.float32)
     dbeta = tl.zeros((SUM_R, BLOCK_H), tl.float32)
     blocks = tl.cdiv(R, BLOCK_R)
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=2):
         row = block * BLOCK_R + tl.arange(0, BLOCK_R)
-        mask = (row < R)[:, None] & (column < H)[None, :]
-        offset = row.to(tl.int64)[:, None] * H + column[None, :]
+        mask, offset = rowwise.tile_at(row, column, R, H)
         dy = tl.load(dy_ptr + offset, mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + offset, mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + row, row < R, other=0.0)
-        rstd = tl.load(rstd_ptr + row, row < R, other=0.0)  # 0: rows beyond R add nothing
+        mean, rstd = rowwise.load_statistics(mean_ptr, rstd_ptr, row, R)
 
         activated, slope = gelu_slope(x + bias[None, :], TANH)
         xhat = (activated - mean[:, None]) * rstd[:, None]
-        dx = normalize_gradient(dy * weight[None, :], xhat, rstd, H) * slope
+        dx = rowwise.normalize_gradient(dy * weight[None, :], xhat, rstd, H) * slope
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask)
-        dbias = add_rows(dbias, dx)
-        dweight = add_rows(dweight, dy * xhat)
-        dbeta = add_rows(dbeta, dy)
+        dbias = rowwise.add_rows(dbias, dx)
+        dweight = rowwise.add_rows(dweight, dy * xhat)
+        dbeta = rowwise.add_rows(dbeta, dy)
 
-    partials_ptr += tl.program_id(0).to(tl.int64) * (3 * H) + column
-    tl.store(partials_ptr, tl.sum(dbias, axis=0), column < H)
-    tl.store(partials_ptr + H, tl.sum(dweight, axis=0), column < H)
-    tl.store(partials_ptr + 2 * H, tl.sum(dbeta, axis=0), column < H)
+    rowwise.store_sums(partials_ptr, column, (dbias, dweight, dbeta), 3, H)
 
 
 def _is_tanh(op: str, approximate: str) -> bool:
@@ -285,8 +266,8 @@ def bias_gelu(
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous.
     """
     op = "bias_gelu"
-    require_rows(op, _bias_gelu_kernel, x)
-    require_parameters(op, x, bias=bias)
+    rowwise.require_rows(op, _bias_gelu_kernel, x)
+    rowwise.require_parameters(op, x, bias=bias)
     _is_tanh(op, approximate)
     out: Tensor = _bias_gelu(x, bias, approximate)
     return out
@@ -304,9 +285,9 @@ def gelu_backward(
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous.
     """
     op = "gelu_backward"
-    require_rows(op, _gelu_backward_kernel, x, reference="reference.bias_gelu")
+    rowwise.require_rows(op, _gelu_backward_kernel, x, reference="reference.bias_gelu")
     if bias is not None:
-        require_parameters(op, x, bias=bias)
+        rowwise.require_parameters(op, x, bias=bias)
     require_tensor(op, "dy", dy, tuple(x.shape), x.dtype, x.device)
     _is_tanh(op, approximate)
     dx, dbias = _gelu_backward(dy, x, bias, approximate)
@@ -322,14 +303,8 @@ def _gelu_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, mean, rstd
     R, H = x.shape
     y = torch.empty_like(x)
-    mean, rstd = (torch.empty(R, dtype=torch.float32, device=x.device) for _ in range(2))
-    BLOCK_R, num_warps = forward_config(H)
-    if R:
-        _gelu_layer_norm_kernel[(triton.cdiv(R, BLOCK_R),)](
-            x, bias, weight, beta, y, mean, rstd, R, eps,
-            approximate == "tanh", H, BLOCK_R, block_width(H), num_warps=num_warps,
-        )  # fmt: skip
-    return y, mean, rstd
+    tensors, numbers = (x, bias, weight, beta, y), (R, eps, approximate == "tanh")
+    return y, *rowwise.launch_forward(_gelu_layer_norm_kernel, tensors, numbers, H)
 
 
 @_gelu_layer_norm.register_fake
@@ -350,14 +325,9 @@ def _gelu_layer_norm_backward(
 ) -> tuple[Tensor, Tensor]:  # dx, (3, H) of the parameters
     R, H = x.shape
     dx = torch.empty_like(x)
-    BLOCK_R, SUM_R, num_warps = backward_config(H)
-    programs = backward_programs(x.device, R, H)
-    partials = torch.empty(programs, 3, H, dtype=torch.float32, device=x.device)
-    _gelu_layer_norm_backward_kernel[(programs,)](
-        dy, x, bias, weight, mean, rstd, dx, partials, R,
-        approximate == "tanh", H, BLOCK_R, SUM_R, block_width(H), num_warps=num_warps,
-    )  # fmt: skip
-    return dx, reduce_rows(partials, weight.dtype)
+    tensors, numbers = (dy, x, bias, weight, mean, rstd, dx), (R, approximate == "tanh")
+    kernel = _gelu_layer_norm_backward_kernel
+    return dx, rowwise.launch_backward(kernel, tensors, numbers, H, 3, weight.dtype)
 
 
 @_gelu_layer_norm_backward.register_fake
@@ -399,8 +369,8 @@ def gelu_layer_norm(
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous.
     """
     op = "gelu_layer_norm"
-    require_rows(op, _gelu_layer_norm_kernel, x, MAX_WIDTH)
-    require_parameters(op, x, bias=bias, weight=weight, beta=beta)
+    rowwise.require_rows(op, _gelu_layer_norm_kernel, x, rowwise.MAX_WIDTH)
+    rowwise.require_parameters(op, x, bias=bias, weight=weight, beta=beta)
     _is_tanh(op, approximate)
     out: Tensor = _gelu_layer_norm(x, bias, weight, beta, eps, approximate)[0]
     return out
@@ -417,9 +387,9 @@ def compile_cases() -> list[CompileCase]:
             ("gelu_backward", _gelu_backward_kernel, approximate, back, NUM_WARPS),
         ]
         for H in (128, 256, 384, 512, 768, 1024) if approximate == "none" else (768,):
-            BLOCK_R, num_warps = forward_config(H)
-            BACK_R, sum_rows, back_warps = backward_config(H)
-            row = {"TANH": approximate == "tanh", "H": H, "BLOCK_H": block_width(H)}
+            BLOCK_R, num_warps = rowwise.forward_config(H)
+            BACK_R, sum_rows, back_warps = rowwise.backward_config(H)
+            row = {"TANH": approximate == "tanh", "H": H, "BLOCK_H": rowwise.block_width(H)}
             back = row | {"BLOCK_R": BACK_R, "SUM_R": sum_rows}
             row |= {"BLOCK_R": BLOCK_R}
             label = f"{approximate} H={H}"

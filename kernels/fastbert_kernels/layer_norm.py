@@ -7,58 +7,20 @@ The backward takes the normalized row from y, which the next product keeps anywa
 beta do not allow it, by 8 columns, the sum z before the norm is written and read for it.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from fastbert_kernels import rowwise
 from fastbert_kernels.checks import (
-    STORAGE_DTYPES,
     kernel_signature,
-    require_launchable,
     require_seed,
     require_tensor,
     triton_name,
 )
 from fastbert_kernels.compile_cases import CompileCase
-from fastbert_kernels.philox import TILE, keep_threshold
+from fastbert_kernels.philox import keep_threshold
 from fastbert_kernels.philox_triton import dropout_key, keep_columns
-from fastbert_kernels.reduce import multiprocessors, reduce_rows
 from fastbert_kernels.triton_import import tl, triton
-
-MAX_WIDTH = 4096
-
-
-def block_width(H: int) -> int:
-    """The block a row of H columns is held in."""
-    return max(TILE, triton.next_power_of_2(H))
-
-
-def forward_config(H: int) -> tuple[int, int]:
-    """(rows of a program, warps): at least two 16-byte loads of each tensor in flight a thread,
-    and parameters read once for several rows."""
-    BLOCK_H = block_width(H)
-    if H < BLOCK_H and BLOCK_H in (512, 1024):
-        # Where one warp owns the row, the compiler drops the columns beyond H: at H = 768 with
-        # dropout 28 instructions an element, against 42 with four warps.
-        return 2, 1
-    num_warps = 8 if BLOCK_H > 2048 else 4
-    return num_warps * 1024 // BLOCK_H, num_warps
-
-
-def backward_config(H: int) -> tuple[int, int, int]:
-    """(rows of a turn, rows of partial sums, warps): the three partial sums take 24 registers."""
-    BLOCK_H = block_width(H)
-    num_warps = min(16, max(4, BLOCK_H // 256))
-    sum_rows = max(1, num_warps * 256 // BLOCK_H)
-    return 2 * sum_rows, sum_rows, num_warps
-
-
-def backward_programs(device: torch.device, R: int, H: int, warps: int = 16) -> int:
-    """16 warps a multiprocessor: what fits at 128 registers a thread."""
-    BLOCK_R, _, num_warps = backward_config(H)
-    here = multiprocessors(device) * max(1, warps // num_warps)
-    return max(1, min(here, triton.cdiv(R, BLOCK_R)))
 
 
 def _backward_limits(dtype: torch.dtype) -> tuple[int, int | None]:
@@ -82,46 +44,6 @@ def _needs_sum(
     all_told = tl.min(tl.reshape(told.to(tl.int32), (GROUPS, 8)), axis=1)
     needs = tl.reshape(tl.broadcast_to(all_told[:, None], (GROUPS, 8)), (GROUPS * 8,)) == 0
     return tl.max_constancy(needs, 8)  # so that accesses stay 16 bytes wide
-
-
-@triton.jit
-def normalize(
-    z,  # (BLOCK_R, BLOCK_H) fp32, 0 outside the mask
-    mask,
-    eps,
-    H: tl.constexpr,
-):
-    """(mean, rstd, (z - mean) rstd). The second pass over registers keeps the variance exact."""
-    mean = tl.sum(z, axis=1) / H
-    centered = tl.where(mask, z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centered * centered, axis=1) / H + eps)
-    return mean, rstd, centered * rstd[:, None]
-
-
-@triton.jit
-def normalize_gradient(
-    dxhat,  # (BLOCK_R, BLOCK_H) fp32, 0 outside the mask
-    xhat,
-    rstd,  # (BLOCK_R,)
-    H: tl.constexpr,
-):
-    """Gradient of `normalize` by z: rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat))."""
-    # Joined, the two sums cross the warps together: one barrier, not two.
-    sums = tl.sum(tl.join(dxhat, dxhat * xhat), axis=1) / H
-    mean, mean_xhat = tl.split(sums)
-    return dxhat * rstd[:, None] - (mean * rstd)[:, None] - xhat * (mean_xhat * rstd)[:, None]
-
-
-@triton.jit
-def add_rows(
-    total,  # (SUM_R, BLOCK_H) fp32
-    addend,  # (BLOCK_R, BLOCK_H) fp32
-):
-    """Adds rows SUM_R apart, which one thread holds: nothing crosses threads inside the loop."""
-    SUM_R: tl.constexpr = total.shape[0]
-    BLOCK_H: tl.constexpr = total.shape[1]
-    TURNS: tl.constexpr = addend.shape[0] // SUM_R
-    return total + tl.sum(tl.reshape(addend, (TURNS, SUM_R, BLOCK_H)), axis=0)
 
 
 @triton.jit(do_not_specialize=["seed_ptr", "rows_ptr", "R", "stream"])
@@ -148,13 +70,12 @@ def _forward_kernel(
 ):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_H)
-    mask = (row < R)[:, None] & (column < H)[None, :]
-    offset = row.to(tl.int64)[:, None] * H + column[None, :]
+    mask, offset = rowwise.tile_at(row, column, R, H)
     x = tl.load(x_ptr + offset, mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + offset, mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, column < H, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, column < H, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + column, column < H, other=0.0).to(tl.float32)
+    bias = rowwise.load_parameter(bias_ptr, column, H)
+    weight = rowwise.load_parameter(weight_ptr, column, H)
+    beta = rowwise.load_parameter(beta_ptr, column, H)
 
     z = x + bias[None, :]
     if THRESHOLD < 256:
@@ -164,7 +85,7 @@ def _forward_kernel(
         keep = keep_columns(number, 0, plane, site, key0, key1, THRESHOLD, BLOCK_H // 128)
         z = tl.where(keep, z * (256 / THRESHOLD), 0.0)
     z += residual
-    mean, rstd, xhat = normalize(z, mask, eps, H)
+    mean, rstd, xhat = rowwise.normalize(z, mask, eps, H)
     y = xhat * weight[None, :] + beta[None, :]
     needs_sum = _needs_sum(weight, beta)[None, :]
     tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), mask & needs_sum)
@@ -196,6 +117,8 @@ def _backward_kernel(
     SUM_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    # Loads are written out: through functions the compiler orders them otherwise, with up to 9
+    # instructions and 3 registers more or less.
     column = tl.arange(0, BLOCK_H)
     weight = tl.load(weight_ptr + column, column < H, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + column, column < H, other=0.0).to(tl.float32)
@@ -226,49 +149,18 @@ def _backward_kernel(
         from_y = source * inverse[None, :] - (beta * inverse)[None, :]
         from_sum = (source - mean[:, None]) * rstd[:, None]
         xhat = tl.where(needs_sum[None, :], from_sum, from_y)
-        dz = normalize_gradient(dy * weight[None, :], xhat, rstd, H)
+        dz = rowwise.normalize_gradient(dy * weight[None, :], xhat, rstd, H)
         tl.store(dresidual_ptr + offset, dz.to(dresidual_ptr.dtype.element_ty), mask)
         if THRESHOLD < 256:
             number = tl.load(rows_ptr + row, row < R, other=0) if HAS_ROWS else row
             keep = keep_columns(number, 0, plane, site, key0, key1, THRESHOLD, BLOCK_H // 128)
             dz = tl.where(keep, dz * (256 / THRESHOLD), 0.0)
             tl.store(dx_ptr + offset, dz.to(dx_ptr.dtype.element_ty), mask)
-        dbias = add_rows(dbias, dz)
-        dweight = add_rows(dweight, dy * xhat)
-        dbeta = add_rows(dbeta, dy)
+        dbias = rowwise.add_rows(dbias, dz)
+        dweight = rowwise.add_rows(dweight, dy * xhat)
+        dbeta = rowwise.add_rows(dbeta, dy)
 
-    partials_ptr += tl.program_id(0).to(tl.int64) * (3 * H) + column
-    tl.store(partials_ptr, tl.sum(dbias, axis=0), column < H)
-    tl.store(partials_ptr + H, tl.sum(dweight, axis=0), column < H)
-    tl.store(partials_ptr + 2 * H, tl.sum(dbeta, axis=0), column < H)
-
-
-def require_rows(
-    op: str,
-    kernel: Any,
-    x: Tensor,  # (R, H)
-    max_width: int | None = None,
-    reference: str | None = None,
-) -> None:
-    """A launch over rows: where it runs, and a width that fits."""
-    require_launchable(op, kernel, x.device, reference)
-    require_tensor(op, "x", x, (None, None), STORAGE_DTYPES, x.device)
-    require_width(op, x.shape[1], max_width)
-
-
-def require_width(op: str, H: int, max_width: int | None = MAX_WIDTH) -> None:
-    """Rows of H columns fit 16-byte loads and, unless `max_width` is None, a block."""
-    if H % 8 or H == 0 or (max_width is not None and H > max_width):
-        limit = "" if max_width is None else f" up to {max_width}"
-        raise ValueError(f"{op}: x has {H} columns, expected a multiple of 8{limit}")
-
-
-def require_parameters(op: str, x: Tensor, **parameters: Tensor) -> None:
-    """Each is (H,), all of one dtype, which may be wider than `x`'s."""
-    dtypes: tuple[torch.dtype, ...] = STORAGE_DTYPES
-    for name, parameter in parameters.items():
-        require_tensor(op, name, parameter, (x.shape[1],), dtypes, x.device)
-        dtypes = (parameter.dtype,)
+    rowwise.store_sums(partials_ptr, column, (dbias, dweight, dbeta), 3, H)
 
 
 @torch.library.custom_op("fastbert::dropout_add_layer_norm", mutates_args=())
@@ -286,15 +178,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y, z, mean, rstd
     R, H = x.shape
     y, z = torch.empty_like(x), torch.empty_like(x)
-    mean, rstd = (torch.empty(R, dtype=torch.float32, device=x.device) for _ in range(2))
-    BLOCK_R, num_warps = forward_config(H)
-    if R:
-        _forward_kernel[(triton.cdiv(R, BLOCK_R),)](
-            x, bias, residual, weight, beta, seed, seed if rows is None else rows,
-            y, z, mean, rstd, R, stream, eps, keep_threshold(dropout_p), rows is not None,
-            H, BLOCK_R, block_width(H), num_warps=num_warps,
-        )  # fmt: skip
-    return y, z, mean, rstd
+    tensors = (x, bias, residual, weight, beta, seed, seed if rows is None else rows, y, z)
+    numbers = (R, stream, eps, keep_threshold(dropout_p), rows is not None)
+    return y, z, *rowwise.launch_forward(_forward_kernel, tensors, numbers, H)
 
 
 @_forward.register_fake
@@ -321,16 +207,13 @@ def _backward(
     threshold = keep_threshold(dropout_p)
     dx = torch.empty(R if threshold < 256 else 0, H, dtype=z.dtype, device=z.device)
     dresidual = torch.empty_like(z)
-    BLOCK_R, SUM_R, num_warps = backward_config(H)
-    warps, registers = _backward_limits(z.dtype)
-    programs = backward_programs(z.device, R, H, warps)
-    partials = torch.empty(programs, 3, H, dtype=torch.float32, device=z.device)
-    _backward_kernel[(programs,)](
-        dy, y, z, weight, beta, mean, rstd, seed, seed if rows is None else rows,
-        dx, dresidual, partials, R, stream, threshold, rows is not None,
-        H, BLOCK_R, SUM_R, block_width(H), num_warps=num_warps, maxnreg=registers,
+    tensors = (
+        dy, y, z, weight, beta, mean, rstd, seed, seed if rows is None else rows, dx, dresidual
     )  # fmt: skip
-    return dx, dresidual, reduce_rows(partials, weight.dtype)
+    numbers = (R, stream, threshold, rows is not None)
+    limits = _backward_limits(z.dtype)
+    sums = rowwise.launch_backward(_backward_kernel, tensors, numbers, H, 3, weight.dtype, *limits)
+    return dx, dresidual, sums
 
 
 @_backward.register_fake
@@ -386,9 +269,9 @@ def dropout_add_layer_norm(
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous.
     """
     op = "dropout_add_layer_norm"
-    require_rows(op, _forward_kernel, x, MAX_WIDTH)
+    rowwise.require_rows(op, _forward_kernel, x, rowwise.MAX_WIDTH)
     require_tensor(op, "residual", residual, tuple(x.shape), x.dtype, x.device)
-    require_parameters(op, x, bias=bias, weight=weight, beta=beta)
+    rowwise.require_parameters(op, x, bias=bias, weight=weight, beta=beta)
     require_seed(op, seed, x.device, stream)
     if rows is not None:
         require_tensor(op, "rows", rows, (x.shape[0],), torch.int64, x.device)
@@ -407,11 +290,11 @@ def compile_cases() -> list[CompileCase]:
     every = [(*kind, False) for kind in [*kinds, *((dtype, 768, p) for dtype, p in more)]]
     every += [(torch.bfloat16, H, 0.1, True) for H in (768, 1024)]
     for dtype, H, dropout_p, has_rows in every:
-        BLOCK_R, num_warps = forward_config(H)
-        BACK_R, SUM_R, back_warps = backward_config(H)
+        BLOCK_R, num_warps = rowwise.forward_config(H)
+        BACK_R, SUM_R, back_warps = rowwise.backward_config(H)
         row = {
             "THRESHOLD": keep_threshold(dropout_p), "HAS_ROWS": has_rows, "H": H,
-            "BLOCK_H": block_width(H),
+            "BLOCK_H": rowwise.block_width(H),
         }  # fmt: skip
         back = row | {"BLOCK_R": BACK_R, "SUM_R": SUM_R}
         registers = _backward_limits(dtype)[1]

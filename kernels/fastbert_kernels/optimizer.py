@@ -28,6 +28,7 @@ from fastbert_kernels.checks import (
     require_tensor,
 )
 from fastbert_kernels.compile_cases import CompileCase
+from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
 from fastbert_kernels.triton_import import tl, triton
 
 # 4 elements a thread, 16 bytes of each fp32 buffer: with 8, Triton loads as the bf16 store wants it
@@ -320,7 +321,7 @@ _MUTATED = ("master", "exp_avg", "exp_avg_sq", "weights", "step", "skipped", "gr
 
 @torch.library.custom_op("fastbert::optimizer_step", mutates_args=_MUTATED)
 def _step(
-    table: list[Tensor],  # of LAMB; empty for AdamW
+    table: list[Tensor],  # of LAMB; empty for AdamW. Then `Buffers`, then `Hyperparameters`
     master: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -331,11 +332,11 @@ def _step(
     skipped: Tensor,
     grad_scale: Tensor,
     grad_norm: Tensor,
+    decay_end: int,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    decay_end: int,
     max_grad_norm: float,
 ) -> None:
     P = master.numel()
@@ -382,95 +383,55 @@ def _fp32(device: torch.device, size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=device)
 
 
-def _check(
-    op, master, grad, exp_avg, exp_avg_sq, weights, lr, step, skipped, grad_scale, grad_norm,
-    beta1, beta2, decay_end,
-):  # fmt: skip
-    device, P = master.device, master.numel()
+def _check(op: str, buffers: Buffers, hyper: Hyperparameters) -> None:
+    device, P = buffers.master.device, buffers.master.numel()
     require_launchable(op, _adamw_kernel, device, f"reference_optimizer.{op}")
-    require_tensor(op, "master", master, (None,), torch.float32, device)
+    kinds: dict[str, tuple[tuple[int | None, ...], Any]] = {
+        "master": ((None,), torch.float32),
+        **dict.fromkeys(("exp_avg", "exp_avg_sq"), ((P,), torch.float32)),
+        **dict.fromkeys(("grad", "weights"), ((P,), STORAGE_DTYPES)),
+        **dict.fromkeys(("lr", "grad_scale", "grad_norm"), ((), torch.float32)),
+        **dict.fromkeys(("step", "skipped"), ((), torch.int64)),
+    }
+    for name, (shape, dtype) in kinds.items():
+        tensor = getattr(buffers, name)
+        if tensor is not None:
+            require_tensor(op, name, tensor, shape, dtype, device)
     require(P > 0, f"{op}: master is empty")
-    for name, tensor in {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items():
-        require_tensor(op, name, tensor, (P,), torch.float32, device)
-    require_tensor(op, "grad", grad, (P,), STORAGE_DTYPES, device)
-    if weights is not None:
-        require_tensor(op, "weights", weights, (P,), STORAGE_DTYPES, device)
-    for name, tensor in {"lr": lr, "grad_scale": grad_scale, "grad_norm": grad_norm}.items():
-        require_tensor(op, name, tensor, (), torch.float32, device)
-    for name, tensor in {"step": step, "skipped": skipped}.items():
-        require_tensor(op, name, tensor, (), torch.int64, device)
-    if not (0 < beta1 < 1 and 0 < beta2 < 1):
-        raise ValueError(f"{op}: betas {beta1}, {beta2} are not inside (0, 1)")
-    if not 0 <= decay_end <= P:
-        raise ValueError(f"{op}: decay_end = {decay_end} is outside [0, {P}]")
+    betas, decay_end = (hyper.beta1, hyper.beta2), hyper.decay_end
+    inside = all(0 < beta < 1 for beta in betas)
+    require(inside, f"{op}: betas {betas[0]}, {betas[1]} are not inside (0, 1)")
+    require(0 <= decay_end <= P, f"{op}: decay_end = {decay_end} is outside [0, {P}]")
 
 
-def adamw_step(
-    master: Tensor,  # (P,) fp32
-    grad: Tensor,  # (P,) fp32, bf16 or fp16: grad_scale times the gradient
-    exp_avg: Tensor,  # (P,) fp32
-    exp_avg_sq: Tensor,  # (P,) fp32
-    weights: Tensor | None,  # (P,) the rounded copy to compute with, if any
-    lr: Tensor,  # () fp32
-    step: Tensor,  # () int64: updates made so far
-    skipped: Tensor,  # () int64: updates skipped so far
-    grad_scale: Tensor,  # () fp32
-    grad_norm: Tensor,  # () fp32, set to the norm before clipping
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decay_end: int,  # elements [0, decay_end) are decayed
-    max_grad_norm: float,  # 0: no clipping
-) -> None:
+def adamw_step(buffers: Buffers, hyper: Hyperparameters) -> None:
     """AdamW in place and in three launches; `reference_optimizer.adamw_step` says what it computes.
 
     Raises:
         ValueError: a buffer's shape, dtype or device does not fit, or a setting is out of range.
     """
-    tensors = (
-        master, grad, exp_avg, exp_avg_sq, weights, lr, step, skipped, grad_scale, grad_norm
-    )  # fmt: skip
-    _check("adamw_step", *tensors, beta1, beta2, decay_end)
-    _step([], *tensors, beta1, beta2, eps, weight_decay, decay_end, max_grad_norm)
+    _check("adamw_step", buffers, hyper)
+    _step([], *buffers, *hyper)
 
 
 def lamb_step(
-    master: Tensor,  # (P,) fp32
-    grad: Tensor,  # (P,) fp32, bf16 or fp16: grad_scale times the gradient
-    exp_avg: Tensor,  # (P,) fp32
-    exp_avg_sq: Tensor,  # (P,) fp32
-    weights: Tensor | None,  # (P,) the rounded copy to compute with, if any
-    lr: Tensor,  # () fp32
-    step: Tensor,  # () int64: updates made so far
-    skipped: Tensor,  # () int64: updates skipped so far
-    grad_scale: Tensor,  # () fp32
-    grad_norm: Tensor,  # () fp32, set to the norm before clipping
+    buffers: Buffers,
+    hyper: Hyperparameters,
     table: LambTable,  # of the same buffers
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decay_end: int,  # parameters before it are decayed and take a trust ratio
-    max_grad_norm: float,  # 0: no clipping
 ) -> None:
     """LAMB in place and in five launches; `reference_optimizer.lamb_step` says what it computes.
 
     Raises:
         ValueError: a buffer's shape, dtype or device does not fit, or a setting is out of range.
     """
-    tensors = (
-        master, grad, exp_avg, exp_avg_sq, weights, lr, step, skipped, grad_scale, grad_norm
-    )  # fmt: skip
-    _check("lamb_step", *tensors, beta1, beta2, decay_end)
-    P, device = master.numel(), master.device
-    op, blocks = "lamb_step", table.bounds.shape[0]
+    op, P, device = "lamb_step", buffers.master.numel(), buffers.master.device
+    _check(op, buffers, hyper)
+    blocks = table.bounds.shape[0]
     require_tensor(op, "table.bounds", table.bounds, (None, 2), torch.int64, device)
     require_tensor(op, "table.parameter", table.parameter, (blocks,), torch.int32, device)
     require_tensor(op, "table.first_block", table.first_block, (None,), torch.int32, device)
     require(table.end <= P, f"lamb_step: table needs {table.end} elements, the buffers have {P}")
-    columns = [table.bounds, table.parameter, table.first_block]
-    _step(columns, *tensors, beta1, beta2, eps, weight_decay, decay_end, max_grad_norm)
+    _step([table.bounds, table.parameter, table.first_block], *buffers, *hyper)
 
 
 def compile_cases() -> list[CompileCase]:

@@ -9,6 +9,8 @@ max_grad_norm <= 0 clips nothing. A gradient that holds an inf or a nan changes 
 `grad_norm`, and adds 1 to `skipped`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,78 +27,78 @@ Spans = list[tuple[int, int]]
 """Where each parameter starts and stops in the flat buffers."""
 
 
+class Buffers(NamedTuple):
+    """What an update reads and writes, all on one device."""
+
+    master: Tensor  # (P,) fp32
+    grad: Tensor  # (P,) fp32, bf16 or fp16: grad_scale times the gradient
+    exp_avg: Tensor  # (P,) fp32
+    exp_avg_sq: Tensor  # (P,) fp32
+    weights: Tensor | None  # (P,) the rounded copy to compute with, if any
+    lr: Tensor  # () fp32
+    step: Tensor  # () int64: updates made so far
+    skipped: Tensor  # () int64: updates skipped so far
+    grad_scale: Tensor  # () fp32
+    grad_norm: Tensor  # () fp32, set to the norm before clipping
+
+
+class Hyperparameters(NamedTuple):
+    """What stays as it is for a whole run; the learning rate does not, and is a buffer."""
+
+    decay_end: int  # elements [0, decay_end) are decayed; of LAMB they take a trust ratio, too
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0  # 0: no clipping
+
+
 @torch.no_grad()
-def _clipped(
-    grad: Tensor, grad_scale: Tensor, max_grad_norm: float, step: Tensor, skipped: Tensor,
-    grad_norm: Tensor,
-) -> Tensor | None:  # fmt: skip
+def _clipped(buffers: Buffers, max_grad_norm: float) -> Tensor | None:
     """The gradient to use, counted as a step; None where it is not finite."""
-    grad = grad.to(grad_norm.dtype) / grad_scale
+    grad_norm = buffers.grad_norm
+    grad = buffers.grad.to(grad_norm.dtype) / buffers.grad_scale
     grad_norm.copy_(torch.linalg.vector_norm(grad))
     if not bool(grad_norm.isfinite()):
-        skipped += 1
+        buffers.skipped.add_(1)
         return None
-    step += 1
+    buffers.step.add_(1)
     if max_grad_norm > 0:
         grad = grad * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     return grad
 
 
+def _corrections(buffers: Buffers, hyper: Hyperparameters) -> tuple[float, float]:
+    """1 - β₁ᵗ and 1 - β₂ᵗ."""
+    t = int(buffers.step)
+    return 1 - hyper.beta1**t, 1 - hyper.beta2**t
+
+
 @torch.no_grad()
-def adamw_step(
-    master: Tensor,  # (P,) fp32
-    grad: Tensor,  # (P,) fp32 or bf16: grad_scale times the gradient
-    exp_avg: Tensor,  # (P,) fp32
-    exp_avg_sq: Tensor,  # (P,) fp32
-    weights: Tensor | None,  # (P,) the rounded copy to compute with, if any
-    lr: Tensor,  # () fp32
-    step: Tensor,  # () int64: updates made so far
-    skipped: Tensor,  # () int64: updates skipped so far
-    grad_scale: Tensor,  # () fp32
-    grad_norm: Tensor,  # () fp32, set to the norm before clipping
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decay_end: int,  # elements [0, decay_end) are decayed
-    max_grad_norm: float,
-) -> None:
+def adamw_step(buffers: Buffers, hyper: Hyperparameters) -> None:
     """AdamW (Loshchilov & Hutter 2019), in torch.optim.AdamW's order of operations.
 
     m ← β₁ m + (1 - β₁) g,  v ← β₂ v + (1 - β₂) g²,
     w ← (1 - lr λ) w - lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)
     """
-    used = _clipped(grad, grad_scale, max_grad_norm, step, skipped, grad_norm)
-    if used is None:
+    g = _clipped(buffers, hyper.max_grad_norm)
+    if g is None:
         return
-    correction1, correction2 = 1 - beta1 ** int(step), 1 - beta2 ** int(step)
-    master[:decay_end].mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(used, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(used, used, value=1 - beta2)
-    master -= lr / correction1 * exp_avg / (exp_avg_sq.sqrt() / correction2**0.5 + eps)
-    if weights is not None:
-        weights.copy_(master)
+    correction1, correction2 = _corrections(buffers, hyper)
+    w, m, v, lr = buffers.master, buffers.exp_avg, buffers.exp_avg_sq, buffers.lr
+    w[: hyper.decay_end].mul_(1 - lr * hyper.weight_decay)
+    m.lerp_(g, 1 - hyper.beta1)
+    v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
+    w -= lr / correction1 * m / (v.sqrt() / correction2**0.5 + hyper.eps)
+    if buffers.weights is not None:
+        buffers.weights.copy_(w)
 
 
 @torch.no_grad()
 def lamb_step(
-    master: Tensor,  # (P,) fp32
-    grad: Tensor,  # (P,) fp32 or bf16: grad_scale times the gradient
-    exp_avg: Tensor,  # (P,) fp32
-    exp_avg_sq: Tensor,  # (P,) fp32
-    weights: Tensor | None,  # (P,) the rounded copy to compute with, if any
-    lr: Tensor,  # () fp32
-    step: Tensor,  # () int64: updates made so far
-    skipped: Tensor,  # () int64: updates skipped so far
-    grad_scale: Tensor,  # () fp32
-    grad_norm: Tensor,  # () fp32, set to the norm before clipping
+    buffers: Buffers,
+    hyper: Hyperparameters,
     spans: Spans,  # of the parameters; what lies between them is left alone
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decay_end: int,  # parameters before it are decayed and take a trust ratio
-    max_grad_norm: float,
 ) -> None:
     """LAMB (You et al. 2020, algorithm 2), with what NVIDIA's BERT recipe adds to it.
 
@@ -105,24 +107,25 @@ def lamb_step(
     is 1), biases and LayerNorms have neither decay nor trust ratio, and the ratio is 1 where one
     of the norms is 0.
     """
-    used = _clipped(grad, grad_scale, max_grad_norm, step, skipped, grad_norm)
-    if used is None:
+    grad = _clipped(buffers, hyper.max_grad_norm)
+    if grad is None:
         return
-    correction1, correction2 = 1 - beta1 ** int(step), 1 - beta2 ** int(step)
+    correction1, correction2 = _corrections(buffers, hyper)
+    whole = (buffers.master, buffers.exp_avg, buffers.exp_avg_sq, grad)
     for start, stop in spans:
-        w, m, v, g = (buffer[start:stop] for buffer in (master, exp_avg, exp_avg_sq, used))
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        update = m / correction1 / (v.sqrt() / correction2**0.5 + eps)
+        w, m, v, g = (buffer[start:stop] for buffer in whole)
+        m.lerp_(g, 1 - hyper.beta1)
+        v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
+        update = m / correction1 / (v.sqrt() / correction2**0.5 + hyper.eps)
         ratio = 1.0
-        if start < decay_end:
-            update += weight_decay * w
+        if start < hyper.decay_end:
+            update += hyper.weight_decay * w
             norms = torch.linalg.vector_norm(w), torch.linalg.vector_norm(update)
             if all(norms):
                 ratio = float(norms[0] / norms[1])
-        w -= lr * ratio * update
-    if weights is not None:
-        weights.copy_(master)
+        w -= buffers.lr * ratio * update
+    if buffers.weights is not None:
+        buffers.weights.copy_(buffers.master)
 
 
 def share(probability: float) -> int:

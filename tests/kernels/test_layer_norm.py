@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastbert_kernels import reference
-from fastbert_kernels.layer_norm import _forward, block_width, dropout_add_layer_norm
+from fastbert_kernels.layer_norm import _forward, dropout_add_layer_norm
 from fastbert_kernels.philox import keep_mask
+from fastbert_kernels.rowwise import block_width
 
 SEED = [12345, 6, 2]
 TINY = {torch.float32: 1e-6, torch.float16: 1e-3}

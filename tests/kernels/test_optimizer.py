@@ -11,17 +11,11 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from fastbert_kernels import optimizer, reference_optimizer
 from fastbert_kernels.optimizer import adamw_step, lamb_step, lamb_table
+from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
 
 SPANS = [(0, 5000), (5008, 5108), (5120, 5121), (5136, 5236)]
 DECAY_END, P = 5120, 5248
-NAMED = {
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-6,
-    "weight_decay": 0.01,
-    "decay_end": DECAY_END,
-    "max_grad_norm": 1.0,
-}
+HYPER = Hyperparameters(DECAY_END)
 
 
 def state(dtype: torch.dtype | None = torch.float16, size: int = P) -> dict[str, Any]:
@@ -67,8 +61,8 @@ def side_by_side(
     step: Callable[..., None],
     oracle: Callable[..., None],
     dtype: torch.dtype,
-    kernel_settings: dict[str, Any],
-    oracle_settings: dict[str, Any],
+    own: tuple[Any, ...],
+    theirs: tuple[Any, ...],
 ) -> None:
     """50 steps in fp32, 12 with gradients in fp16; steps 7 and 9 hold an inf and a nan."""
     steps = 50 if dtype == torch.float32 else 12
@@ -84,8 +78,8 @@ def side_by_side(
         if i == 9:
             grad[-20] = torch.nan
         before = {name: copy.deepcopy(t) for name, t in found.items()}
-        step(grad=grad, **found, **kernel_settings, **NAMED)
-        oracle(grad=grad, **want, **oracle_settings, **NAMED)
+        step(Buffers(grad=grad, **found), HYPER, *own)
+        oracle(Buffers(grad=grad, **want), HYPER, *theirs)
         if i in (7, 9):
             for name in ("master", "exp_avg", "exp_avg_sq", "step"):
                 assert torch.equal(found[name], before[name]), name
@@ -102,16 +96,14 @@ def side_by_side(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.usefixtures("poisoned")
 def test_adamw_over_many_steps(dtype: torch.dtype) -> None:
-    side_by_side(adamw_step, reference_optimizer.adamw_step, dtype, {}, {})
+    side_by_side(adamw_step, reference_optimizer.adamw_step, dtype, (), ())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.usefixtures("poisoned")
 def test_lamb_over_many_steps(dtype: torch.dtype) -> None:
     table = lamb_table(SPANS, "cpu")
-    side_by_side(
-        lamb_step, reference_optimizer.lamb_step, dtype, {"table": table}, {"spans": SPANS}
-    )
+    side_by_side(lamb_step, reference_optimizer.lamb_step, dtype, (table,), (SPANS,))
 
 
 def test_the_reference_is_torch_adamw() -> None:
@@ -128,7 +120,7 @@ def test_the_reference_is_torch_adamw() -> None:
             parameter.grad = part / 8.0
         norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         adamw.step()
-        reference_optimizer.adamw_step(grad=grad, **ours, **NAMED)
+        reference_optimizer.adamw_step(Buffers(grad=grad, **ours), HYPER)
         assert torch.allclose(ours["grad_norm"], norm)
     assert torch.allclose(ours["master"], torch.cat([p.detach() for p in theirs]), atol=1e-6)
 
@@ -137,7 +129,7 @@ def test_lamb_by_hand() -> None:
     ours = state(None)
     grad = gradient(ours, torch.float32, 0.01)
     before = ours["master"].clone()
-    lamb_step(grad=grad, **ours, table=lamb_table(SPANS, "cpu"), **NAMED)
+    lamb_step(Buffers(grad=grad, **ours), HYPER, lamb_table(SPANS, "cpu"))
     g = grad / 8.0
     g = g / max(1.0, float(g.norm()) + 1e-6)
     for start, stop in SPANS:
@@ -155,11 +147,11 @@ def test_any_number_of_elements(size: int) -> None:
     found = state(torch.float16, 9000)
     found = {n: t[:size].clone() if t is not None and t.dim() else t for n, t in found.items()}
     want = widened(found)
-    settings = NAMED | {"decay_end": size // 2}
+    hyper = Hyperparameters(size // 2)
     for _ in range(3):
         grad = torch.randn(size)
-        adamw_step(grad=grad, **found, **settings)
-        reference_optimizer.adamw_step(grad=grad, **want, **settings)
+        adamw_step(Buffers(grad=grad, **found), hyper)
+        reference_optimizer.adamw_step(Buffers(grad=grad, **want), hyper)
     close(found, want, 1e-5)
 
 
@@ -167,9 +159,9 @@ def test_no_clipping_and_no_weights() -> None:
     found = state(None)
     want = widened(found)
     grad = gradient(found, torch.float32, 0.1)
-    settings = NAMED | {"max_grad_norm": 0.0}
-    adamw_step(grad=grad, **found, **settings)
-    reference_optimizer.adamw_step(grad=grad, **want, **settings)
+    hyper = HYPER._replace(max_grad_norm=0.0)
+    adamw_step(Buffers(grad=grad, **found), hyper)
+    reference_optimizer.adamw_step(Buffers(grad=grad, **want), hyper)
     assert found["grad_norm"] > 1.0
     close(found, want, 1e-5)
 
@@ -181,7 +173,7 @@ def test_opcheck() -> None:
         grad = gradient(buffers, torch.float32, 0.1)
         lamb = lamb_table(SPANS, "cpu")
         for table in ([], [lamb.bounds, lamb.parameter, lamb.first_block]):
-            call = buffers | NAMED | {"grad": grad, "table": table}
+            call = buffers | HYPER._asdict() | {"grad": grad, "table": table}
             torch.library.opcheck(optimizer._step, (), call, test_utils=tests)
 
 
@@ -189,8 +181,8 @@ def test_compiles_without_a_graph_break() -> None:
     table = lamb_table(SPANS, "cpu")
 
     def both_steps(grad: Tensor, first: dict[str, Any], second: dict[str, Any]) -> None:
-        adamw_step(grad=grad, **first, **NAMED)
-        lamb_step(grad=grad, **second, table=table, **NAMED)
+        adamw_step(Buffers(grad=grad, **first), HYPER)
+        lamb_step(Buffers(grad=grad, **second), HYPER, table)
 
     eager = [state(torch.float16), state(torch.float16)]
     traced = [{n: t.clone() for n, t in buffers.items()} for buffers in eager]
@@ -203,10 +195,10 @@ def test_compiles_without_a_graph_break() -> None:
 
 @pytest.mark.parametrize(
     ("step", "own", "most"),
-    [(adamw_step, {}, 3), (lamb_step, {"table": lamb_table(SPANS, "cpu")}, 5)],
+    [(adamw_step, (), 3), (lamb_step, (lamb_table(SPANS, "cpu"),), 5)],
 )
 def test_how_many_launches(
-    step: Callable[..., None], own: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch
+    step: Callable[..., None], own: tuple[Any, ...], most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the number of parameters; and nothing of PyTorch's own in between."""
     launches: list[object] = []
@@ -214,28 +206,28 @@ def test_how_many_launches(
     grad = gradient(buffers, torch.float32, 0.1)
     monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: launches.append(args))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(grad=grad, **buffers, **own, **NAMED)
+        step(Buffers(grad=grad, **buffers), HYPER, *own)
     assert len(launches) == most
     names = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
     assert names == {"aten::empty"}
 
 
 def test_bad_arguments() -> None:
-    good = state(torch.float16) | NAMED | {"grad": torch.zeros(P)}
+    good = Buffers(grad=torch.zeros(P), **state(torch.float16))
     bad = {
-        "grad has shape": {"grad": torch.zeros(P - 1)},
-        "exp_avg has shape": {"exp_avg": torch.zeros(P + 1)},
-        "betas": {"beta1": 1.0},
-        "decay_end": {"decay_end": P + 1},
+        "grad has shape": (good._replace(grad=torch.zeros(P - 1)), HYPER),
+        "exp_avg has shape": (good._replace(exp_avg=torch.zeros(P + 1)), HYPER),
+        "betas": (good, HYPER._replace(beta1=1.0)),
+        "decay_end": (good, HYPER._replace(decay_end=P + 1)),
     }
     table = lamb_table(SPANS, "cpu")
-    for message, change in bad.items():
+    for message, call in bad.items():
         with pytest.raises(ValueError, match=f"adamw_step: {message}"):
-            adamw_step(**(good | change))
+            adamw_step(*call)
         with pytest.raises(ValueError, match=f"lamb_step: {message}"):
-            lamb_step(**(good | change), table=table)
+            lamb_step(*call, table)
     with pytest.raises(ValueError, match="table needs 6016 elements"):
-        lamb_step(**good, table=lamb_table([(0, 6001)], "cpu"))
+        lamb_step(good, HYPER, lamb_table([(0, 6001)], "cpu"))
     for spans in ([], [(0, 5), (1, 7)], [(8, 16)], [(16, 16)], [(0, 17), (16, 20)]):
         with pytest.raises(ValueError, match="lamb_table"):
             lamb_table(spans, "cpu")

@@ -22,6 +22,7 @@ from fastbert_kernels.layer_norm import dropout_add_layer_norm
 from fastbert_kernels.linear import linear_gelu
 from fastbert_kernels.mask import mask_tokens
 from fastbert_kernels.optimizer import adamw_step, lamb_step, lamb_table
+from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
 
 # exp overflows to infinity where 1 / (1 + exp) is to be 0; numpy, which interprets, warns of it.
 pytestmark = [
@@ -215,17 +216,17 @@ def test_adamw_and_lamb(
         "grad_norm": torch.tensor(0.0),
         **{name: torch.tensor(3) for name in ("step", "skipped")},
     }
-    call = {
-        "grad": (torch.randn(P) * inside).to(dtype),
-        **{"beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.1},
-        "decay_end": [*(begin for begin, _ in spans), P][min(decayed, len(spans))],
-        "max_grad_norm": max_grad_norm,
-    }
+    grad = (torch.randn(P) * inside).to(dtype)
+    hyper = Hyperparameters(
+        [*(begin for begin, _ in spans), P][min(decayed, len(spans))],
+        beta2=0.98,
+        weight_decay=0.1,
+        max_grad_norm=max_grad_norm,
+    )
     for step, own, oracle, theirs in (
-        (adamw_step, {}, reference_optimizer.adamw_step, {}),
-        (lamb_step, {"table": lamb_table(spans, "cpu")}, reference_optimizer.lamb_step,
-         {"spans": spans}),
-    ):  # fmt: skip
+        (adamw_step, (), reference_optimizer.adamw_step, ()),
+        (lamb_step, (lamb_table(spans, "cpu"),), reference_optimizer.lamb_step, (spans,)),
+    ):
         found = {n: t if t is None else t.clone() for n, t in start.items()}
         want = {
             n: t.double()
@@ -235,8 +236,8 @@ def test_adamw_and_lamb(
             else t.clone()
             for n, t in start.items()
         }
-        step(**found, **call, **own)
-        oracle(**want, **call, **theirs)
+        step(Buffers(grad=grad, **found), hyper, *own)
+        oracle(Buffers(grad=grad, **want), hyper, *theirs)
         for name in ("master", "exp_avg", "exp_avg_sq", "grad_norm"):
             error = (found[name] - want[name]).abs().max()
             assert error <= 1e-5 * want[name].abs().max(), name

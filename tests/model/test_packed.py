@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from fastbert.config import ModelConfig
-from fastbert.model.bert import Bert
-from fastbert.model.encoder import Layer, distinct
+from fastbert.model.bert import Bert, Layer, distinct
 from fastbert.ops import REFERENCE, Ops, choose_ops
 
 BUNDLES = {"reference": REFERENCE, "cpu": choose_ops("cpu", False)}
@@ -186,7 +185,7 @@ def test_rows_of_the_last_layer_are_those_of_the_whole(model: Bert, p: float) ->
     documents = Documents([9, 16, 1, 7, 0, 0])
     whole = model.encode(*documents.tokens)
     rows = torch.tensor([0, 3, 9, 8, 25, 26, 32, 3, 0])  # any order, repeats
-    some = model.encode(*documents.tokens, rows)
+    some = model.encode(*documents.tokens, rows=rows)
     assert some.shape == (9, 32)
     assert (some - whole[rows]).abs().max() < 1e-6
     assert torch.equal(whole, model.hidden_states(*documents.tokens)[-1])

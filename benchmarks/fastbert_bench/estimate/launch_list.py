@@ -1,6 +1,6 @@
 """Every kernel of a training step in symbols, committed in launch_list.json.
 
-`python -m fastbert_bench.estimate.launches --list` records it (see `estimate.launches`), a line a
+`python -m fastbert_bench.gpu.launches --list` records it (see `gpu.launches`), a line a
 kernel: how often, direction, name, arrays read, arrays written. Sizes are formulas in the letters
 of `sizes_of`, so that the list stands for any model and batch; sizes that are a launch's own (its
 partial sums) stay as recorded. `read` gives the kernels of one step.
@@ -49,7 +49,7 @@ class Kernel(NamedTuple):
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
     launch: Any = None
-    """Of our own kernels, where it was recorded: a `fastbert_bench.estimate.launches.Launch`."""
+    """Of our own kernels, where it was recorded: a `fastbert_bench.gpu.launches.Launch`."""
 
     @property
     def bytes(self) -> int:

@@ -33,6 +33,7 @@ from fastbert_bench.kernels.costs import COSTS, Cost, model_sizes
 from fastbert_bench.measure.flops import MLM_PROBABILITY, executed_flops_per_token, flops_per_token
 from fastbert_bench.measure.marked import with_lines
 from fastbert_bench.measure.places import RESULTS, ROOT
+from fastbert_bench.measure.workloads import SEED, TINY, WORKLOADS, Workload
 
 FILE = Path(__file__).with_name("predictions.json")
 LOG = ROOT / "benchmarks" / "LOG.md"
@@ -143,15 +144,12 @@ def of(device_name: str, kind: str, workload: str) -> Prediction | None:
 
 def make(found: Mapping[str, Any], before: Table) -> Table:
     """The whole table as of now; of devices in `found` what there was `before` stays as it was."""
-    from fastbert_bench.gpu import step as gpu_step
-    from fastbert_bench.gpu import trace as gpu_trace
-
     table: Table = {}
     for gpu in GPUS:
         device, here = DEVICES[gpu], table.setdefault(gpu, {})
-        for step in gpu_step.WORKLOADS.values():
-            if step.name != gpu_step.TINY:
-                lengths = step.draw(np.random.default_rng(gpu_step.SEED))
+        for step in WORKLOADS.values():
+            if step.name != TINY:
+                lengths = step.draw(np.random.default_rng(SEED))
                 tokens = int(lengths.sum())
                 here[f"step {step.name}"] = predict(step.sizes, lengths, tokens, device)
         for cost in COSTS:
@@ -159,8 +157,8 @@ def make(found: Mapping[str, Any], before: Table) -> Table:
                 for S in (128, 512) if cost.op == "attention" else (512,):
                     here[f"kernel {cost.op} {cost.direction} {S}"] = predict_kernel(cost, S, device)
         for name in TRACED:
-            traced = gpu_trace.Workload.of(name)
-            lengths = traced.draw(TOKENS)
+            traced = Workload.of(name)
+            lengths = traced.draw_tokens(TOKENS)
             here[f"trace {name}"] = predict(model_config(traced.model), lengths, TOKENS, device)
         if gpu in found:
             kept = before.get(gpu, {})

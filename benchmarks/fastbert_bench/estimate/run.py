@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.config import ModelConfig, model_config
+from fastbert.config import ModelConfig, PretrainConfig, model_config
 from fastbert.errors import RunError, UserError
 from fastbert_bench.config import EstimateConfig
 from fastbert_bench.estimate.launch_list import sizes_of
@@ -44,12 +44,11 @@ from fastbert_bench.measure.flops import (
     executed_flops_per_token,
     flops_per_token,
 )
+from fastbert_bench.measure.lengths import file_lengths, lengths_asked
 from fastbert_bench.measure.places import RESULTS, ROOT
-from fastbert_bench.suites.contenders import file_lengths, lengths_asked
 from fastbert_kernels.attention_config import HEAD_SIZES
 
 GIB = 2**30
-GPU_COUNTS = (1, 8, 64, 1024)
 NODE_GPUS = 8
 INFINIBAND = 400e9 / 8
 """Bytes a second and direction of one port."""
@@ -338,6 +337,8 @@ def estimate(config: EstimateConfig, results: Path = RESULTS) -> Estimate:
         UserError: settings that do not fit the model or the memory.
     """
     sizes, device = model_config(config.model), DEVICES[config.gpu]
+    if config.vocab_size is not None:
+        sizes = dataclasses.replace(sizes, vocab_size=config.vocab_size)
     drawn = drawn_lengths(config)
     lengths = Lengths.of(drawn)
     memory = Memory.of(sizes, device)
@@ -378,7 +379,7 @@ def estimate(config: EstimateConfig, results: Path = RESULTS) -> Estimate:
         )
 
     plans = []
-    for gpus in sorted({config.gpus, *GPU_COUNTS} if device.nvlink else {config.gpus}):
+    for gpus in config.counts():
         plans.append(plan(gpus, T))
         most = int(LARGEST_KNOWN_BATCH * lengths.mean / gpus)
         if most < T:
@@ -413,7 +414,7 @@ def _watts(device: Device, measured: Measured | None) -> tuple[float | None, str
         return watts, "measured in that file"
     if device.power_watts is None:
         return None, "not known for this device"
-    told = f"assumed: {POWER_SHARE:.0%} of the part's limit of {device.power_watts:.0f} W"
+    told = f"assumed, {POWER_SHARE:.0%} of the part's limit of {device.power_watts:.0f} W"
     return device.power_watts * POWER_SHARE, told
 
 
@@ -456,7 +457,13 @@ def assumptions(found: Estimate) -> list[str]:
     ]
     if config.epochs is None and config.tokens is None:
         lines.append(f"tokens: {BERT_TOKENS:.3g} as BERT's own run, 1M steps of 256 x 512")
-    if device.nvlink:
+    if config.vocab_size is None:
+        lines.append(
+            f"vocabulary: {found.model.vocab_size:,} tokens, the model's own; a tokenizer that "
+            f"`fastbert pretrain` trains has {PretrainConfig.vocab_size:,} unless told otherwise "
+            "(--vocab-size, here and there)"
+        )
+    if max(config.counts()) > 1:
         lines += [
             "several GPUs: never measured; data parallel, a ring all-reduces 4 bytes a parameter, "
             "hidden by the backward except for the tied embedding, which ends with it",
@@ -527,9 +534,10 @@ def table(found: Estimate) -> str:
     """The estimate as text."""
     memory, T, config = found.memory, found.micro_batch, found.config
     lines = [
-        f"{config.model} ({parameters(found.model) / 1e6:.0f}M parameters), lengths "
+        f"{config.model} ({parameters(found.model) / 1e6:.0f}M parameters, vocabulary "
+        f"{found.model.vocab_size:,}), lengths "
         f"{config.lengths} up to {config.max_seq_length}, {found.tokens:.4g} tokens, {config.gpu}",
-        f"step time: {found.source}",
+        f"step time, {found.source}",
         f"memory of each: {memory.state_bytes / GIB:.1f} GiB of weights, gradients and moments + "
         f"{T * memory.bytes_per_token / GIB:.1f} of activations and logits, of "
         f"{memory.device_bytes / GIB:.0f}; the largest micro-batch is "
@@ -538,18 +546,19 @@ def table(found: Estimate) -> str:
         *family_lines(found.cost, T),
         "",
         f"{'GPUs':>5}{'tokens each':>13}{'ms/step':>10}{'low':>9}{'high':>9}{'exposed':>9}"
-        f"{'scaling':>9}{'tokens/s':>14}{'MFU':>7}{'exec.':>7}{'seq/step':>10}{'steps':>12}"
-        f"{'days':>9}{'dollars':>11}{'kWh':>9}",
+        f"{'scaling':>9}{'tokens/s':>15}{'MFU':>7}{'exec.':>7}{'seq/step':>11}{'steps':>12}"
+        f"{'time':>14}{'dollars':>11}{'kWh':>9}",
     ]
     for plan in found.plans:
         lines.append(
             f"{plan.gpus:>5,}{plan.tokens_per_batch:>13,}{plan.step_seconds * 1e3:>10,.1f}"
             f"{plan.low_seconds * 1e3:>9,.1f}{plan.high_seconds * 1e3:>9,.1f}"
             f"{plan.exposed_seconds * 1e3:>9.1f}{plan.efficiency:>9.1%}"
-            f"{plan.tokens_per_second:>14,.0f}{_or_dash(plan.mfu, '.1%'):>7}"
-            f"{_or_dash(plan.mfu_executed, '.1%'):>7}"
-            f"{plan.sequences_per_step:>10,.0f}{plan.optimizer_steps:>12,}{plan.days:>9,.3g}"
-            f"{_or_dash(plan.dollars, ',.0f'):>11}{_or_dash(plan.kilowatt_hours, ',.0f'):>9}"
+            f"{plan.tokens_per_second:>15,.0f}{or_dash(plan.mfu, '.1%'):>7}"
+            f"{or_dash(plan.mfu_executed, '.1%'):>7}"
+            f"{plan.sequences_per_step:>11,.0f}{plan.optimizer_steps:>12,}"
+            f"{duration(plan.days * 86400):>14}{or_dash(plan.dollars, ',.0f'):>11}"
+            f"{or_dash(plan.kilowatt_hours, ',.0f'):>9}"
         )
     lines += [f"warning: {line}" for line in warnings(found)]
     return "\n".join((*lines, "", "assumptions", *(f"- {line}" for line in assumptions(found))))
@@ -566,7 +575,7 @@ def family_lines(cost: StepCost, tokens: int) -> list[str]:
             lines.append(
                 f"{one.name:<36}{one.launches:>9,}{one.seconds * 1e3:>10,.2f}"
                 f"{one.seconds / cost.seconds:>7.1%}{one.low * 1e3:>10,.2f}{one.high * 1e3:>10,.2f}"
-                f"  {one.limit:<13}{_or_dash(one.filled, '.0%'):>7}"
+                f"  {one.limit:<13}{or_dash(one.filled, '.0%'):>7}"
                 f"{one.flops / 1e12:>8,.2f}{one.bytes / 1e9:>8,.1f}"
             )
     lines.append(
@@ -576,7 +585,16 @@ def family_lines(cost: StepCost, tokens: int) -> list[str]:
     return lines
 
 
-def _or_dash(value: float | None, form: str) -> str:
+def duration(seconds: float) -> str:
+    """In the largest unit of which it is more than two."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds > 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 1 else "under a second"
+
+
+def or_dash(value: float | None, form: str) -> str:
+    """A figure as a table has it; "-" where it is not known."""
     return "-" if value is None else format(value, form)
 
 

@@ -53,7 +53,7 @@ OVERLAP = 3
 """Pipes overlap in part: between their largest and their sum, the root of the sum of cubes."""
 RAMP = 1000
 """Cycles until a program's first tile has come from memory."""
-TAIL = 64  # columns, as in fastbert_kernels.attention
+TAIL = 64  # columns, as in fastbert_kernels.attention_kernels
 PRODUCT_TILES = ((128, 256), (256, 128), (128, 128))
 STEP_K = 64
 # cub sorts int64 by 8 bits at a time: keys and values read and written eight times.

@@ -20,9 +20,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastbert_bench.gpu import gemms
+from fastbert_bench.gpu import pretrain as gpu_pretrain
+from fastbert_bench.gpu import smoke as gpu_smoke
+from fastbert_bench.gpu import step as gpu_step
+from fastbert_bench.gpu import trace as gpu_trace
+from fastbert_bench.kernels import stage as kernel_stage
 from fastbert_bench.kernels.costs import OPS
 from fastbert_bench.measure import processes
 from fastbert_bench.measure.processes import failed, read_json, write_json
+from fastbert_bench.measure.workloads import TINY, WORKLOADS
 
 STAGES = ("smoke", "pretrain", "step", "trace", "kernels", "rivals")
 LINES, WIDTH = 60, 150
@@ -77,11 +84,9 @@ class Asked:
 
 def parts(asked: Asked) -> Iterator[Part]:
     """All parts, the most wanted first."""
-    from fastbert_bench.gpu import step as gpu_step
-
     device = ("--device", asked.device)
     quick = ("--quick",) if asked.quick else ()
-    names = [name for name in gpu_step.WORKLOADS if (name == gpu_step.TINY) != asked.cuda]
+    names = [name for name in WORKLOADS if (name == TINY) != asked.cuda]
     names = names[: 2 if asked.quick else None]
 
     def wanted(stage: str) -> bool:
@@ -115,7 +120,7 @@ def parts(asked: Asked) -> Iterator[Part]:
             if name == names[0]:
                 yield contender(name, gpu_step.AGAIN, OURS)
     if wanted("trace"):
-        traced = ("base-512-full", "large-512-natural") if asked.cuda else (gpu_step.TINY,)
+        traced = ("base-512-full", "large-512-natural") if asked.cuda else (TINY,)
         for name in traced[: 1 if asked.quick else None]:
             arguments = (name, *quick)
             file = f"trace-{name}"
@@ -143,14 +148,12 @@ def parts(asked: Asked) -> Iterator[Part]:
 
 def kernel_parts(asked: Asked) -> Iterator[Part]:
     """First whether every op is right in every dtype and size, then how fast."""
-    from fastbert_bench.gpu import kernels as gpu_kernels
-
     folder = asked.out / "kernels"
 
     def process(name: str, op: str, seconds: float, *options: str) -> Part:
-        path = gpu_kernels.path(folder, name.replace(" ", "-"))
+        path = kernel_stage.path(folder, name.replace(" ", "-"))
         arguments = (op, str(path), asked.device, *options)
-        return Part(name, "kernels", seconds, "fastbert_bench.gpu.kernels", arguments, path)
+        return Part(name, "kernels", seconds, "fastbert_bench.kernels.stage", arguments, path)
 
     def half_of(op: str, half: str, seconds: float) -> Part:
         quick = ("--quick",) if asked.quick else ()
@@ -161,7 +164,7 @@ def kernel_parts(asked: Asked) -> Iterator[Part]:
 
         def action(left: float) -> str | None:
             folder.mkdir(parents=True, exist_ok=True)
-            notes = gpu_kernels.compile_all(
+            notes = kernel_stage.compile_all(
                 real, folder, asked.device, asked.quick, halves=(half,), seconds=left
             )
             return "; ".join(notes)[:500] or None
@@ -172,7 +175,7 @@ def kernel_parts(asked: Asked) -> Iterator[Part]:
     rest = [op for op in asked.ops if op not in main]
     if asked.cuda:
         yield warm("checks", asked.ops)
-    yield process(gpu_kernels.CEILINGS, gpu_kernels.CEILINGS, CEILINGS)
+    yield process(kernel_stage.CEILINGS, kernel_stage.CEILINGS, CEILINGS)
     for op in asked.ops:
         yield half_of(op, "checks", CHECKS.get(op, CHECKS_OF_OTHERS))
     if asked.cuda:
@@ -185,21 +188,12 @@ def kernel_parts(asked: Asked) -> Iterator[Part]:
 def compile_steps(asked: Asked, seconds: float) -> str | None:
     """Compiles all kernels of the smoke test, the steps and the run, on all cores at once."""
     count = (os.cpu_count() or 1) if asked.cuda else 1
-    deadline = time.monotonic() + seconds
     running = []
-    try:
-        for index in range(count):
-            arguments = ["--share", f"{index}/{count}", "--device", asked.device]
-            arguments += ["--out", str(asked.out / "gpu" / "compile" / f"{index}.json")]
-            process = processes.start("fastbert_bench.estimate.launches", arguments, asked.device)
-            running.append(process)
-        for process in running:
-            processes.go(process)
-        said = [processes.finish(process, deadline - time.monotonic()) for process in running]
-    finally:
-        for process in running:
-            processes.stop(process)
-    return next(filter(None, said), None)
+    for index in range(count):
+        arguments = ["--share", f"{index}/{count}", "--device", asked.device]
+        arguments += ["--out", str(asked.out / "gpu" / "compile" / f"{index}.json")]
+        running.append(processes.start("fastbert_bench.gpu.launches", arguments, asked.device))
+    return next(filter(None, processes.together(running, seconds)), None)
 
 
 class Run:
@@ -269,11 +263,8 @@ class Run:
 
     def _take(self, part: Part, why: str | None, seconds: float) -> None:
         """Makes one result of what the processes of a stage have left."""
-        from fastbert_bench.gpu import kernels as gpu_kernels
-        from fastbert_bench.gpu import step as gpu_step
-
         if part.module == "fastbert_bench.gpu.step":
-            workload = gpu_step.WORKLOADS[part.arguments[0]]
+            workload = WORKLOADS[part.arguments[0]]
             told = {
                 name.partition(": ")[2]: one["why"]
                 for name, one in self.done.items()
@@ -285,10 +276,10 @@ class Run:
                 write_json(path, found)
             else:  # an earlier run's figures must not stand for this one's
                 path.unlink(missing_ok=True)
-        elif part.module == "fastbert_bench.gpu.kernels":
+        elif part.module == "fastbert_bench.kernels.stage":
             assert part.path is not None
             left = read_json(part.path)
-            gpu_kernels.add(
+            kernel_stage.add(
                 self._kernels, part.arguments[0], left, why, seconds, self.asked.commit
             )
             self._kernels["seconds"] = time.monotonic() - self.began
@@ -307,8 +298,6 @@ class Run:
 
     def failures(self) -> list[str]:
         """A line for each thing that is wrong."""
-        from fastbert_bench.gpu import kernels as gpu_kernels
-
         checks: dict[str, list[str]] = {
             stage: failed(read_json(self.asked.out / f"{stage}.json").get("checks", ()))
             for stage in ("smoke", "pretrain")
@@ -321,25 +310,18 @@ class Run:
             if one["why"] and not one["tolerated"] and not told:
                 lines.append(f"{name}: {one['why']}")
         lines += [f"{stage}: {line}" for stage, found in checks.items() for line in found]
-        return lines + gpu_kernels.failures(self._kernels)
+        return lines + kernel_stage.failures(self._kernels)
 
     def story(self) -> list[str]:
         """At most 60 lines: every stage's table, what did not run, what is wrong."""
-        from fastbert_bench.gpu import gemms
-        from fastbert_bench.gpu import kernels as gpu_kernels
-        from fastbert_bench.gpu import pretrain as gpu_pretrain
-        from fastbert_bench.gpu import smoke as gpu_smoke
-        from fastbert_bench.gpu import step as gpu_step
-        from fastbert_bench.gpu import trace as gpu_trace
-
         out, sections = self.asked.out, []
         tables: dict[str, Callable[[Any], list[str]]] = {
             "smoke": gpu_smoke.table, "pretrain": gpu_pretrain.table,
-            **{f"step-{name}": gpu_step.table for name in gpu_step.WORKLOADS},
+            **{f"step-{name}": gpu_step.table for name in WORKLOADS},
             "trace-base-512-full": gpu_trace.table, "trace-large-512-natural": gpu_trace.table,
-            f"trace-{gpu_step.TINY}": gpu_trace.table,
+            f"trace-{TINY}": gpu_trace.table,
             "gemms": gemms.table,
-            "kernels": lambda stage: [line for line in gpu_kernels.table(stage).splitlines()
+            "kernels": lambda stage: [line for line in kernel_stage.table(stage).splitlines()
                                       if not line.startswith("FAILED")],
         }  # fmt: skip
         seen = {name.removeprefix("trace ") for name in self.done}

@@ -13,7 +13,6 @@ M rows, N columns and K summands of a product; T tokens, H hidden size, F of a w
 V vocabulary, L layers.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import math
@@ -21,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +28,13 @@ from torch import Tensor
 from fastbert.config import ModelConfig, model_config
 from fastbert_bench.estimate import predictions
 from fastbert_bench.estimate.predictions import TOKENS
+from fastbert_bench.estimate.run import or_dash
 from fastbert_bench.estimate.step_cost import GEMM_BACKWARD, GEMM_FORWARD, MLM, PRODUCT_TILES
-from fastbert_bench.gpu.trace import Keeper, one_line
+from fastbert_bench.gpu import part
 from fastbert_bench.kernels.sass import MACHINES
 from fastbert_bench.measure import result, timing
 from fastbert_bench.measure.flops import MLM_PROBABILITY
+from fastbert_bench.measure.processes import one_line
 from fastbert_bench.profile import step as profiling
 
 Found = dict[str, Any]
@@ -331,8 +331,8 @@ def table(found: Found) -> list[str]:
         cells = [by_library.get(name) for name in libraries]
         lines.append(
             f"{one['model'] + ' ' + one['family']:<34}"
-            + "".join(f"{_cell(value, '.2f'):>12}" for value in cells)
-            + f"{_cell(one['predicted_ms'], '.1f'):>12}"
+            + "".join(f"{or_dash(value, '.2f'):>12}" for value in cells)
+            + f"{or_dash(one['predicted_ms'], '.1f'):>12}"
         )
     if not rows:
         return lines
@@ -383,10 +383,6 @@ def _choices(rows: Sequence[Found], library: Library) -> list[str]:
     return lines
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def _line(row: Mapping[str, Any]) -> str:
     return (
         f"  {row['name'][:41]:<42}{row['M']:>7}{row['N']:>7}{row['K']:>7}{row['ms']:>9.3f}"
@@ -396,24 +392,12 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.gpu.gemms")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="fewer tokens")
+    parser = part.parser("gemms", quick="fewer tokens")
     parser.add_argument("--seconds", type=float, default=25.0, help="default %(default)s")
     parser.add_argument("--tokens", type=int, help="rows of a linear's input")
-    parser.add_argument(
-        "--wait", action="store_true", help="touch the GPU only once a line comes on stdin"
-    )
     args = parser.parse_args(argv)
-    if args.wait:
-        sys.stdin.readline()
-    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    keeper = Keeper(args.out)
-    found = measure(device, args.quick, args.seconds, args.tokens, keeper)
-    print("\n".join([*table(found), *keeper.failures]))
-    return 1 if keeper.failures else 0
+    asked = part.device_of(args), args.quick, args.seconds, args.tokens
+    return part.kept(partial(measure, *asked), args.out, table)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ its first checkpoint and resumed; and beside it the first steps again in fp32, b
 with the same weights, batches and dropout bits, so that the losses must lie on each other.
 """
 
-import argparse
 import json
 import pydoc_data.topics
 import signal
@@ -17,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastbert_bench.measure import processes
+from fastbert_bench.gpu import part
 from fastbert_bench.measure.places import importable, module_command
 from fastbert_bench.measure.processes import STDERR_LINES, failed
 
@@ -64,23 +63,22 @@ def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 def _told(log: Path) -> str:
     """The last lines of a call, without the bar."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return " | ".join(line.strip()[:200] for line in lines[-STDERR_LINES:] if line.strip())
+    return " | ".join(line.strip()[:200] for line in _lines(log)[-STDERR_LINES:] if line.strip())
 
 
 def losses(run: Path) -> dict[int, float]:
     """Step -> loss, of a run's metrics."""
+    return {row["step"]: row["loss"] for row in _metrics(run) if "loss" in row}
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return [json.loads(line) for line in _lines(path) if line] if path.exists() else []
 
 
 def _rate(run: Path) -> float | None:
     """Median tokens/s; each step is logged, and so waited for: less than a run reaches else."""
-    rows = [json.loads(line) for line in _lines(run / "metrics.jsonl")]
-    rates = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
+    rates = sorted(r["tokens_per_second"] for r in _metrics(run) if "tokens_per_second" in r)
     return rates[len(rates) // 2] if rates else None
 
 
@@ -178,8 +176,8 @@ def _head(log: Path) -> list[str]:
 
 def _held_out(run: Path) -> dict[str, float]:
     """The last evaluation."""
-    rows = [json.loads(line) for line in _lines(run / "metrics.jsonl")]
-    return next((row for row in reversed(rows) if any("eval" in key for key in row)), {})
+    rows = reversed(_metrics(run))
+    return next((row for row in rows if any("eval" in key for key in row)), {})
 
 
 def table(found: dict[str, Any]) -> list[str]:
@@ -198,18 +196,10 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.gpu.pretrain")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--wait", action="store_true", help="begin when a line comes on stdin")
-    args = parser.parse_args(argv)
-    if args.wait:
-        processes.wait()
-    found: dict[str, Any] = {}
+    args = part.parser("pretrain").parse_args(argv)
+    device = part.device_of(args).type
     with tempfile.TemporaryDirectory(prefix="fastbert-pretrain-") as folder:
-        for found in measure(args.device, Path(folder)):
-            processes.write_json(args.out, found)
-    return 1 if failed(found.get("checks", ())) else 0
+        return part.checked(measure(device, Path(folder)), args.out)
 
 
 if __name__ == "__main__":

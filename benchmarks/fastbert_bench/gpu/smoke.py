@@ -6,12 +6,10 @@ PyTorch in fp32; a recorded graph against eager steps, bit for bit; no question 
 optimizers against theirs. Each check is a row {"check", "ok", numbers}, on disk as soon as known.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +23,9 @@ from fastbert.ops import REFERENCE, MainGrad, Ops, triton_ops
 from fastbert.train.graph import launcher
 from fastbert.train.optimizer import make_optimizer
 from fastbert.train.step import TrainStep
+from fastbert_bench.gpu import part
 from fastbert_bench.kernels import checks as kernel_checks
 from fastbert_bench.kernels.checks import Row
-from fastbert_bench.measure import processes
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.processes import failed, one_line
 from fastbert_bench.suites.contenders import make_batches, make_recipe
@@ -339,18 +337,8 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.gpu.smoke")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--wait", action="store_true", help="begin when a line comes on stdin")
-    args = parser.parse_args(argv)
-    if args.wait:
-        processes.wait()
-    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    found: dict[str, Any] = {}
-    for found in measure(device):
-        processes.write_json(args.out, found)
-    return 1 if failed(found.get("checks", ())) else 0
+    args = part.parser("smoke").parse_args(argv)
+    return part.checked(measure(part.device_of(args)), args.out)
 
 
 if __name__ == "__main__":

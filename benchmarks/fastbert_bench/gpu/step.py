@@ -9,9 +9,7 @@ processes leave one result: it admits a rival only where the loss of every maske
 L layers, H hidden size, F intermediate size, V vocabulary, T tokens, M masked tokens, N sequences.
 """
 
-import argparse
 import dataclasses
-import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.config import ModelConfig, model_config
+from fastbert.config import ModelConfig
 from fastbert.data.batch import Batch
 from fastbert.errors import RunError
 from fastbert.hf import to_hf
@@ -29,62 +27,20 @@ from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE, Ops, cpu_ops, triton_ops
 from fastbert.train.device import is_out_of_memory
 from fastbert_bench.estimate import predictions
+from fastbert_bench.gpu import part
 from fastbert_bench.measure import processes, timing
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.flops import executed_flops_per_token, flops_per_token
 from fastbert_bench.measure.processes import one_line
+from fastbert_bench.measure.workloads import SEED, WORKLOADS, Workload
 from fastbert_bench.profile.step import side_stream
 from fastbert_bench.suites import contenders as ways
 from fastbert_bench.suites import step
 from fastbert_bench.suites.contenders import Contender, Evidence, PaddedBatch
 
-SEED = 42
 OURS, AGAIN = "fastbert", "fastbert again"
 PARTS_OF_A_BATCH = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A model and the lengths of a batch's sequences."""
-
-    name: str
-    model: str
-    B: int
-    S: int
-    lengths: str  # "full", "natural" or "mlperf"
-    targets: Mapping[str, float]
-    """Name of a figure -> the least it should be (`floor`, `memory`: the most)."""
-
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """(B,) lengths."""
-        if self.lengths == "full":
-            return np.full(self.B, self.S)
-        kind = ways.natural_lengths if self.lengths == "natural" else ways.mlperf_lengths
-        return kind(self.B, self.S, rng)
-
-    @property
-    def sizes(self) -> ModelConfig:
-        """Of the model; with a small vocabulary in a rehearsal, where the interpreter is slow."""
-        sizes = model_config(self.model)
-        return dataclasses.replace(sizes, vocab_size=2000) if self.model == "tiny" else sizes
-
-
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload("base-512-full", "base", 64, 512, "full",
-                 {"tokens_per_second": 850e3, "mfu": 0.5, "hf-eager": 3, "hf-sdpa": 2,
-                  "hf-sdpa-cudnn": 1.5, "hf-sdpa-compile": 1.5, "floor": 1.35, "memory": 0.5}),
-        Workload("large-512-mlperf", "large", 96, 512, "mlperf",
-                 {"tokens_per_second": 248e3, "sequences_per_second": 975}),
-        Workload("base-128-full", "base", 256, 128, "full", {"tokens_per_second": 950e3}),
-        Workload("base-512-natural", "base", 96, 512, "natural",
-                 {"hf-eager": 5, "hf-sdpa": 4, "hf-sdpa-cudnn": 3, "hf-sdpa-compile": 3}),
-        Workload("tiny-64-natural", "tiny", 8, 64, "natural", {"hf-sdpa": 1.0}),
-    )
-}  # fmt: skip
-TINY = "tiny-64-natural"
-"""What a rehearsal on a CPU runs in place of the others."""
 
 # Our step with one saving switched off, or one that is not yet chosen. "model", "attention" and
 # "gelu_in_products" change the model, "reference" takes plain PyTorch for every op; the rest as
@@ -211,14 +167,8 @@ def _largest_that_fits(
                 raise
         # Here, where the exception no longer holds the tensors of what did not fit.
         made = None  # type: ignore[assignment]
-        _free(bench.device)
+        part.free(bench.device)
     raise AssertionError("unreachable")
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def floor_seconds(bench: Bench) -> float:
@@ -278,7 +228,7 @@ def run_contender(
     row["conditions"] = results.conditions(device)
     processes.write_json(path, row)
     if name == OURS:  # what any implementation needs for its products, beside our step
-        _free(device)
+        part.free(device)
         row["floor_ms"] = floor_seconds(bench) * 1e3
         processes.write_json(path, row)
 
@@ -467,13 +417,9 @@ def table(result: Mapping[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """One contender's process."""
-    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.gpu.step")
+    parser = part.parser("step", quick="fewer rounds")
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("contender", choices=[OURS, AGAIN, *ABLATIONS, *ways.RIVALS])
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--wait", action="store_true", help="begin when a line comes on stdin")
     args = parser.parse_args(argv)
     run_contender(
         args.workload, args.contender, args.device, args.quick, args.out, waits=args.wait

@@ -7,21 +7,19 @@ place, which the eager step gives (see `profile.step`). A kernel that no rule kn
 name: all lines add up to the step, from its first kernel to the end of its last.
 """
 
-import argparse
 import dataclasses
-import gc
 import re
 import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastbert.errors import RunError, UserError
 from fastbert.train.device import is_out_of_memory
 from fastbert_bench.config import ProfileStepConfig
 from fastbert_bench.estimate import predictions
@@ -40,13 +38,15 @@ from fastbert_bench.estimate.step_cost import (
     QKV_BIAS,
     RESIDUAL_ADDS,
 )
+from fastbert_bench.gpu import part
 from fastbert_bench.kernels.compile_report import shipped_cases
 from fastbert_bench.measure import result, timing
+from fastbert_bench.measure.processes import one_line
+from fastbert_bench.measure.workloads import SEED, Workload
 from fastbert_bench.profile import step as profiling
 from fastbert_bench.profile.trace import PRODUCTS, Kernel, Recorded, label_like
-from fastbert_bench.suites.contenders import mlperf_lengths, natural_lengths
+from fastbert_kernels.compile_cases import op_of
 
-SEED = 42
 MODEL_TOKENS = {"cuda": 65_536, "cpu": 512}
 QUICK_TOKENS = {"cuda": 16_384, "cpu": 256}
 LEAST_TOKENS = 8_192  # on a GPU: less fills no multiprocessor and says nothing
@@ -56,46 +56,15 @@ Found = dict[str, Any]
 Library = Mapping[str, str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A model and the lengths of its sequences, as in "base-512-full"."""
-
-    name: str
-    model: str
-    S: int
-    lengths: str
-
-    @classmethod
-    def of(cls, name: str) -> "Workload":
-        """Raises UserError where the name is none."""
-        parts = re.fullmatch(r"(\w+)-(\d+)-(full|natural|mlperf)", name)
-        if not parts:
-            raise UserError(f"{name!r}: must be MODEL-S-full, -natural or -mlperf: base-512-full")
-        return cls(name, parts[1], int(parts[2]), parts[3])
-
-    def draw(self, tokens: int) -> np.ndarray:
-        """(B,) lengths of `tokens` real tokens together, or up to 7 fewer; a multiple of S."""
-        count = 4 * tokens // self.S + 1
-        rng = np.random.default_rng(SEED)
-        if self.lengths == "full":
-            return np.full(max(1, tokens // self.S), self.S)
-        kind = natural_lengths if self.lengths == "natural" else mlperf_lengths
-        found = kind(count, self.S, rng)
-        ends = np.cumsum(found)
-        whole = int(np.searchsorted(ends, tokens, side="right"))
-        rest = tokens - int(ends[whole - 1])
-        return np.append(found[:whole], [rest] if rest >= 8 else []).astype(np.int64)
-
-
 # Families
 
 
 def library_kernels() -> dict[str, str]:
-    """Our Triton kernels: name -> family, by the module that holds them."""
+    """Our Triton kernels: name -> family, by the op's module."""
     families = {"optimizer": OPTIMIZER, "mask": OTHER, "linear": GEMM_FORWARD}
     found = {}
     for case in shipped_cases():
-        module, name = case.fn.fn.__module__.rpartition(".")[2], case.fn.fn.__name__
+        module, name = op_of(case.fn), case.fn.fn.__name__
         if module == "attention":
             found[name] = ATTENTION_FORWARD if "forward" in name else ATTENTION_BACKWARD
         else:
@@ -325,7 +294,7 @@ def measure(
                 raise
             notes.append(f"{tokens:,} tokens do not fit: {one_line(error)}")
         tokens //= 2
-        _release(device)  # here, where no traceback holds the failed step any more
+        part.free(device)  # here, where no traceback holds the failed step any more
 
 
 def _measured(
@@ -335,7 +304,7 @@ def _measured(
     notes: list[str],
     keep: Callable[[Found], None],
 ) -> Found:
-    lengths = workload.draw(tokens)
+    lengths = workload.draw_tokens(tokens)
     config = ProfileStepConfig(
         device=str(device), model=workload.model, batch_size=len(lengths),
         max_seq_length=workload.S, lengths=workload.lengths, seed=SEED,
@@ -351,7 +320,7 @@ def _measured(
         if not runner.execution.graph:
             return found
         del launch
-        _release(device)
+        part.free(device)
         try:
             launch = runner.launch(graph=True)
             times = runner.seconds(launch)
@@ -412,24 +381,9 @@ def _described(
         },
         total=total,
         predicted_range_ms=[said["low_ms"], said["high_ms"]] if said else None,
-        host_syncs=[
-            {"name": name, "calls": count / eager.steps, "where": " ".join(filter(None, place))}
-            for (name, place), count in eager.syncs.most_common()
-        ],
+        host_syncs=eager.host_syncs(),
         notes=told,
     )  # fmt: skip
-
-
-def _release(device: torch.device) -> None:
-    """Frees what nobody uses: a step that announces its parts is a cycle of references."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, for a note."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 # The table
@@ -488,48 +442,17 @@ def _line(row: Found, indent: str = "") -> str:
     )
 
 
-class Keeper:
-    """Writes what is known so far; that it could not be written stops no measurement.
-
-    Attributes:
-        failures: why what was last to be written was not, and where its figures are.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.failures: list[str] = []
-
-    def __call__(self, found: Found) -> None:
-        self.failures.clear()
-        try:
-            result.write(found, self.path)
-        except RunError as error:
-            self.failures.append(str(error))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.gpu.trace")
+    parser = part.parser("trace", quick="fewer tokens")
     parser.add_argument("name", help="base-512-full, large-512-natural, tiny-64-natural, ...")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="fewer tokens")
-    parser.add_argument(
-        "--wait", action="store_true", help="touch the GPU only once a line comes on stdin"
-    )
     args = parser.parse_args(argv)
     Workload.of(args.name)
     if args.device == "cuda":
         import triton  # noqa: F401  so that no import is left for the time on the GPU
 
         library_kernels()
-    if args.wait:
-        sys.stdin.readline()
-    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    keeper = Keeper(args.out)
-    found = measure(args.name, device, args.quick, keeper)
-    print("\n".join([*table(found), *keeper.failures]))
-    return 1 if keeper.failures else 0
+    device = part.device_of(args)
+    return part.kept(partial(measure, args.name, device, args.quick), args.out, table)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastbert_bench.kernels.costs import VOCABULARY
 from fastbert_kernels import reference, reference_optimizer
 from fastbert_kernels.philox import keep_mask, keep_threshold, score_mask
+from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
 
 Row = dict[str, Any]
 Op = Callable[..., Tensor]
@@ -223,16 +224,18 @@ def with_rest(
     return lambda *tensors: op(*before, *tensors, *rest, **named)
 
 
-def normal(device: torch.device, **shapes: tuple[int, ...]) -> Callable[[], dict[str, Tensor]]:
-    """Makes the named tensors; scales of a LayerNorm lie around 1."""
+def normal(
+    device: torch.device, of_weight: float = 1.0, **shapes: tuple[int, ...]
+) -> Callable[[], dict[str, Tensor]]:
+    """Makes the named tensors; weights of products are scaled, those of a LayerNorm lie near 1."""
 
-    def make() -> dict[str, Tensor]:
-        return {
-            name: torch.randn(shape, device=device) + (name == "weight" and len(shape) == 1)
-            for name, shape in shapes.items()
-        }
+    def one(name: str, shape: tuple[int, ...]) -> Tensor:
+        made = torch.randn(shape, device=device)
+        if name != "weight":
+            return made
+        return made + 1 if len(shape) == 1 else of_weight * made
 
-    return make
+    return lambda: {name: one(name, shape) for name, shape in shapes.items()}
 
 
 def attention_cases(device: torch.device, quick: bool) -> Iterator[Case]:
@@ -357,7 +360,7 @@ def gelu_cases(name: str, device: torch.device, quick: bool) -> Iterator[Case]:
             dtype=dtype,
             op=with_rest(getattr(gelu, name), *rest),
             oracle=with_rest(getattr(reference, name), *rest),
-            tensors=normal(device, **shapes),
+            tensors=normal(device, 1.0, **shapes),
             deep=deep and approximate == "none",
         )
 
@@ -392,31 +395,21 @@ def linear_gelu_cases(device: torch.device, quick: bool) -> Iterator[Case]:
         dtypes(device), ("triton", "cublas"), shapes
     ):
         for approximate in ("none", "tanh") if R == 65 else ("none",):
-
-            def tensors(R: int = R, H: int = H, F: int = F) -> dict[str, Tensor]:
-                made = normal(device, x=(R, H), weight=(F, H), bias=(F,))()
-                return made | {"weight": made["weight"] / H**0.5}
-
             yield Case(
                 label=f"{short(dtype)} R={R} H={H} F={F} {approximate} {backend}",
                 dtype=dtype,
                 op=with_rest(linear_gelu, approximate, backend=backend),
                 oracle=with_rest(reference.linear_gelu, approximate),
-                tensors=tensors,
+                tensors=normal(device, H**-0.5, x=(R, H), weight=(F, H), bias=(F,)),
                 deep=deep and dtype != torch.float32,
                 exact=False,
             )
-
-        def back(R: int = R, H: int = H, F: int = F) -> dict[str, Tensor]:
-            made = normal(device, x=(R, F), weight=(H, F), bias=(F,))()
-            return made | {"weight": made["weight"] / F**0.5}
-
         yield Case(
             label=f"{short(dtype)} R={R} H={H} F={F} backward of GELU and a product, {backend}",
             dtype=dtype,
             op=with_rest(_GeluLinear.apply, backend),
             oracle=reference.gelu_linear,
-            tensors=back,
+            tensors=normal(device, F**-0.5, x=(R, F), weight=(H, F), bias=(F,)),
             exact=False,
         )
 
@@ -435,17 +428,12 @@ def linear_cross_entropy_cases(device: torch.device, quick: bool) -> Iterator[Ca
         labels[-1:] = V - 1
         # Label smoothing and z-loss where the vocabulary is small and they weigh most.
         rest = (labels, 0.1, 1e-3) if V < 2000 else (labels, 0.0, 0.0)
-
-        def tensors(M: int = M, V: int = V, H: int = H) -> dict[str, Tensor]:
-            made = normal(device, x=(M, H), weight=(V, H), bias=(V,))()
-            return made | {"weight": 3 * made["weight"] / H**0.5}
-
         yield Case(
             label=f"{short(dtype)} M={M} V={V} H={H} chunks of {chunk_rows}",
             dtype=dtype,
             op=with_rest(linear_cross_entropy, *rest, chunk_rows=chunk_rows),
             oracle=with_rest(reference.linear_cross_entropy, *rest),
-            tensors=tensors,
+            tensors=normal(device, 3 * H**-0.5, x=(M, H), weight=(V, H), bias=(V,)),
             deep=M in (511, 1025, 9, 11) and dtype != torch.float32,
             exact=False,
         )
@@ -538,10 +526,7 @@ def layer_norm_bits(device: torch.device) -> Iterator[Row]:
 
 SPANS = [(0, 50_000), (50_016, 50_116), (50_128, 50_129), (50_144, 51_000)]
 DECAY_END, ELEMENTS = 50_128, 51_008
-SETTINGS = {
-    "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.01, "decay_end": DECAY_END,
-    "max_grad_norm": 1.0,
-}  # fmt: skip
+HYPER = Hyperparameters(DECAY_END)
 
 
 def optimizer_state(device: torch.device, weights: torch.dtype) -> dict[str, Tensor]:
@@ -570,8 +555,8 @@ def optimizer_checks(name: str, device: torch.device, quick: bool) -> Iterator[R
     """Many steps beside the oracle in fp64, some clipped, steps 3 and 5 holding inf and nan."""
     from fastbert_kernels import optimizer
 
-    table = {"table": optimizer.lamb_table(SPANS, device)} if name == "lamb" else {}
-    spans = {"spans": SPANS} if name == "lamb" else {}
+    table = [optimizer.lamb_table(SPANS, device)] if name == "lamb" else []
+    spans = [SPANS] if name == "lamb" else []
     kernel, oracle = (
         getattr(optimizer, f"{name}_step"),
         getattr(reference_optimizer, f"{name}_step"),
@@ -591,8 +576,8 @@ def optimizer_checks(name: str, device: torch.device, quick: bool) -> Iterator[R
                 grad[7 if i == 3 else -30] = torch.inf if i == 3 else torch.nan
             before = copied(found)
             with poisoned():
-                kernel(grad=grad, **found, **table, **SETTINGS)
-            oracle(grad=grad, **want, **spans, **SETTINGS)
+                kernel(Buffers(grad=grad, **found), HYPER, *table)
+            oracle(Buffers(grad=grad, **want), HYPER, *spans)
             if i in (3, 5):
                 kept = ("master", "exp_avg", "exp_avg_sq", "weights", "step")
                 unchanged &= all(torch.equal(found[n], before[n]) for n in kept)
@@ -618,7 +603,7 @@ def optimizer_checks(name: str, device: torch.device, quick: bool) -> Iterator[R
         yield {"check": f"{label}: steps are counted", "ok": counted}
 
         def step(state: dict[str, Tensor], grad: Tensor) -> None:
-            kernel(grad=grad, **state, **table, **SETTINGS)
+            kernel(Buffers(grad=grad, **state), HYPER, *table)
 
         grad = (torch.randn(ELEMENTS, device=device) * inside).to(dtype)
         trace = dtype == dtypes(device)[-1]

@@ -92,6 +92,16 @@ def cost_of(op: str, direction: str) -> Cost:
     return next(cost for cost in COSTS if (cost.op, cost.direction) == (op, direction))
 
 
+def rates(moved: float, flops: float, seconds: float) -> dict[str, float]:
+    """What was moved and computed in so many seconds, in all and a second."""
+    return {
+        "bytes": moved,
+        "flops": flops,
+        "gbps": moved / seconds / 1e9,
+        "tflops": flops / seconds / 1e12,
+    }
+
+
 def model_sizes(H: int, S: int, T: int = TOKENS) -> dict[str, int]:
     """Sizes of BERT-base's (H = 768) or BERT-large's ops (H = 1024) on T tokens."""
     layers = 24 if H == 1024 else 12

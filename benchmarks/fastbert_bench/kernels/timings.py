@@ -26,10 +26,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.config import model_config
+from fastbert.ops import cpu_ops
 from fastbert_bench.kernels.checks import with_rest
-from fastbert_bench.kernels.costs import TOKENS, Ceilings, cost_of, model_sizes, target_of
+from fastbert_bench.kernels.costs import (
+    TOKENS,
+    Ceilings,
+    cost_of,
+    model_sizes,
+    rates,
+    target_of,
+)
 from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.flops import mfu
+from fastbert_bench.measure.lengths import lengths_asked
+from fastbert_bench.measure.memory import peak_of
+from fastbert_bench.measure.processes import one_line
 from fastbert_bench.measure.timing import (
     Call,
     Replay,
@@ -38,13 +49,16 @@ from fastbert_bench.measure.timing import (
     quantiles,
     random_like,
 )
-from fastbert_bench.suites.contenders import lengths_asked
-from fastbert_bench.suites.step import peak_of
+from fastbert_kernels import reference, reference_optimizer
+from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
 
 Row = dict[str, Any]
 Inputs = dict[str, Tensor]
+Sizes = dict[str, int]
 Built = tuple[Sequence[Tensor], Callable[[], Any]]
 """Leaves whose gradients are asked for (none: a step in place), and the forward."""
+Build = Callable[[Inputs], Built]
+Op = Callable[..., Any]
 
 DROPOUT_P, EPS, PAD = 0.1, 1e-12, 0
 ROUNDS, SECONDS = 40, 0.6
@@ -53,7 +67,7 @@ ROUNDS, SECONDS = 40, 0.6
 @dataclasses.dataclass(frozen=True)
 class Contender:
     name: str
-    build: Callable[[Inputs], Built]
+    build: Build
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
@@ -62,10 +76,18 @@ class Workload:
     """One op at one shape, with everybody who can do it."""
 
     op: str
-    sizes: dict[str, int]
-    directions: tuple[str, ...]
+    sizes: Sizes
     inputs: Callable[[], Inputs]
     contenders: list[Contender]
+    by: Callable[[Op], Build]
+    """Makes a contender's of any function that takes what the reference takes."""
+    directions: tuple[str, ...] = ("forward", "backward")
+
+    def sets(self, device: torch.device) -> list[Inputs]:
+        """So many clones of the inputs that no call finds its own in the L2."""
+        first = self.inputs()
+        bytes = sum(tensor.nbytes for tensor in first.values())
+        return [first] + [self.inputs() for _ in range(clones_needed(bytes, device) - 1)]
 
 
 class MissingError(Exception):
@@ -98,7 +120,7 @@ def peer_of(contender: str) -> str:
 STAGE = Asked()
 
 
-def sizes_of(model: str, S: int, T: int) -> dict[str, int]:
+def sizes_of(model: str, S: int, T: int) -> Sizes:
     """Sizes of a model's ops on T tokens in sequences of at most S."""
     config = model_config(model)
     H, V, L, width = (
@@ -117,7 +139,7 @@ def filled(lengths: str, T: int, S: int) -> np.ndarray:
     return np.diff(ends[: int(np.searchsorted(ends, T)) + 1], prepend=0)
 
 
-def shapes(op: str, device: torch.device, quick: bool, model: str = "auto") -> list[dict[str, int]]:
+def shapes(op: str, device: torch.device, quick: bool, model: str = "auto") -> list[Sizes]:
     """Sizes to time `op` at. Rows know nothing of S, except in attention and the embeddings."""
     if device.type == "cpu":
         if model != "auto":
@@ -134,23 +156,26 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-def differentiable(*names: str) -> Callable[[Callable[..., Tensor]], Callable[[Inputs], Built]]:
-    """Makes of an op what is built of the named inputs, all of them leaves."""
+def differentiable(*names: str, then: Sequence[str] = ()) -> Callable[[Op], Build]:
+    """Makes of an op what is built of the named inputs, all of them leaves but those of `then`."""
 
-    def of(op: Callable[..., Tensor]) -> Callable[[Inputs], Built]:
+    def of(op: Op) -> Build:
         def build(inputs: Inputs) -> Built:
             leaves = [leaf(inputs[name]) for name in names]
-            return leaves, lambda: op(*leaves)
+            return leaves, lambda: op(*leaves, *(inputs[name] for name in then))
 
         return build
 
     return of
 
 
+def in_place(*names: str) -> Callable[[Op], Build]:
+    """Makes of a step without gradients what is built of the named inputs."""
+    return lambda op: lambda inputs: ([], lambda: op(*(inputs[name] for name in names)))
+
+
 def eager_and_compiled(
-    function: Callable[..., Any],
-    device: torch.device,
-    build: Callable[[Callable[..., Any]], Callable[[Inputs], Built]],
+    function: Op, device: torch.device, build: Callable[[Op], Build]
 ) -> list[Contender]:
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     label = "compile" if device.type == "cuda" else "compile (aot_eager)"
@@ -165,7 +190,7 @@ def liger_layer_norm() -> Callable[..., Tensor]:
     return apply
 
 
-def missing(why: str) -> Callable[[Inputs], Built]:
+def missing(why: str) -> Build:
     def build(inputs: Inputs) -> Built:
         raise MissingError(why)
 
@@ -192,7 +217,7 @@ def flash_implementation(name: str) -> Iterator[None]:
 def attention(
     device: torch.device,
     dtype: torch.dtype,
-    sizes: dict[str, int],
+    sizes: Sizes,
     lengths: np.ndarray | None = None,  # (N,), None: all S
 ) -> Workload:
     from fastbert_kernels.attention import attention as ours
@@ -209,10 +234,10 @@ def attention(
     sizes = sizes | {"N": N, "s": s}
     seed = torch.tensor([1, 2, 3], device=device)
 
-    def by_ours(p: float) -> Callable[[Inputs], Built]:
-        return differentiable("qkv")(lambda qkv: ours(qkv, cu_seqlens, S, p, seed, 1))
+    def by(op: Op, p: float = DROPOUT_P) -> Build:
+        return differentiable("qkv")(with_rest(op, cu_seqlens, S, p, seed, 1))
 
-    def by_flash(p: float) -> Callable[[Inputs], Built]:
+    def by_flash(p: float) -> Build:
         def build(inputs: Inputs) -> Built:
             if device.type != "cuda":
                 raise MissingError("needs a GPU")
@@ -223,7 +248,7 @@ def attention(
 
         return build
 
-    def padded(op: Callable[..., Tensor]) -> Callable[[Inputs], Built]:
+    def padded(op: Op) -> Build:
         """`op` of q, k, v (N, A, S, D), views of the packed ones; padded where lengths differ."""
 
         def build(inputs: Inputs) -> Built:
@@ -243,7 +268,7 @@ def attention(
             scores = scores.masked_fill(~mask, -torch.inf)
         return F.dropout(torch.softmax(scores, dim=-1), DROPOUT_P) @ v
 
-    def cudnn(p: float) -> Callable[[Inputs], Built]:
+    def cudnn(p: float) -> Build:
         def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with torch_attention.sdpa_kernel(torch_attention.SDPBackend.CUDNN_ATTENTION):
                 return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
@@ -251,8 +276,8 @@ def attention(
         return padded(op)
 
     contenders = [
-        Contender("ours", by_ours(DROPOUT_P)),
-        Contender("ours p=0", by_ours(0.0)),
+        Contender("ours", by(ours)),
+        Contender("ours p=0", by(ours, 0.0)),
         Contender("fa2 p=0.1", by_flash(DROPOUT_P)),
         Contender("fa2 p=0", by_flash(0.0)),
         Contender("cudnn p=0.1", cudnn(DROPOUT_P)),
@@ -267,7 +292,7 @@ def attention(
     def inputs() -> Inputs:
         return {"qkv": random_like((T, 3, A, D), dtype, device)}
 
-    return Workload("attention", sizes, ("forward", "backward"), inputs, contenders)
+    return Workload("attention", sizes, inputs, contenders, by)
 
 
 # Rows
@@ -286,14 +311,15 @@ def row_inputs(
     return inputs
 
 
-def dropout_add_layer_norm(
-    device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
-) -> Workload:
+def dropout_add_layer_norm(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.layer_norm import dropout_add_layer_norm as ours
 
     H = sizes["H"]
     rest = (EPS, DROPOUT_P, torch.tensor([1, 2, 3], device=device), 1)
     build = differentiable("x", "bias", "residual", "weight", "beta")
+
+    def by(op: Op) -> Build:
+        return build(with_rest(op, *rest))
 
     def plain(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, beta: Tensor) -> Tensor:
         return F.layer_norm(F.dropout(x + bias, DROPOUT_P) + residual, (H,), weight, beta, EPS)
@@ -302,16 +328,15 @@ def dropout_add_layer_norm(
         return liger_layer_norm()(F.dropout(x + bias, DROPOUT_P) + residual, weight, beta, EPS)
 
     contenders = [
-        Contender("ours", build(with_rest(ours, *rest))),
+        Contender("ours", by(ours)),
         *eager_and_compiled(plain, device, build),
         Contender("liger", build(liger)),
     ]
     inputs = row_inputs(device, dtype, sizes["T"], H, "x", "residual")
-    directions = ("forward", "backward")
-    return Workload("dropout_add_layer_norm", sizes, directions, inputs, contenders)
+    return Workload("dropout_add_layer_norm", sizes, inputs, contenders, by)
 
 
-def bias_gelu(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Workload:
+def bias_gelu(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.gelu import bias_gelu as ours
 
     build = differentiable("x", "bias")
@@ -321,14 +346,17 @@ def bias_gelu(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -
         Contender("liger", missing("Liger has GELU only times a gate")),
     ]
     inputs = row_inputs(device, dtype, sizes["T"], sizes["F"], "x")
-    return Workload("bias_gelu", sizes, ("forward", "backward"), inputs, contenders)
+    return Workload("bias_gelu", sizes, inputs, contenders, build)
 
 
-def gelu_layer_norm(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Workload:
+def gelu_layer_norm(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.gelu import gelu_layer_norm as ours
 
     H = sizes["H"]
     build = differentiable("x", "bias", "weight", "beta")
+
+    def by(op: Op) -> Build:
+        return build(with_rest(op, EPS))
 
     def plain(x: Tensor, bias: Tensor, weight: Tensor, beta: Tensor) -> Tensor:
         return F.layer_norm(F.gelu(x + bias), (H,), weight, beta, EPS)
@@ -337,15 +365,15 @@ def gelu_layer_norm(device: torch.device, dtype: torch.dtype, sizes: dict[str, i
         return liger_layer_norm()(F.gelu(x + bias), weight, beta, EPS)
 
     contenders = [
-        Contender("ours", build(with_rest(ours, EPS))),
+        Contender("ours", by(ours)),
         *eager_and_compiled(plain, device, build),
         Contender("liger", build(liger)),
     ]
     inputs = row_inputs(device, dtype, sizes["T"], H, "x")
-    return Workload("gelu_layer_norm", sizes, ("forward", "backward"), inputs, contenders)
+    return Workload("gelu_layer_norm", sizes, inputs, contenders, by)
 
 
-def embed_layer_norm(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Workload:
+def embed_layer_norm(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.embedding import embed_layer_norm as ours
 
     T, S, H, V = (sizes[n] for n in "TSHV")
@@ -353,12 +381,15 @@ def embed_layer_norm(device: torch.device, dtype: torch.dtype, sizes: dict[str, 
     rest = (PAD, EPS, DROPOUT_P, torch.tensor([1, 2, 3], device=device), 1)
     names = ("word", "token_type", "position", "weight", "beta")
 
-    def build(op: Callable[..., Tensor]) -> Callable[[Inputs], Built]:
+    def build(op: Op) -> Build:
         def built(inputs: Inputs) -> Built:
             leaves = [leaf(inputs[name]) for name in names]
             return leaves, lambda: op(inputs["ids"], inputs["types"], positions, *leaves)
 
         return built
+
+    def by(op: Op) -> Build:
+        return build(with_rest(op, *rest))
 
     def plain(
         ids: Tensor, types: Tensor, positions: Tensor, word: Tensor, token_type: Tensor,
@@ -369,7 +400,7 @@ def embed_layer_norm(device: torch.device, dtype: torch.dtype, sizes: dict[str, 
         return F.dropout(F.layer_norm(total, (H,), weight, beta, EPS), DROPOUT_P)
 
     contenders = [
-        Contender("ours", build(with_rest(ours, *rest))),
+        Contender("ours", by(ours)),
         *eager_and_compiled(plain, device, build),
     ]
 
@@ -382,25 +413,22 @@ def embed_layer_norm(device: torch.device, dtype: torch.dtype, sizes: dict[str, 
             made[name] = random_like(shape, dtype, device)
         return made
 
-    return Workload("embed_layer_norm", sizes, ("forward", "backward"), inputs, contenders)
+    return Workload("embed_layer_norm", sizes, inputs, contenders, by)
 
 
 # Products
 
 
-def linear_gelu(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Workload:
+def linear_gelu(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.linear import linear_gelu as ours
 
     T, H, width = sizes["T"], sizes["H"], sizes["F"]
     build = differentiable("x", "weight", "bias")
 
-    def by(backend: str) -> Callable[[Inputs], Built]:
-        return build(with_rest(ours, backend=backend))
-
     contenders = [
-        Contender("ours", by("auto")),
-        Contender("ours triton", by("triton")),
-        Contender("ours cublas", by("cublas")),
+        Contender("ours", build(with_rest(ours, backend="auto"))),
+        Contender("ours triton", build(with_rest(ours, backend="triton"))),
+        Contender("ours cublas", build(with_rest(ours, backend="cublas"))),
         Contender("bare gemm", differentiable("x", "weight")(F.linear)),
         *eager_and_compiled(lambda x, w, b: F.gelu(F.linear(x, w, b)), device, build),
     ]
@@ -412,24 +440,15 @@ def linear_gelu(device: torch.device, dtype: torch.dtype, sizes: dict[str, int])
             "bias": random_like((width,), dtype, device),
         }
 
-    return Workload("linear_gelu", sizes, ("forward", "backward"), inputs, contenders)
+    return Workload("linear_gelu", sizes, inputs, contenders, build)
 
 
-def linear_cross_entropy(
-    device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
-) -> Workload:
+def linear_cross_entropy(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.cross_entropy import linear_cross_entropy as ours
     from fastbert_kernels.main_grad import MainGrad
 
     M, H, V = sizes["M"], sizes["H"], sizes["V"]
-    names = ("x", "weight", "bias")
-
-    def build(op: Callable[..., Tensor]) -> Callable[[Inputs], Built]:
-        def built(inputs: Inputs) -> Built:
-            leaves = [leaf(inputs[name]) for name in names]
-            return leaves, lambda: op(*leaves, inputs["labels"])
-
-        return built
+    build = differentiable("x", "weight", "bias", then=["labels"])
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight, bias).float(), labels, reduction="sum")
@@ -483,7 +502,7 @@ def linear_cross_entropy(
             "labels": torch.randint(V, (M,), device=device),
         }
 
-    return Workload("linear_cross_entropy", sizes, ("both",), inputs, contenders)
+    return Workload("linear_cross_entropy", sizes, inputs, contenders, build, ("both",))
 
 
 def extra_memory(workload: Workload) -> dict[str, int]:
@@ -522,9 +541,7 @@ def aligned_spans(numels: Sequence[int]) -> list[tuple[int, int]]:
     return [(start, start + n) for start, n in zip(starts, numels)]  # noqa: B905
 
 
-def optimizer(
-    name: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
-) -> Workload:
+def optimizer(name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.optimizer import adamw_step, lamb_step, lamb_table
 
     H = sizes["H"]
@@ -533,10 +550,7 @@ def optimizer(
     spans = aligned_spans(numels)
     count = 3 + 6 * layers + 3
     P, decay_end = spans[-1][1] + -spans[-1][1] % 64, spans[count][0]
-    settings: dict[str, Any] = {
-        "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.01, "decay_end": decay_end,
-        "max_grad_norm": 1.0,
-    }  # fmt: skip
+    hyper = Hyperparameters(decay_end)
     table = lamb_table(spans, device)
 
     def inputs() -> Inputs:
@@ -553,13 +567,12 @@ def optimizer(
             "grad_norm": torch.tensor(0.0, device=device),
         }
 
-    def adamw(inputs: Inputs) -> Built:
-        arguments: dict[str, Any] = inputs | settings
-        return [], functools.partial(adamw_step, **arguments)
+    def lamb(buffers: Buffers, hyper: Hyperparameters, spans: object) -> None:
+        lamb_step(buffers, hyper, table)
 
-    def lamb(inputs: Inputs) -> Built:
-        arguments: dict[str, Any] = inputs | settings | {"table": table}
-        return [], functools.partial(lamb_step, **arguments)
+    def by(step: Op, name: str = name) -> Build:
+        rest = (hyper, spans) if name == "lamb" else (hyper,)
+        return lambda inputs: ([], functools.partial(step, Buffers(**inputs), *rest))
 
     def by_torch(inputs: Inputs, **kind: Any) -> Built:
         """fp32 parameters with views of the same gradient; no bf16 copy is written."""
@@ -582,18 +595,18 @@ def optimizer(
         step()  # makes the moments
         return [], step
 
-    contenders = [Contender("ours", adamw if name == "adamw" else lamb)]
+    adamw = by(adamw_step, "adamw")
+    contenders = [
+        Contender("ours", adamw),
+        Contender("torch fused", functools.partial(by_torch, fused=True)),
+        Contender("torch foreach", functools.partial(by_torch, foreach=True)),
+    ]
     if name == "lamb":
-        contenders.append(Contender("adamw", adamw))
-    else:
-        contenders += [
-            Contender("torch fused", functools.partial(by_torch, fused=True)),
-            Contender("torch foreach", functools.partial(by_torch, foreach=True)),
-        ]
-    return Workload(name, sizes | {"P": sum(numels)}, ("step",), inputs, contenders)
+        contenders = [Contender("ours", by(lamb)), Contender("adamw", adamw)]
+    return Workload(name, sizes | {"P": sum(numels)}, inputs, contenders, by, ("step",))
 
 
-def mask_tokens(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Workload:
+def mask_tokens(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
     from fastbert_kernels.mask import mask_tokens as ours
 
     T, V = sizes["T"], sizes["V"]
@@ -608,17 +621,18 @@ def mask_tokens(device: torch.device, dtype: torch.dtype, sizes: dict[str, int])
         replaced = torch.where(kind < 0.8, 4, replaced)
         return torch.where(chosen, replaced, ids), torch.where(chosen, ids, -100)
 
-    contenders = [
-        Contender("ours", lambda i: ([], lambda: ours(i["ids"], is_special, seed, 0.15, 4))),
-        Contender("eager", lambda i: ([], lambda: plain(i["ids"]))),
-    ]
-    return Workload(
-        "mask_tokens", sizes, ("step",), lambda: {"ids": torch.randint(V, (T,), device=device)},
-        contenders,
-    )  # fmt: skip
+    def by(op: Op) -> Build:
+        return in_place("ids")(with_rest(op, is_special, seed, 0.15, 4))
+
+    contenders = [Contender("ours", by(ours)), Contender("eager", in_place("ids")(plain))]
+
+    def inputs() -> Inputs:
+        return {"ids": torch.randint(V, (T,), device=device)}
+
+    return Workload("mask_tokens", sizes, inputs, contenders, by, ("step",))
 
 
-WORKLOADS: dict[str, Callable[[torch.device, torch.dtype, dict[str, int]], Workload]] = {
+WORKLOADS: dict[str, Callable[[torch.device, torch.dtype, Sizes], Workload]] = {
     "attention": attention,
     "dropout_add_layer_norm": dropout_add_layer_norm,
     "linear_cross_entropy": linear_cross_entropy,
@@ -632,8 +646,23 @@ WORKLOADS: dict[str, Callable[[torch.device, torch.dtype, dict[str, int]], Workl
 }
 
 
+def cpu_op(op: str, compiled: bool) -> Op:
+    """An op as a training step runs it on a CPU: by a way of its own, or as the reference does."""
+    law = law_of(op)
+    if op in ("adamw", "lamb"):  # on a CPU the masters are the weights
+        return lambda buffers, *rest: law(buffers._replace(weights=None), *rest)
+    return getattr(cpu_ops(compiled), op, None) or law
+
+
+def law_of(op: str) -> Op:
+    """The reference that says what an op computes."""
+    module = reference if hasattr(reference, op) else reference_optimizer
+    found: Op = getattr(module, f"{op}_step" if op in ("adamw", "lamb") else op)
+    return found
+
+
 def workload(
-    op: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int], lengths: str = "full"
+    op: str, device: torch.device, dtype: torch.dtype, sizes: Sizes, lengths: str = "full"
 ) -> Workload:
     """An op on sequences of such lengths; only attention sees where one ends."""
     if op == "attention":
@@ -655,7 +684,7 @@ def workloads(
         yield dataclasses.replace(found, contenders=contenders)
 
 
-def both_ways(forward: Callable[[], Tensor], leaves: Sequence[Tensor], dout: Tensor) -> object:
+def _both_ways(forward: Callable[[], Tensor], leaves: Sequence[Tensor], dout: Tensor) -> object:
     return torch.autograd.grad(forward(), leaves, dout)
 
 
@@ -671,7 +700,7 @@ def calls_of(contender: Contender, direction: str, sets: Sequence[Inputs]) -> li
         dout = random_like(out.shape, out.dtype, out.device)
         if direction == "both":
             del out
-            calls.append(functools.partial(both_ways, forward, leaves, dout))
+            calls.append(functools.partial(_both_ways, forward, leaves, dout))
         else:
             gradients = torch.autograd.grad
             calls.append(functools.partial(gradients, out, leaves, dout, retain_graph=True))
@@ -703,13 +732,25 @@ def figures(row: Row, device: torch.device) -> Row:
 
 
 def measure(
-    workload: Workload, device: torch.device, quick: bool, asked: Asked = STAGE
+    workload: Workload,
+    device: torch.device,
+    rounds: int,
+    seconds: float = SECONDS,
+    asked: Asked = STAGE,
+    *,
+    peaks: bool = True,
+    must: Sequence[str] = (),
 ) -> Iterator[list[Row]]:
-    """Rows of each direction: one a contender, with its times or the reason for having none."""
-    meter = EnergyMeter(device)
-    first = workload.inputs()
-    bytes = sum(tensor.nbytes for tensor in first.values())
-    sets = [first] + [workload.inputs() for _ in range(clones_needed(bytes, device) - 1)]
+    """Rows of each direction: one a contender, with its times or the reason for having none.
+
+    Args:
+        workload, device: what to time, and where.
+        rounds, seconds: as of `timing.interleaved`.
+        asked: how long energy is measured.
+        peaks: whether to measure what a call holds, too.
+        must: contenders whose failure is raised.
+    """
+    meter, sets = EnergyMeter(device), workload.sets(device)
     for direction in workload.directions:
         replays: dict[str, Replay] = {}
         rows: list[Row] = []
@@ -720,12 +761,15 @@ def measure(
                 with contender.context():
                     calls = calls_of(contender, direction, sets)
                     replays[contender.name] = Replay(calls, device)
-                    if device.type == "cuda":
+                    if peaks:
                         rows[-1]["peak_memory_bytes"] = peak_of(calls[0], device)
+            except MissingError as error:
+                rows[-1]["why"] = str(error)
             except Exception as error:  # a missing package, no memory, a shape it cannot do, …
-                rows[-1]["why"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        rounds = ROUNDS if device.type == "cuda" and not quick else 3
-        times = interleaved(replays, device, rounds, seconds=SECONDS)
+                if contender.name in must:
+                    raise
+                rows[-1]["why"] = one_line(error)
+        times = interleaved(replays, device, rounds, seconds)
         for row in rows:
             if row["contender"] in times:
                 row |= quantiles(times[row["contender"]])
@@ -743,10 +787,10 @@ def measure(
 
 def energy(replay: Replay, row: Row, meter: EnergyMeter, seconds: float) -> Row:
     """Watts of a call, and joules for a million of the batch's tokens."""
-    if meter.why_not or not seconds:
-        return {"watts": None, "joules_per_million_tokens": None}
-    spent = meter.measure(lambda _: replay.graph.replay(), seconds, row["ms"] / 1e3 * replay.count)
-    if spent is None:  # the counter failed just now
+    once, spent = row["ms"] / 1e3 * replay.count, None
+    if seconds:
+        spent = meter.measure(lambda _: replay.graph.replay(), seconds, once)
+    if spent is None:
         return {"watts": None, "joules_per_million_tokens": None}
     counts = row["real_tokens_per_second"] is not None
     joules = spent.joules / replay.count / row["sizes"]["T"] * 1e6
@@ -781,11 +825,8 @@ def finish(rows: Sequence[Row], measured: Mapping[str, float], hopper: bool) -> 
         sizes, seconds = row["sizes"], row["ms"] / 1e3
         moved, flops, _ = costs(row["op"], row["direction"], sizes)
         floor = ceilings.floor(moved, flops)
-        row = row | {
-            "bytes": moved,
-            "flops": flops,
-            "gbps": moved / seconds / 1e9,
-            "tflops": flops / seconds / 1e12,
+        row = row | rates(moved, flops, seconds)
+        row |= {
             "bandwidth_share": moved / seconds / ceilings.bandwidth,
             "floor_ms": floor * 1e3,
             "floor_share": floor / seconds,

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,18 @@ def finish(process: Process, seconds: float) -> str | None:
     if process.returncode == 0:
         return None
     return f"exit code {process.returncode}: {last_lines(errors)}"
+
+
+def together(running: Sequence[Process], seconds: float) -> list[str | None]:
+    """Lets waiting processes work at the same time; of each, what went wrong, if anything."""
+    deadline = time.monotonic() + seconds
+    try:
+        for process in running:
+            go(process)
+        return [finish(process, deadline - time.monotonic()) for process in running]
+    finally:
+        for process in running:
+            stop(process)
 
 
 def stop(process: Process) -> None:

@@ -12,12 +12,11 @@ Letters of sizes are those of `kernels.costs`.
 
 import csv
 import dataclasses
-import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,26 +24,15 @@ from typing import Any
 import torch
 
 from fastbert.errors import UserError
-from fastbert.ops import cpu_ops
 from fastbert.train.device import choose_device
 from fastbert_bench.config import ProfileKernelConfig
 from fastbert_bench.kernels import sass
 from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.compile_report import cases_of, compile_case
 from fastbert_bench.kernels.costs import POSITIONS, cost_of, model_sizes
-from fastbert_bench.kernels.timings import (
-    DROPOUT_P,
-    EPS,
-    PAD,
-    Built,
-    Contender,
-    Inputs,
-    Workload,
-    differentiable,
-)
+from fastbert_bench.kernels.timings import Contender, Workload
 from fastbert_bench.measure import result, timing
 from fastbert_bench.profile.step import ceilings, figures, op_bytes, side_stream
-from fastbert_kernels import reference, reference_optimizer
 from fastbert_kernels.compile_cases import CompileCase
 
 POINTS, STEP_BETWEEN = 4, 4
@@ -64,6 +52,7 @@ _KERNELS: dict[str, tuple[tuple[str, str], ...]] = {
     "lamb": (("optimizer", "square_sums"), ("optimizer", "prepare"), ("optimizer", "lamb")),
     "mask_tokens": (("mask", ""),),
 }
+_TOLD_OF_A_KERNEL = ("registers", "shared", "spills", "stack", "hmma", "hgmma", "instructions")
 _NCU_METRICS = (
     "gpu__time_duration.sum", "dram__bytes.sum",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -78,103 +67,61 @@ _NCU_METRICS = (
 def sizes_of(op: str, shape: Mapping[str, int], cuda: bool) -> dict[str, int]:
     """BERT-base's sizes (a CPU's: small ones) with those asked for, and what follows from them.
 
+    What was not asked for is made to fit: the longest sequences that fill T, the most heads of at
+    least 64 that fill H.
+
     Raises:
         UserError: sizes that do not fit each other.
     """
     T, S, H = (65_536, 512, 768) if cuda else (1024, 32, 64)
-    S, H = shape.get("S", S), shape.get("H", H)
+    S = shape.get("S", _divisor(shape["T"], S) if "T" in shape else S)
     T = shape.get("T", max(S, T // S * S))
-    sizes = model_sizes(H, S, T) | ({} if cuda else {"V": 1000}) | dict(shape)
-    if T < S or T % S:
+    H = shape.get("H", 64 * shape["A"] if "A" in shape else H)
+    sizes = model_sizes(H, S, T) | {"A": _divisor(H, max(1, H // 64))}
+    sizes |= ({} if cuda else {"V": 1000}) | dict(shape)
+    if op in ("attention", "embed_layer_norm") and T % S:  # no other op sees a sequence's end
         raise UserError(f"shape: T = {T} must be a multiple of S = {S}")
     if op == "embed_layer_norm" and S > POSITIONS:
         raise UserError(f"shape: S = {S} must be at most {POSITIONS}, the positions of BERT")
-    if H % sizes["A"]:
+    if op == "attention" and H % sizes["A"]:
         raise UserError(f"shape: H = {H} must be a multiple of A = {sizes['A']}")
     return sizes
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`."""
+    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
 
 
 def sweep(op: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """Growing sizes, the last of which is `sizes`; an optimizer grows with the model's width."""
     found = []
+    S = 1 if sizes["T"] % sizes["S"] else sizes["S"]
     for power in reversed(range(POINTS)):
         part = dict(sizes)
         if op in ("adamw", "lamb"):
             part["H"] = max(8, sizes["H"] * (POINTS - power) // POINTS // 8 * 8)
         else:
-            part["T"] = max(
-                sizes["S"], sizes["T"] // STEP_BETWEEN**power // sizes["S"] * sizes["S"]
-            )
+            part["T"] = max(S, sizes["T"] // STEP_BETWEEN**power // S * S)
             part["M"] = max(1, sizes["M"] * part["T"] // sizes["T"])
         if part not in found:
             found.append(part)
     return found
 
 
-def _on_cpu(workload: Workload) -> Callable[[Inputs], Built]:
-    """The op as the training step runs it on a CPU, on the workload's inputs."""
-    ops, seed, sizes = cpu_ops(False), torch.tensor([1, 2, 3]), workload.sizes
-    T, S = sizes["T"], sizes["S"]
-    dropout = (DROPOUT_P, seed, 1)
-    if workload.op == "attention":
-        cu_seqlens = torch.arange(0, T + 1, S, dtype=torch.int32)
-        return differentiable("qkv")(lambda qkv: ops.attention(qkv, cu_seqlens, S, *dropout))
-    if workload.op == "dropout_add_layer_norm":
-        names = ("x", "bias", "residual", "weight", "beta")
-        return differentiable(*names)(lambda *x: ops.dropout_add_layer_norm(*x, EPS, *dropout))
-    if workload.op == "bias_gelu":
-        return differentiable("x", "bias")(reference.bias_gelu)
-    if workload.op == "linear_gelu":
-        return differentiable("x", "weight", "bias")(reference.linear_gelu)
-    if workload.op == "gelu_layer_norm":
-        return differentiable("x", "bias", "weight", "beta")(
-            lambda *x: ops.gelu_layer_norm(*x, EPS)
-        )
-
-    def build(inputs: Inputs) -> Built:
-        def leaves(*names: str) -> list[torch.Tensor]:
-            return [kernel_timings.leaf(inputs[name]) for name in names]
-
-        if workload.op == "linear_cross_entropy":
-            own = leaves("x", "weight", "bias")
-            return own, lambda: ops.linear_cross_entropy(*own, inputs["labels"])
-        if workload.op == "embed_layer_norm":
-            own = leaves("word", "token_type", "position", "weight", "beta")
-            ids = (inputs["ids"], inputs["types"], torch.arange(T) % S)
-            return own, lambda: ops.embed_layer_norm(*ids, *own, PAD, EPS, *dropout)
-        if workload.op == "mask_tokens":
-            special = torch.arange(sizes["V"]) < 5
-            mask = reference_optimizer.mask_tokens
-            return [], lambda: mask(inputs["ids"], special, seed, 0.15, 4)
-        _, step = workload.contenders[0].build(inputs)  # of our kernel, whose arguments serve
-        arguments = dict(step.keywords)  # type: ignore[attr-defined]
-        if workload.op == "adamw":
-            return [], functools.partial(reference_optimizer.adamw_step, **arguments)
-        del arguments["table"]
-        layers = {768: 12, 1024: 24}.get(sizes["H"], 1)
-        numels = kernel_timings.parameter_sizes(sizes["H"], layers, sizes["V"], sizes["F"])
-        arguments["spans"] = kernel_timings.aligned_spans(numels)
-        return [], functools.partial(reference_optimizer.lamb_step, **arguments)
-
-    return build
-
-
 def workload_of(op: str, device: torch.device, sizes: dict[str, int]) -> Workload:
     """The op alone, our kernel on a GPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    workload = kernel_timings.WORKLOADS[op](device, dtype, sizes)
+    workload = kernel_timings.workload(op, device, dtype, sizes)
     ours = workload.contenders[0]
     if device.type == "cpu":
-        ours = Contender("plain PyTorch", _on_cpu(workload))
+        ours = Contender("plain PyTorch", workload.by(kernel_timings.cpu_op(op, False)))
     return dataclasses.replace(workload, contenders=[ours])
 
 
 def measure(workload: Workload, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
     """(direction, milliseconds) of the workload's one contender, L2 cold on a GPU."""
-    first = workload.inputs()
-    bytes = sum(tensor.nbytes for tensor in first.values())
-    sets = [first]
-    sets += [workload.inputs() for _ in range(timing.clones_needed(bytes, device) - 1)]
+    sets = workload.sets(device)
     for direction in workload.directions:
         calls = kernel_timings.calls_of(workload.contenders[0], direction, sets)
         replays = {"ours": timing.Replay(calls, device)}
@@ -258,9 +205,7 @@ def _kernel_row(
     found = compile_case(case, arch)
     _, limit = sass.programs(found.registers, found.shared, case.num_warps, arch)
     row |= {
-        "registers": found.registers, "shared": found.shared, "spills": found.spills,
-        "stack": found.stack, "hmma": found.hmma, "hgmma": found.hgmma,
-        "instructions": found.instructions, "programs": found.held,
+        **{name: getattr(found, name) for name in _TOLD_OF_A_KERNEL}, "programs": found.held,
         "occupancy": found.held * case.num_warps / sass.WARPS, "limited_by": limit,
     }  # fmt: skip
     if found.main and found.cost:
@@ -426,6 +371,7 @@ def run(op: str, config: ProfileKernelConfig) -> dict[str, Any]:
     return result.make(
         "profile-kernel", dataclasses.asdict(config), device, rows, missing,
         op=op,
+        dtype=str(dtype).removeprefix("torch."),
         implementation="Triton kernels" if cuda else "plain PyTorch, as the step runs it on a CPU",
         grows="P" if op in ("adamw", "lamb") else "T",
         ceilings=found,
@@ -449,12 +395,15 @@ def table(found: Mapping[str, Any]) -> str:
             f"{row['flops'] / 1e9:>10.2f}{row['gbps']:>9.1f}{row['tflops']:>9.3f}"
             f"{row['floor_share']:>8.0%} of {row['bound']:<7}{row['gap_us']:>10.1f}"
         )
-    if found["kernels"]:
+    # Without a GPU nobody chooses among kernels: those that none would take are in the JSON alone.
+    cuda = found["conditions"]["device_type"] == "cuda"
+    kernels = [row for row in found["kernels"] if cuda or row["chosen"]]
+    if kernels:
         lines.append(
             f"{'kernel':<36}{'configuration':<38}{'arch':<7}{'tiles':<18}{'warps':>5}{'stages':>7}"
             f"{'regs':>6}{'shared':>8}{'spills':>7}{'occupancy':>10}  limited by"
         )
-    for row in found["kernels"]:
+    for row in kernels:
         tiles = " x ".join(map(str, row["tiles"].values()))
         line = (
             f"{row['kernel']:<36}{row['configuration']:<38}sm_{row['arch']:<4}{tiles:<18}"
@@ -505,14 +454,9 @@ def main(op: str, config: ProfileKernelConfig) -> None:
         RunError: a file that cannot be written.
     """
     found = run(op, config)
-    if config.json:
-        result.write(found, Path(config.json))
-    told, ceiling = found["conditions"], found["ceilings"]
-    print(
-        f"{told['device']}, {told['threads']} threads, torch {told['torch']}; ceilings here, now: "
-        f"{ceiling['bandwidth'] / 1e9:,.1f} GB/s, {ceiling['matrix'] / 1e12:,.3f} TFLOP/s"
-    )
-    print(table(found))
+    ceiling = found["ceilings"]
+    rates = f"{ceiling['bandwidth'] / 1e9:,.1f} GB/s, {ceiling['matrix'] / 1e12:,.3f} TFLOP/s"
+    result.finish(found, config.json, f"ceilings here, now: {rates}", table(found))
     if config.png:
         draw(found, Path(config.png))
 

@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
+from fastbert.commands.checks import check_output
 from fastbert.config import ModelConfig, model_config
 from fastbert.data.batch import Batch
 from fastbert.errors import UserError
@@ -35,11 +36,13 @@ from fastbert.ops import Ops
 from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.graph import WARM_UP, launcher
 from fastbert.train.step import TrainStep, compile_model
-from fastbert_bench.config import ProfileStepConfig, StepBenchConfig
+from fastbert_bench.config import ProfileStepConfig
 from fastbert_bench.estimate.predictions import device_of
 from fastbert_bench.estimate.step_cost import Lengths
-from fastbert_bench.kernels.costs import COSTS, Ceilings, cost_of
+from fastbert_bench.kernels.costs import COSTS, Ceilings, cost_of, rates
 from fastbert_bench.measure import result, timing
+from fastbert_bench.measure.lengths import lengths_asked
+from fastbert_bench.measure.memory import profiler
 from fastbert_bench.profile.trace import (
     BETWEEN,
     PRODUCTS,
@@ -50,7 +53,6 @@ from fastbert_bench.profile.trace import (
     label_like,
 )
 from fastbert_bench.suites.contenders import make_batches, make_recipe
-from fastbert_bench.suites.step import drawn_lengths
 
 RECORDED, TIMED = 3, 10
 SHOWN, SHOWN_KERNELS = 30, 3
@@ -161,10 +163,7 @@ def figures(
     ceilings = Ceilings(max(enough, default=copies[max(copies)]), found["matrix"])
     floor = ceilings.floor(moved, flops)
     return {
-        "bytes": moved,
-        "flops": flops,
-        "gbps": moved / seconds / 1e9,
-        "tflops": flops / seconds / 1e12,
+        **rates(moved, flops, seconds),
         "bound": "memory" if moved / ceilings.bandwidth >= flops / ceilings.matrix else "compute",
         "floor_share": floor / seconds,
         "gap_us": (seconds - floor) * 1e6,
@@ -377,15 +376,15 @@ class Runner:
         )  # fmt: skip
         self.recipe = recipe
         self.execution: Execution = choose_execution(recipe, self.sizes)
+        # What depends on the length of a run is chosen for one of many steps.
+        told, long = r"\(the whole run is .*", f"(as in a run of {recipe.max_steps:,} steps)"
+        self.reasons = [re.sub(told, long, line) for line in self.execution.reasons]
         self.device = self.execution.device
         check_memory(recipe, self.sizes, self.device, self.execution.dtype)
         rng = np.random.default_rng(config.seed)
         if lengths is None:
-            asked = StepBenchConfig(
-                batch_size=config.batch_size, max_seq_length=config.max_seq_length,
-                lengths=config.lengths,
-            )  # fmt: skip
-            lengths = drawn_lengths(asked, rng)
+            B, S = config.batch_size, config.max_seq_length
+            lengths = lengths_asked(config.lengths, B, S, rng)
         _, packed = make_batches(lengths, config.max_seq_length, self.sizes.vocab_size, rng)
         self.batches = [batch.to(self.device) for batch in packed]
         self.lengths = Lengths.of(lengths)
@@ -423,10 +422,8 @@ class Runner:
 
     def record(self, launch: Callable[[Sequence[Batch]], None], path: Path) -> Recorded:
         """Records steps, host and device waiting for each other in between."""
-        activities = [ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        with profile(activities=activities, record_shapes=True) as recorded:
+        cuda = self.device.type == "cuda"
+        with profiler(cuda, record_shapes=True) as recorded:
             launch([self.batches[0]])  # the profiler's own first costs
             self.wait()
             for index in range(RECORDED):
@@ -438,7 +435,7 @@ class Runner:
             trace = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, RuntimeError) as error:
             raise UserError(f"trace = {str(path)!r}: cannot be written: {error}") from None
-        return analyse(trace, self.device.type == "cuda")
+        return analyse(trace, cuda)
 
 
 def trace_path(config: ProfileStepConfig) -> Path:
@@ -477,7 +474,7 @@ def run(config: ProfileStepConfig) -> dict[str, Any]:
     batch = runner.batches[0]
     made = result.make(
         "profile-step", dataclasses.asdict(config), device, rows, missing,
-        execution=list(execution.reasons),
+        execution=runner.reasons,
         dtype=str(execution.dtype).removeprefix("torch."),
         real_tokens=batch.num_tokens,
         sequences=batch.num_sequences,
@@ -489,10 +486,7 @@ def run(config: ProfileStepConfig) -> dict[str, Any]:
         },
         ceilings=found,
         idle=idle(recorded) if cuda else None,
-        host_syncs=[
-            {"name": name, "calls": count / recorded.steps, "where": " ".join(filter(None, place))}
-            for (name, place), count in recorded.syncs.most_common()
-        ],
+        host_syncs=recorded.host_syncs(),
         origins=dict(origins.most_common()),
         trace=str(trace_path(config)),
     )  # fmt: skip
@@ -549,6 +543,15 @@ def _cell(value: float | None, scale: float = 1.0, form: str = ".1f") -> str:
     return "-" if value is None else format(value / scale, form)
 
 
+def _is_whole(calls: float) -> bool:
+    return abs(calls - round(calls)) < 1e-6
+
+
+def _calls(calls: float) -> str:
+    """How often a step does something; with a decimal where not every step does it as often."""
+    return format(calls, ".0f" if _is_whole(calls) else ".1f")
+
+
 def table(found: Mapping[str, Any]) -> str:
     """The result as text: encoder layers that do the same are one line."""
     rows = _merged(found["rows"])
@@ -560,7 +563,7 @@ def table(found: Mapping[str, Any]) -> str:
         op = " ".join((row["op"] or "other", *(f"{k}={v}" for k, v in row["sizes"].items())))
         share = "-" if row["gap_us"] is None else f"{row['floor_share']:.0%} of {row['bound']}"
         lines.append(
-            f"{row['layer']:<17}{op:<46}{row['direction']:<9}{row['calls']:>6.0f}{row['ms']:>9.3f}"
+            f"{row['layer']:<17}{op:<46}{row['direction']:<9}{_calls(row['calls']):>6}{row['ms']:>9.3f}"
             f"{row['share']:>7.1%}{_cell(row['bytes'], 1e6):>9}{_cell(row['flops'], 1e9):>8}"
             f"{_cell(row['gbps']):>8}{_cell(row['tflops'], 1, '.3f'):>8}{share:>19}"
             f"{_cell(row['gap_us'], 1, ',.0f'):>9}"
@@ -570,7 +573,7 @@ def table(found: Mapping[str, Any]) -> str:
                 break
             name = f"  {kernel['name']}"[:60]
             lines.append(
-                f"{name:<72}{kernel['calls']:>6.0f}{kernel['ms']:>9.3f}  {kernel['origin']}"
+                f"{name:<72}{_calls(kernel['calls']):>6}{kernel['ms']:>9.3f}  {kernel['origin']}"
             )
     if len(rows) > SHOWN:
         rest = sum(row["ms"] for row in rows[SHOWN:])
@@ -605,19 +608,20 @@ def _summary(found: Mapping[str, Any]) -> str:
     if idle_time:
         lines.append(
             f"idle: {idle_time['idle_ms']:.3f} of {idle_time['span_ms']:.3f} ms a step, in "
-            f"{idle_time['gaps']:.0f} gaps between kernels"
+            f"{_calls(idle_time['gaps'])} gaps between kernels"
         )
         lines += [
-            f"  {gap['us']:8.1f} us in {gap['gaps']:.0f}: {gap['after'][:50]} -> "
+            f"  {gap['us']:8.1f} us in {_calls(gap['gaps'])}: {gap['after'][:50]} -> "
             f"{gap['before'][:50]} ({gap['where']})"
             for gap in idle_time["longest"][:5]
         ]
     questions = sum(sync["calls"] for sync in found["host_syncs"])
     free = "" if idle_time else " (free on a CPU; on a GPU each makes the host wait)"
-    lines.append(f"host syncs: {questions:.0f} a step{free if questions else ''}")
-    lines += [
-        f"  {sync['calls']:g} x {sync['name']} in {sync['where']}" for sync in found["host_syncs"]
-    ]
+    lines.append(f"host syncs: {_calls(questions)} a step{free if questions else ''}")
+    for sync in found["host_syncs"]:
+        calls, steps = sync["calls"], step["recorded_steps"]
+        often = f"{calls:.0f}" if _is_whole(calls) else f"in {steps} steps {calls * steps:.0f}"
+        lines.append(f"  {often} x {sync['name']} in {sync['where']}")
     return "\n".join(lines)
 
 
@@ -625,20 +629,20 @@ def main(config: ProfileStepConfig) -> None:
     """Records the step, prints its table, writes the trace and the JSON.
 
     Raises:
-        UserError: settings that do not fit.
+        UserError: settings that do not fit, or no trace can be written.
         RunError: a file that cannot be written.
     """
+    check_output("trace", str(trace_path(config)))
     found = run(config)
-    result.write(found, Path(config.json))
-    told = found["conditions"]
-    print(
-        f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {found['dtype']}; "
+    asked = (
         f"{config.model}, {found['sequences']} sequences of at most {config.max_seq_length}, "
         f"{found['real_tokens']} real tokens"
     )
-    print("\n".join(found["execution"]))
-    print(table(found))
-    print(_summary(found))
-    for one in found["missing"]:
-        print(f"missing: {one['name']}: {one['why']}")
-    print(f"table: {config.json}; trace: {found['trace']} (opens in ui.perfetto.dev)")
+    lines = [
+        *found["execution"],
+        table(found),
+        _summary(found),
+        *(f"missing: {one['name']}: {one['why']}" for one in found["missing"]),
+        f"table: {config.json}; trace: {found['trace']} (opens in ui.perfetto.dev)",
+    ]
+    result.finish(found, config.json, asked, "\n".join(lines))

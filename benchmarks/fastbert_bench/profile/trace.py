@@ -72,6 +72,13 @@ class Recorded:
     """How often each op was called, forward, in all steps."""
     syncs: Counter[tuple[str, Place]]
 
+    def host_syncs(self) -> list[dict[str, Any]]:
+        """How often a step asks the host something, and where; the most frequent first."""
+        return [
+            {"name": name, "calls": count / self.steps, "where": " ".join(filter(None, place))}
+            for (name, place), count in self.syncs.most_common()
+        ]
+
 
 def _nested(slices: Iterable[Mapping[str, Any]]) -> Iterator[Event]:
     """The slices of one thread, each with the one it lies in."""

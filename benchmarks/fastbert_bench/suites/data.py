@@ -43,9 +43,10 @@ from fastbert.train.device import check_workers, choose_device
 from fastbert_bench.config import DATA_RIVAL_NAMES, DataBenchConfig, integers
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.flops import MLM_PROBABILITY
+from fastbert_bench.measure.lengths import file_lengths
 from fastbert_bench.measure.result import Row
 from fastbert_bench.measure.timing import in_turn, quantiles, synchronize
-from fastbert_bench.suites.contenders import MissingError, file_lengths, rivals_asked
+from fastbert_bench.suites.contenders import MissingError, rivals_asked
 
 V = 30522
 """Tokens in the vocabulary of BERT, uncased; from `CONTINUATIONS` on they stand for "##" pieces."""

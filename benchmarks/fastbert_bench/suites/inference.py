@@ -44,6 +44,8 @@ from fastbert_bench.config import INFERENCE_RIVAL_NAMES, InferenceBenchConfig
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.flops import MLM_PROBABILITY, flops_per_token, mfu
+from fastbert_bench.measure.lengths import lengths_asked
+from fastbert_bench.measure.memory import peak_of
 from fastbert_bench.measure.processes import one_line
 from fastbert_bench.measure.result import Row
 from fastbert_bench.measure.timing import figures, in_turn, timed
@@ -53,13 +55,11 @@ from fastbert_bench.suites.contenders import (
     PaddedBatch,
     TorchEncoder,
     execution_of,
-    lengths_asked,
     make_batches,
     rivals_asked,
     seeded,
     weights_of,
 )
-from fastbert_bench.suites.step import peak_of
 
 TASKS = ("encode", "fill-mask")
 # Of a hidden state or a logit, whose size is about 1. FlashAttention has no fp32.
@@ -105,7 +105,7 @@ def ours(
     def hidden(batch: Batch, rows: Tensor | None = None) -> Tensor:
         return model.encode(
             batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens,
-            batch.max_seqlen, rows,
+            batch.max_seqlen, rows=rows,
         )  # fmt: skip
 
     def encode(batch: Batch) -> Tensor:

@@ -17,13 +17,12 @@ tokens, P parameters, L layers, N sequences, s mean length of the sequence that 
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from torch import Tensor
 
 from fastbert.config import PRESETS, model_config
 from fastbert.errors import RunError
-from fastbert.ops import cpu_ops
 from fastbert.progress import progress_bar
 from fastbert.train.device import (
     can_compile,
@@ -42,30 +40,21 @@ from fastbert.train.device import (
     keep_freed_memory,
 )
 from fastbert_bench.config import KERNEL_OPS, KernelBenchConfig
-from fastbert_bench.gpu import kernels as gpu_kernels
+from fastbert_bench.kernels import stage as kernel_stage
 from fastbert_bench.kernels import timings as kernel_timings
-from fastbert_bench.kernels.costs import model_sizes
+from fastbert_bench.kernels.costs import model_sizes, rates
 from fastbert_bench.kernels.timings import (
-    DROPOUT_P,
-    EPS,
-    PAD,
     Asked,
-    Built,
     Contender,
-    Inputs,
     Workload,
     costs,
-    figures,
+    missing,
     peer_of,
 )
 from fastbert_bench.measure import result as results
-from fastbert_bench.measure import timing
 from fastbert_bench.measure.energy import EnergyMeter
-from fastbert_bench.measure.processes import one_line
-from fastbert_bench.measure.result import HEADS, Row, cells, gaps
-from fastbert_bench.suites.contenders import file_lengths
-from fastbert_bench.suites.step import peak_of
-from fastbert_kernels import reference, reference_optimizer
+from fastbert_bench.measure.lengths import file_lengths
+from fastbert_bench.measure.result import Row, gaps
 
 TOLERANCE = 1e-4  # of an output in fp32, relative to its largest element
 ROUNDS, SECONDS = 20, 1.0
@@ -89,42 +78,8 @@ def cpu_sizes(quick: bool, model: str = "auto") -> dict[str, int]:
     sizes = model_sizes(H, S, T) | {"V": V}
     if model != "auto":
         sizes = kernel_timings.sizes_of(model, S, T) | {"L": 1}
-    return sizes | {"L": 1, "P": sum(_numels(sizes))}
-
-
-def _numels(sizes: dict[str, int]) -> list[int]:
-    return kernel_timings.parameter_sizes(sizes["H"], 1, sizes["V"], sizes["F"])
-
-
-def _call_of(
-    op: str, sizes: dict[str, int], lengths: str
-) -> tuple[tuple[str, ...], Callable[[Callable[..., Any], Inputs, Sequence[Tensor]], Any]]:
-    """Names of an op's leaves, and how it is called with them."""
-    T, S = sizes["T"], sizes["S"]
-    ends = np.cumsum(kernel_timings.filled(lengths, T, S))
-    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
-    positions = torch.arange(T) % S
-    random = (DROPOUT_P, torch.tensor([1, 2, 3]), 1)
-    known: dict[str, Any] = {
-        "attention": (("qkv",), lambda f, i, x: f(*x, cu_seqlens, S, *random)),
-        "dropout_add_layer_norm": (
-            ("x", "bias", "residual", "weight", "beta"), lambda f, i, x: f(*x, EPS, *random),
-        ),
-        "linear_cross_entropy": (("x", "weight", "bias"), lambda f, i, x: f(*x, i["labels"])),
-        "linear_gelu": (("x", "weight", "bias"), lambda f, i, x: f(*x)),
-        "bias_gelu": (("x", "bias"), lambda f, i, x: f(*x)),
-        "gelu_layer_norm": (("x", "bias", "weight", "beta"), lambda f, i, x: f(*x, EPS)),
-        "embed_layer_norm": (
-            ("word", "token_type", "position", "weight", "beta"),
-            lambda f, i, x: f(i["ids"], i["types"], positions, *x, PAD, EPS, *random),
-        ),
-    }  # fmt: skip
-    names, call = known[op]
-    return names, call
-
-
-def _missing(why: str) -> Contender:
-    return Contender("ours", kernel_timings.missing(why))
+    numels = kernel_timings.parameter_sizes(sizes["H"], 1, sizes["V"], sizes["F"])
+    return sizes | {"L": 1, "P": sum(numels)}
 
 
 def cpu_workload(op: str, quick: bool, asked: Asked = kernel_timings.STAGE) -> Workload:
@@ -134,66 +89,28 @@ def cpu_workload(op: str, quick: bool, asked: Asked = kernel_timings.STAGE) -> W
     # Its peers read the same inputs.
     theirs = kernel_timings.workload(op, device, torch.float32, sizes, asked.lengths)
     plain = [c for c in theirs.contenders if c.name in ON_CPU]
-    needs = kernel_timings.missing("needs a GPU")
+    needs = missing("needs a GPU")
     there = {peer_of(c.name): c for c in theirs.contenders if peer_of(c.name) in ON_GPU}
     # Liger has no GELU of this kind anywhere, which its contender says.
     plain += [c if op == "bias_gelu" else Contender(name, needs) for name, c in there.items()]
+    compiler, law, by = can_compile(device), kernel_timings.law_of(op), theirs.by
+    why_not = {
+        "bias_gelu": "on a CPU, the bias is added by the product before it: see linear_gelu",
+        "mask_tokens": "on a CPU, words are masked while they are packed: see bench data",
+    }.get(op)
+    ours = missing(why_not) if why_not else by(kernel_timings.cpu_op(op, compiler))
+    same, compiled = by(law), missing("torch.compile needs a C++ compiler here")
     if op in ("adamw", "lamb"):
-        step = cpu_ops(False).adamw_step if op == "adamw" else _lamb(sizes)
-        ours = Contender("ours", functools.partial(_optimizer, step, sizes))
-        if op == "lamb":
-            adamw = functools.partial(_optimizer, cpu_ops(False).adamw_step, sizes)
-            plain.append(Contender("adamw", adamw))
-        same = Contender("reference", kernel_timings.missing("on a CPU, ours is the reference"))
-        return dataclasses.replace(theirs, contenders=[ours, same, *plain])
-    if op == "mask_tokens":
-        ours = _missing("on a CPU, words are masked while they are packed: see bench data")
-        masked = Contender("reference", functools.partial(_masked, sizes["V"]))
-        return dataclasses.replace(theirs, contenders=[ours, masked, *plain])
-    names, call = _call_of(op, sizes, asked.lengths)
-
-    def by(function: Callable[..., Any]) -> Callable[[Inputs], Built]:
-        def build(inputs: Inputs) -> Built:
-            leaves = [kernel_timings.leaf(inputs[name]) for name in names]
-            return leaves, lambda: call(function, inputs, leaves)
-
-        return build
-
-    law: Any = getattr(reference, op)
-    compiler = can_compile(device)
-    if op == "bias_gelu":
-        ours = _missing("on a CPU, the bias is added by the product before it: see linear_gelu")
-    else:
-        ours = Contender("ours", by(law if op == "linear_gelu" else getattr(cpu_ops(compiler), op)))
-    compiled = (
-        by(torch.compile(law, dynamic=False))
-        if compiler
-        else kernel_timings.missing("torch.compile needs a C++ compiler here")
-    )
-    rest = [Contender("reference", by(law)), *plain, Contender("compile", compiled)]
-    return dataclasses.replace(theirs, contenders=[ours, *rest])
-
-
-def _optimizer(step: Callable[..., None], sizes: dict[str, int], inputs: Inputs) -> Built:
-    spans = kernel_timings.aligned_spans(_numels(sizes))
-    arguments: dict[str, Any] = inputs | {
-        "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.01, "max_grad_norm": 1.0,
-        "decay_end": spans[3 + 6 + 3][0],  # embeddings, a layer's matrices, the heads'
-        "weights": None,  # on a CPU the masters are the weights
-    }  # fmt: skip
-    return [], functools.partial(step, **arguments)
-
-
-def _lamb(sizes: dict[str, int]) -> Callable[..., None]:
-    spans = kernel_timings.aligned_spans(_numels(sizes))
-    return functools.partial(cpu_ops(False).lamb_step, spans=spans)
-
-
-def _masked(V: int, inputs: Inputs) -> Built:
-    is_special = torch.arange(V) < 5
-    seed = torch.tensor([1, 2, 3])
-    masked = reference_optimizer.mask_tokens
-    return [], lambda: masked(inputs["ids"], is_special, seed, 0.15, 4)
+        same = missing("on a CPU, ours is the reference")
+    elif compiler:
+        compiled = by(torch.compile(law, dynamic=False))
+    if op == "lamb":
+        adamw = kernel_timings.workload("adamw", device, torch.float32, sizes)
+        plain.append(Contender("adamw", adamw.by(kernel_timings.cpu_op("adamw", compiler))))
+    if theirs.directions != ("step",):
+        plain.append(Contender("compile", compiled))
+    rest = [Contender("reference", same), *plain]
+    return dataclasses.replace(theirs, contenders=[Contender("ours", ours), *rest])
 
 
 def check_same(workload: Workload) -> None:
@@ -221,40 +138,6 @@ def check_same(workload: Workload) -> None:
             )
 
 
-def measure(
-    workload: Workload, rounds: int, asked: Asked = kernel_timings.STAGE
-) -> Iterator[tuple[list[Row], list[Missing]]]:
-    """Rows of each direction, ours first, and who of those asked for is missing."""
-    device = torch.device("cpu")
-    sets = [workload.inputs() for _ in range(timing.clones_needed(1, device))]
-    for direction in workload.directions:
-        replays: dict[str, timing.Replay] = {}
-        missing: list[Missing] = []
-        peaks: dict[str, int] = {}
-        for contender in workload.contenders:
-            if not asked.admits(contender.name):
-                continue
-            name = f"{workload.op} {direction}, {contender.name}"
-            try:
-                calls = kernel_timings.calls_of(contender, direction, sets)
-                replays[contender.name] = timing.Replay(calls, device)
-                peaks[contender.name] = peak_of(calls[0], device)
-            except kernel_timings.MissingError as error:
-                missing.append({"name": name, "why": str(error)})
-            except Exception as error:
-                if contender.name in ("ours", "reference"):
-                    raise
-                missing.append({"name": name, "why": one_line(error)})
-        times = timing.interleaved(replays, device, rounds, seconds=SECONDS)
-        told = {"op": workload.op, "direction": direction, "sizes": workload.sizes}
-        rows = []
-        for name, ms in times.items():
-            row: Row = told | {"contender": name, "rounds_ms": ms} | timing.quantiles(ms)
-            row |= {"peak_memory_bytes": peaks[name], "watts": None}
-            rows.append(row | {"joules_per_million_tokens": None} | figures(row, device))
-        yield common(rows), missing
-
-
 def common(rows: Sequence[Row]) -> list[Row]:
     """Rows of one op, direction and size as the schema has them.
 
@@ -280,8 +163,7 @@ def common(rows: Sequence[Row]) -> list[Row]:
         made.append(
             {"name": f"{row['op']} {row['direction']} {shape}, {row['contender']}"}
             | {key: row[key] for key in kept if key in row}
-            | {"bytes": moved, "flops": flops, "gbps": moved / seconds / 1e9}
-            | {"tflops": flops / seconds / 1e12}
+            | rates(moved, flops, seconds)
             | {"ratio": ratio, "compared_with": base["contender"]}
         )
     return made
@@ -291,17 +173,30 @@ def on_cpu(ops: Sequence[str], quick: bool, asked: Asked = kernel_timings.STAGE)
     """Times `ops` here; returns `rows` and `missing`."""
     keep_freed_memory()  # for everybody
     rows: list[Row] = []
-    missing: list[Missing] = []
+    absent: list[Missing] = []
     bar = progress_bar(ops, desc="ops", unit="op")
     for op in bar:
         bar.set_postfix_str(op)
         torch.manual_seed(0)
         workload = cpu_workload(op, quick, asked)
         check_same(workload)
-        for found, absent in measure(workload, 3 if quick else ROUNDS, asked):
-            rows += found
-            missing += absent
-    return {"rows": rows, "missing": missing}
+        timed = [one for one in workload.contenders if asked.admits(one.name)]
+        for found in kernel_timings.measure(
+            dataclasses.replace(workload, contenders=timed), torch.device("cpu"),
+            3 if quick else ROUNDS, SECONDS, asked, must=("ours", "reference"),
+        ):  # fmt: skip
+            rows += common([row for row in found if "ms" in row])
+            absent += _absent(found)
+    return {"rows": rows, "missing": absent}
+
+
+def _absent(rows: Sequence[Row]) -> list[Missing]:
+    """Who has no time, and why."""
+    return [
+        {"name": f"{row['op']} {row['direction']}, {row['contender']}", "why": row["why"]}
+        for row in rows
+        if "why" in row
+    ]
 
 
 # On a GPU
@@ -316,7 +211,7 @@ def on_gpu(
     """Runs the stage and returns `rows`, `missing`, and its ceilings and checks."""
     with tempfile.TemporaryDirectory(prefix="fastbert-bench-") as folder:
         with contextlib.redirect_stdout(sys.stderr):
-            gpu_kernels.run(
+            kernel_stage.run(
                 Path(folder), quick, ops=ops, device_type=device_type, timeout=SECONDS_OF_AN_OP,
                 asked=dataclasses.asdict(asked),
             )  # fmt: skip
@@ -327,26 +222,23 @@ def on_gpu(
 def from_stage(stage: dict[str, Any]) -> dict[str, Any]:
     """The stage's findings in the common form: a row with its times, or who is missing and why."""
     rows: list[Row] = []
-    missing: list[Missing] = []
+    absent: list[Missing] = []
     for op, found in stage["ops"].items():
         failed = [check["check"] for check in found["checks"] if check["ok"] is False]
         if found["error"]:
-            missing.append({"name": op, "why": found["error"]})
+            absent.append({"name": op, "why": found["error"]})
         if failed:
             why = f"not comparable: {len(failed)} checks against the reference fail: {failed[0]}"
-            missing.append({"name": op, "why": why})
+            absent.append({"name": op, "why": why})
             continue
         of_op = [row for row in stage["rows"] if row["op"] == op]
-        for row in of_op:
-            if "why" in row:
-                name = f"{op} {row['direction']}, {row['contender']}"
-                missing.append({"name": name, "why": row["why"]})
+        absent += _absent(of_op)
         timed = [row for row in of_op if "ms" in row]
         for _, same in itertools.groupby(timed, lambda row: (row["direction"], row["sizes"])):
             rows += common(list(same))
     checks = {op: found["checks"] for op, found in stage["ops"].items()}
     return {
-        "rows": rows, "missing": missing, "ceilings": stage.get("ceilings"), "checks": checks,
+        "rows": rows, "missing": absent, "ceilings": stage.get("ceilings"), "checks": checks,
     }  # fmt: skip
 
 
@@ -394,16 +286,16 @@ def _not_there(found: dict[str, Any], against: str) -> list[Missing]:
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text, one line each, and a line for each that is missing."""
-    lines = [f"{'op':<58}{HEADS}{'GB/s':>8}{'TFLOP/s':>9}"]
-    for row in result["rows"]:
-        rate = f"{row['tflops']:.2f}" if row["flops"] else "-"
-        compared = f"   {row['compared_with']} is {row['ratio']:.2f}x as fast"
-        lines.append(
-            f"{row['name']:<58}{cells(row)}"
-            f"{row['gbps']:>8.1f}{rate:>9}{compared if row['ratio'] != 1 else ''}"
-        )
-    lines += [f"{one['name']:<58}missing: {one['why']}" for one in result["missing"]]
-    return "\n".join(lines)
+
+    def compared(row: Row) -> str:
+        ratio = row["ratio"]
+        return f"{row['compared_with']} is {ratio:.2f}x as fast" if ratio != 1 else ""
+
+    more = {
+        "GB/s": lambda row: f"{row['gbps']:.1f}",
+        "TFLOP/s": lambda row: f"{row['tflops']:.2f}" if row["flops"] else "-",
+    }
+    return results.table(result, "op", more, ("", compared))
 
 
 def main(config: KernelBenchConfig) -> None:
@@ -413,11 +305,5 @@ def main(config: KernelBenchConfig) -> None:
         RunError: contenders that do not compute the same thing, or a file that cannot be written.
     """
     result = run(config)
-    if config.json:
-        results.write(result, Path(config.json))
-    told = result["conditions"]
-    print(
-        f"{told['device']}, {told['threads']} threads, torch {told['torch']}; "
-        f"model {config.model}, {Path(config.lengths).name} lengths"
-    )
-    print(table(result))
+    asked = f"model {config.model}, {Path(config.lengths).name} lengths"
+    results.finish(result, config.json, asked, table(result))

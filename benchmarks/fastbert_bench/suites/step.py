@@ -9,9 +9,7 @@ their users have it, and as `...+malloc` once more with ours, which helps them m
 
 import dataclasses
 import functools
-import gc
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,8 @@ from fastbert_bench.config import STEP_RIVALS, StepBenchConfig
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.flops import flops_per_token, mfu
+from fastbert_bench.measure.lengths import lengths_asked
+from fastbert_bench.measure.memory import peak_of
 from fastbert_bench.measure.processes import one_line
 from fastbert_bench.measure.timing import figures, in_turn, timed
 from fastbert_bench.suites.contenders import (
@@ -37,7 +37,6 @@ from fastbert_bench.suites.contenders import (
     MissingError,
     check_fair,
     execution_of,
-    lengths_asked,
     make_batches,
     make_recipe,
     ours,
@@ -49,36 +48,6 @@ from fastbert_bench.suites.contenders import (
 
 SECONDS_PER_ROUND = 0.5
 SECONDS_OF_ENERGY = 1.0
-
-
-def peak_of(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors alive during `step` beyond those alive before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return int(torch.cuda.max_memory_allocated(device) - before)
-    # Alive: torch warns where a tensor is freed whose making it did not record.
-    kept = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each trace writes two lines to stderr
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    alive = most = 0
-    for _, size in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):
-        alive += size
-        most = max(most, alive)
-    del kept
-    return int(most)
-
-
-def _allocations(events: Any) -> Iterator[tuple[int, int]]:
-    """(time, bytes) of every allocation, bytes negative for what is freed."""
-    for event in events:
-        if event.name == "[memory]":
-            yield event.start_time_ns, event.extra_fields.alloc_size
-        yield from _allocations(event.children)
 
 
 def measure(
@@ -157,22 +126,13 @@ def table(result: dict[str, Any]) -> str:
     return results.table(result, "a step", {}, remarks)
 
 
-def drawn_lengths(config: StepBenchConfig, rng: np.random.Generator) -> np.ndarray:
-    """(B,) lengths as asked for.
-
-    Raises:
-        UserError: a file of lengths that cannot be read, or holds something else.
-    """
-    return lengths_asked(config.lengths, config.batch_size, config.max_seq_length, rng)
-
-
 def run(config: StepBenchConfig) -> dict[str, Any]:
     """Measures as `config` says and returns the result."""
     device = choose_device(config.device)
     sizes = model_config(config.model)
     check_weights(config.model, sizes, device)
     rng = np.random.default_rng(config.seed)
-    lengths = drawn_lengths(config, rng)
+    lengths = lengths_asked(config.lengths, config.batch_size, config.max_seq_length, rng)
     padded, packed = make_batches(lengths, config.max_seq_length, sizes.vocab_size, rng)
     padded = [{key: value.to(device) for key, value in batch.items()} for batch in padded]
     packed = [batch.to(device) for batch in packed]

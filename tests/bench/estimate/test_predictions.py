@@ -10,7 +10,7 @@ from fastbert.config import base
 from fastbert_bench.estimate import predictions
 from fastbert_bench.estimate.run import DEVICES
 from fastbert_bench.estimate.step_cost import FAMILIES, PRODUCTS, Lengths
-from fastbert_bench.gpu import step as gpu_step
+from fastbert_bench.measure.workloads import TINY, WORKLOADS
 from fastbert_bench.profile import step as profiling
 
 H200 = "NVIDIA H200"
@@ -39,7 +39,7 @@ def test_what_is_committed_is_what_the_estimate_says_until_a_gpu_has_spoken(now)
 
 
 def test_every_workload_of_the_gpu_command_is_there(now):
-    steps = {name for name in gpu_step.WORKLOADS if name != gpu_step.TINY}
+    steps = {name for name in WORKLOADS if name != TINY}
     for found in now.values():
         assert {name.partition(" ")[2] for name in found if name.startswith("step ")} == steps
         assert {name for name in found if name.startswith("trace ")} == {

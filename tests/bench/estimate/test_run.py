@@ -153,8 +153,8 @@ def test_a_file_at_odds_with_itself_is_refused(tmp_path):
 
 
 def test_days_dollars_and_energy_follow_from_the_rate(tmp_path):
-    found = estimate(asked(gpus=16, price_per_hour=2.5, tokens=1e11), tmp_path)
-    assert [plan.gpus for plan in found.plans] == [1, 8, 16, 64, 1024]
+    found = estimate(asked(gpus="1,16,1024", price_per_hour=2.5, tokens=1e11), tmp_path)
+    assert [plan.gpus for plan in found.plans] == [1, 16, 1024]
     for plan in found.plans:
         hours = plan.days * 24
         assert plan.tokens_per_second * hours * 3600 == pytest.approx(1e11)
@@ -173,7 +173,8 @@ def test_days_dollars_and_energy_follow_from_the_rate(tmp_path):
 
 
 def test_more_gpus_are_faster_but_never_by_more_than_their_number(tmp_path):
-    plans = estimate(asked(), tmp_path).plans
+    plans = estimate(asked(gpus="64,1,8,1024,8"), tmp_path).plans
+    assert [plan.gpus for plan in plans] == [1, 8, 64, 1024]
     assert plans[0].efficiency == 1
     for fewer, more in itertools.pairwise(plans):
         assert fewer.tokens_per_second < more.tokens_per_second
@@ -194,7 +195,7 @@ def test_larger_work_takes_longer(gpu):
 
 
 def test_beyond_lambs_recipes_it_warns_and_plans_within_them(tmp_path):
-    found = estimate(asked(tokens_per_batch=65536), tmp_path)  # 128 sequences each
+    found = estimate(asked(tokens_per_batch=65536, gpus="1024"), tmp_path)  # 128 sequences each
     last, within = found.plans[-2:]
     assert (last.gpus, last.sequences_per_step) == (1024, 131_072)
     assert (within.gpus, within.sequences_per_step) == (1024, 65_536)
@@ -221,6 +222,55 @@ def test_epochs_are_times_the_corpus():
     assert est.tokens_asked(EstimateConfig()) == 1e6 * 256 * 512
 
 
+def test_only_what_was_asked_for_is_told_of(tmp_path):
+    found = estimate(asked(), tmp_path)
+    assert [plan.gpus for plan in found.plans] == [1]
+    assert "NVLink" not in est.table(found)
+    both = est.table(estimate(asked(gpus="8,1"), tmp_path))
+    assert "NVLink" in both and "\n    8 " in both
+
+
+def test_which_vocabulary_is_assumed_is_said_and_can_be_told(tmp_path):
+    found = estimate(asked(model="tiny"), tmp_path)
+    printed = est.table(found)
+    assert "tiny (4M parameters, vocabulary 30,522)" in printed
+    assert "vocabulary: 30,522 tokens, the model's own; a tokenizer that `fastbert pre" in printed
+    assert " trains has 4,096 unless" in printed
+    less = estimate(asked(model="tiny", vocab_size=4096), tmp_path)
+    assert "tiny (1M parameters, vocabulary 4,096)" in est.table(less)
+    assert "unless told otherwise" not in est.table(less)
+    assert less.plans[0].step_seconds < found.plans[0].step_seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.0123, "under a second"),
+        (119, "119 seconds"),
+        (121, "2.0 minutes"),
+        (3 * 3600, "3.0 hours"),
+        (2.6 * 86400, "2.6 days"),
+        (4e6 * 86400, "4,000,000.0 days"),
+    ],
+)
+def test_a_time_is_told_by_its_size(seconds, said):
+    assert est.duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"), [("3.3B", 3.3e9), ("3.3b", 3.3e9), ("2G", 2e9), ("5M", 5e6), ("7K", 7e3)]
+)
+def test_tokens_may_be_written_short(tmp_path, capsys, tokens, found):
+    out = tmp_path / "estimate.json"
+    argv = ["estimate", "--gpu", "cpu", "--model", "tiny", "--json", str(out)]
+    assert cli.main([*argv, "--tokens", tokens]) == 0
+    assert json.loads(out.read_text())["tokens"] == found
+    assert cli.main([*argv, "--corpus-tokens", tokens, "--epochs", "2"]) == 0
+    assert json.loads(out.read_text())["tokens"] == 2 * found
+    assert cli.main([*argv, "--tokens", "3.3X"]) == 2
+    assert "--tokens 3.3X: must be a number" in capsys.readouterr().err
+
+
 def test_lengths_of_a_file_are_cut(tmp_path):
     path = tmp_path / "lengths.txt"
     path.write_text("100\n300\n900\n")
@@ -240,7 +290,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     result.check(written)
     assert written["benchmark"] == "estimate"
     assert written["settings"]["model"] == "large"
-    assert f"step time: {written['source']}" in printed
+    assert f"step time, {written['source']}" in printed and ": modelled: " not in printed
     for line in written["assumptions"]:
         assert f"\n- {line}" in printed
         assert "\n" not in line
@@ -272,7 +322,7 @@ ERRORS = [
         "--gpu h10",
         "gpu = 'h10' must be one of h100, h200, a100-80gb, a100-40gb, cpu: did you mean ",
     ),
-    ("--gpus 1025", "gpus = 1025 must be at least 1 and at most 1024"),
+    ("--gpus 1025", "gpus = '1025' must be integers of at least 1 and at most 1024"),
     ("--gpu cpu --gpus 2", "gpus = 2 must be 1 with gpu = 'cpu'"),
     ("--model bsae", "model = 'bsae' is not a preset: did you mean 'base'?"),
     ("--lengths no/such", "lengths = 'no/such': no such file or folder"),

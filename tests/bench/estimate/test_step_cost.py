@@ -266,9 +266,9 @@ def test_what_tiles_compute_beyond_the_lengths():
 
 
 def test_the_last_columns_go_as_the_kernel_takes_them():
-    from fastbert_kernels import attention  # Triton's import is for tests/kernels to begin
+    from fastbert_kernels import attention_kernels  # Triton's import is for tests/kernels to begin
 
-    assert sc.TAIL == attention.TAIL.value
+    assert sc.TAIL == attention_kernels.TAIL.value
 
 
 def test_dropout_costs_what_its_counts_say():

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from fastbert_bench.gpu import __main__ as gpu
-from fastbert_bench.gpu import kernels as gpu_kernels
 from fastbert_bench.gpu import step as gpu_step
 from fastbert_bench.kernels import checks as kernel_checks
 from fastbert_bench.kernels import costs as kernels
+from fastbert_bench.kernels import stage as kernel_stage
 from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.checks import Case, check_case
 from fastbert_bench.measure import processes, timing
 from fastbert_bench.measure import result as results
+from fastbert_bench.measure.workloads import TINY
 from fastbert_bench.report import files as report_files
 
 CPU = torch.device("cpu")
@@ -70,21 +71,21 @@ def test_every_stage_leaves_its_file_and_its_lines(rehearsal):
     _, printed, _, _, out = rehearsal
     told = json.loads((out / "gpu.json").read_text())
     names = list(told["parts"])
-    assert names[:4] == ["compile", "smoke", "pretrain", f"{gpu_step.TINY}: fastbert"]
+    assert names[:4] == ["compile", "smoke", "pretrain", f"{TINY}: fastbert"]
     assert told["not_run"] == [] and len(told["failures"]) == 2
     assert all(part["why"] is None for name, part in told["parts"].items() if "fault" not in name)
     smoke, pretrain = (json.loads((out / f"{n}.json").read_text()) for n in ("smoke", "pretrain"))
     assert len(smoke["checks"]) > 30 and len(pretrain["checks"]) == 6
     assert all(row["ok"] for row in pretrain["checks"])
     assert all(row["ok"] is not False for row in smoke["checks"])
-    step = json.loads((out / f"step-{gpu_step.TINY}.json").read_text())
+    step = json.loads((out / f"step-{TINY}.json").read_text())
     results.check(step)
     assert [row["name"] for row in step["rows"]] == ["fastbert", "hf-sdpa", "hf-eager"]
     assert step["drift"] and step["floor_ms"] and step["ablations"]
     lines = printed.splitlines()
     assert len(lines) - len(names) <= gpu.LINES
     story = "\n".join(lines[len(names) :])
-    for begin in ("smoke: ", "pretrain: 6 of 6", f"{gpu_step.TINY}: ", "products on", "ceilings: "):
+    for begin in ("smoke: ", "pretrain: 6 of 6", f"{TINY}: ", "products on", "ceilings: "):
         assert begin in story
     assert sum(len(line) + 1 for line in lines) < 12_000  # one reply
 
@@ -150,11 +151,11 @@ def test_a_failure_is_told_and_the_rest_runs(tmp_path):
 
 
 def test_an_earlier_runs_figures_do_not_stand_for_this_ones(tmp_path):
-    stale = tmp_path / f"step-{gpu_step.TINY}.json"
+    stale = tmp_path / f"step-{TINY}.json"
     stale.write_text("{}")
-    path = gpu_step.piece(tmp_path, gpu_step.TINY, "fastbert")
-    part = gpu.Part(f"{gpu_step.TINY}: fastbert", "step", 1, "fastbert_bench.gpu.step",
-                    (gpu_step.TINY, "fastbert"), path)  # fmt: skip
+    path = gpu_step.piece(tmp_path, TINY, "fastbert")
+    part = gpu.Part(f"{TINY}: fastbert", "step", 1, "fastbert_bench.gpu.step",
+                    (TINY, "fastbert"), path)  # fmt: skip
     run = run_of(tmp_path, 100.0)
     run.done[part.name] = {"why": "exit code 1: oh", "stage": "step", "tolerated": False}
     run._take(part, "exit code 1: oh", 1.0)
@@ -203,7 +204,7 @@ def test_a_hang_before_it_was_asked_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "start", noted)
     path = tmp_path / "x.json"
     arguments = ("mask_tokens", str(path), "cpu", "--quick")
-    waiting = gpu.Part("w", "kernels", 500, "fastbert_bench.gpu.kernels", arguments, path)
+    waiting = gpu.Part("w", "kernels", 500, "fastbert_bench.kernels.stage", arguments, path)
     run = run_of(tmp_path, 100.0)
     run.go([*parts_of(("a", 1, None), log=[]), waiting])
     assert run.not_run == ["w"]
@@ -251,7 +252,7 @@ def test_rows_hold_times_work_and_ratios(rehearsal):
 
 
 def test_a_hang_is_stopped(tmp_path):
-    process = gpu_kernels.start("fault:hang", tmp_path / "hang.json", "cpu", True)
+    process = kernel_stage.start("fault:hang", tmp_path / "hang.json", "cpu", True)
     assert "stopped after 2 s" in processes.finish(process, 2.0)
     assert process.returncode == -9
 
@@ -259,7 +260,7 @@ def test_a_hang_is_stopped(tmp_path):
 @pytest.mark.slow
 def test_what_cannot_be_compiled_ahead_is_told(tmp_path):
     ops = ["mask_tokens", "fault:raise"]
-    notes = gpu_kernels.compile_all(ops, tmp_path, "cpu", True, halves=("timings",))
+    notes = kernel_stage.compile_all(ops, tmp_path, "cpu", True, halves=("timings",))
     assert len(notes) == 1 and notes[0].startswith("compiling fault:raise 0/1: exit code 1")
 
 
@@ -341,10 +342,10 @@ def test_failures_are_told_and_missed_targets_are_not():
     ]
     row = {"op": "lamb", "direction": "step", "contender": "eager", "why": "missing"}
     stage = {"ops": {"lamb": {"error": None, "checks": checks[:2]}}, "rows": [row]}
-    assert gpu_kernels.failures(stage) == []
+    assert kernel_stage.failures(stage) == []
     stage["ops"]["lamb"]["checks"] = checks
     stage["rows"] = [row | {"contender": "ours triton"}]
-    assert gpu_kernels.failures(stage) == [
+    assert kernel_stage.failures(stage) == [
         "lamb: bad: error 5.00e-01, allowed 1.00e-01",
         "lamb step, ours triton: missing",
     ]
@@ -396,10 +397,10 @@ def test_the_table_of_a_whole_run_fits_into_one_reply():
     many = [{"check": "bad " * 40, "ok": False}] * 100
     ops = {op: {"error": None, "checks": many if op == "lamb" else []} for op in kernels.OPS}
     stage = {"conditions": {}, "ceilings": H100, "seconds": 200.0, "ops": ops, "rows": rows}
-    table = gpu_kernels.table(stage)
+    table = kernel_stage.table(stage)
     assert len(table) < 11_500 and "100 failures" in table and "85 more" in table
     assert all(f"\n{op}: " in table for op in kernels.OPS) and "… cut" not in table
-    assert "… cut" in gpu_kernels.table(stage, limit=5000)
+    assert "… cut" in kernel_stage.table(stage, limit=5000)
 
 
 def test_the_readme_holds_the_table():
@@ -507,7 +508,7 @@ def test_without_a_gpu_it_says_what_to_do(capsys):
 
 
 def test_no_process_is_left(tmp_path):
-    process = gpu_kernels.start("mask_tokens", tmp_path / "x.json", "cpu", True)
+    process = kernel_stage.start("mask_tokens", tmp_path / "x.json", "cpu", True)
     processes.stop(process)
     assert process.returncode is not None
     with pytest.raises(ProcessLookupError):

@@ -75,8 +75,8 @@ def test_a_product_that_reads_old_memory_is_caught(monkeypatch):
 def test_an_update_that_is_off_is_caught(monkeypatch):
     ops = cpu_ops(False)
 
-    def late(*buffers, beta2, **settings):
-        ops.adamw_step(*buffers, beta2=beta2 + 1e-3, **settings)
+    def late(buffers, hyper):
+        ops.adamw_step(buffers, hyper._replace(beta2=hyper.beta2 + 1e-3))
 
     wrong = dataclasses.replace(ops, adamw_step=late, kernels=True)
     monkeypatch.setattr(gpu_smoke, "triton_ops", lambda: wrong)

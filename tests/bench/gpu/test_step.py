@@ -11,9 +11,10 @@ import torch
 from fastbert.config import model_config
 from fastbert.errors import RunError
 from fastbert_bench.gpu import step as gpu_step
-from fastbert_bench.gpu.step import AGAIN, OURS, WORKLOADS, Bench, Workload
+from fastbert_bench.gpu.step import AGAIN, OURS, Bench
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.flops import executed_flops_per_token, flops_per_token
+from fastbert_bench.measure.workloads import SEED, WORKLOADS, Workload
 from fastbert_bench.suites import contenders
 from fastbert_bench.suites.contenders import flattened, part_of
 
@@ -228,6 +229,6 @@ def test_flops_are_the_formulas():
 
 def test_mlperf_lengths_have_its_mean():
     (workload,) = (w for w in WORKLOADS.values() if w.lengths == "mlperf")
-    rng = np.random.default_rng(gpu_step.SEED)
+    rng = np.random.default_rng(SEED)
     lengths = workload.draw(rng)
     assert abs(lengths.mean() - 254) < 10 and lengths.max() == 512

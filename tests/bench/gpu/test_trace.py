@@ -18,9 +18,11 @@ from fastbert_bench.estimate.step_cost import FAMILIES, GAPS, PASSES, Lengths
 from fastbert_bench.gpu import trace as gpu_trace
 from fastbert_bench.kernels.compile_report import shipped_cases
 from fastbert_bench.measure import result as results
+from fastbert_bench.measure.workloads import Workload
 from fastbert_bench.profile import step as profiling
 from fastbert_bench.profile import trace as step_trace
 from fastbert_bench.profile.trace import Kernel, Place
+from fastbert_kernels.compile_cases import op_of
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(
@@ -261,8 +263,7 @@ def test_without_a_place_only_names_can_tell():
 
 def test_every_kernel_of_the_library_has_one_family():
     library = gpu_trace.library_kernels()
-    modules = {(case.fn.fn.__module__.rpartition(".")[2], case.fn.fn.__name__)
-               for case in shipped_cases()}  # fmt: skip
+    modules = {(op_of(case.fn), case.fn.fn.__name__) for case in shipped_cases()}
     assert {name for _, name in modules} == set(library)
     special = {"attention", "optimizer", "mask", "linear"}
     for module, name in modules:
@@ -301,7 +302,7 @@ def test_predictions_stand_beside_what_was_measured():
 )
 def test_the_estimate_by_family_is_the_estimate(name, model, lengths):
     if lengths is None:
-        lengths = gpu_trace.Workload.of(name).draw(65_536)
+        lengths = Workload.of(name).draw_tokens(65_536)
     found = predictions.estimated(model_config(model), lengths, DEVICES["h100"])
     whole = DEVICES["h100"].step(model_config(model), 65_536, Lengths.of(lengths)).seconds
     assert sum(found[family] for family in FAMILIES) == pytest.approx(whole * 1e3)
@@ -318,7 +319,7 @@ def test_devices_by_the_names_of_their_drivers():
 @pytest.mark.parametrize("kind", ["full", "natural", "mlperf"])
 @pytest.mark.parametrize("tokens", [65_536, 8_192])
 def test_lengths_fill_the_tokens(kind, tokens):
-    lengths = gpu_trace.Workload.of(f"base-512-{kind}").draw(tokens)
+    lengths = Workload.of(f"base-512-{kind}").draw_tokens(tokens)
     assert tokens - 8 < lengths.sum() <= tokens
     assert 8 <= lengths.min() and lengths.max() <= 512
     if tokens == 65_536:
@@ -447,4 +448,4 @@ def test_fewer_tokens_where_memory_is_short(monkeypatch):
 @pytest.mark.parametrize("name", ["base", "base-512", "base-512-short"])
 def test_a_name_that_is_no_workload(name):
     with pytest.raises(UserError, match="must be MODEL-S-full, -natural or -mlperf"):
-        gpu_trace.Workload.of(name)
+        Workload.of(name)

@@ -61,6 +61,7 @@ def recorded(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert profile_step(model, folder / "step.json") == 0
+    assert os.environ["KINETO_LOG_LEVEL"] == "99"  # or torch's profiler writes to stderr
     return json.loads((folder / "step.json").read_text()), folder, printed.getvalue()
 
 
@@ -135,6 +136,29 @@ def test_what_must_be_moved_and_computed(recorded):
     assert worth == sorted(worth, reverse=True)
 
 
+def test_three_steps_are_no_whole_run(recorded):
+    result, _, printed = recorded
+    assert "whole run" not in printed
+    assert any("(as in a run of 100,000 steps)" in line for line in result["execution"])
+
+
+def test_calls_are_whole_or_told_as_what_they_are():
+    row = {
+        "name": "x", "layer": "layer 0", "op": "linear", "sizes": {}, "direction": "forward",
+        "ms": 1.0, "share": 1.0, "kernels": [], **profiling._UNKNOWN,
+    }  # fmt: skip
+    assert "forward       2 " in profiling.table({"rows": [row | {"calls": 2.0}]})
+    assert "forward     2.7 " in profiling.table({"rows": [row | {"calls": 8 / 3}]})
+    syncs = [{"name": "a", "where": "b", "calls": calls} for calls in (2.0, 8 / 3)]
+    step = {"launched": "eager", "ms": 1, "ms_p20": 1, "ms_p80": 1, "recorded_ms": 1}
+    said = profiling._summary(
+        {"step": step | {"recorded_steps": 3}, "idle": None, "host_syncs": syncs, "origins": {},
+         "ceilings": CEILINGS, "attribution": "", "on_paper": None}
+    )  # fmt: skip
+    assert "host syncs: 4.7 a step" in said
+    assert "  2 x a in b" in said and "  in 3 steps 8 x a in b" in said
+
+
 def test_the_trace_holds_our_ranges(recorded):
     trace = json.loads((recorded[1] / "step.trace.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
@@ -167,6 +191,8 @@ def test_a_host_sync_put_into_the_step_is_reported(model, recorded, tmp_path, mo
         ("profile step --step graph --device cpu", "step = 'graph': CUDA graphs need a GPU"),
         ("profile step --json no/such/x.json", "json = 'no/such/x.json': no such folder"),
         ("profile step --trace no/such/x.json", "trace = 'no/such/x.json': no such folder"),
+        ("profile step --json .", "json = '.' is no file: give the path of one"),
+        ("profile step --json here.json", "trace = 'here.trace.json' is no file: give the path"),
         ("profile step --lengths no.txt", "lengths = 'no.txt': no such file or folder"),
         ("profile kernel attenion", "unknown kernel 'attenion': did you mean 'attention'? (atten"),
         ("profile kernel", "profile kernel needs one of attention, dropout_add_layer_norm,"),
@@ -178,6 +204,8 @@ def test_a_host_sync_put_into_the_step_is_reported(model, recorded, tmp_path, mo
 )
 def test_mistakes_are_one_line(argv, line, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(profiling, "ceilings", lambda *_: pytest.fail("it began to measure"))
+    (tmp_path / "here.trace.json").mkdir()
     assert main(argv.split()) == 2
     shown = capsys.readouterr().err.splitlines()
     assert shown[-1].startswith(f"fastbert: error: {line}")
@@ -306,7 +334,9 @@ def test_one_kernel_over_sizes_compiled_and_drawn(tmp_path):
             products = 5 if "backward" in row["kernel"] else 2
             assert row["cost"]["flops"] == products * 2 * 128 * 128 * 64
             assert f"TFLOP/s by {row['cost']['limit']}" in done.stdout
-        assert row["kernel"] in done.stdout
+        assert not row["chosen"] or row["kernel"] in done.stdout
+    assert "not chosen" not in done.stdout and "float32; ceilings here" in done.stdout
+    assert result["dtype"] == "float32"
     why = {one["name"]: one["why"] for one in result["missing"]}
     assert why["counters of ncu"] == "it needs a GPU"
     assert "plain PyTorch" in done.stdout and "missing: times of our Triton kernels" in done.stdout
@@ -325,6 +355,26 @@ def test_every_op_runs_alone_on_a_cpu(op):
     for direction in workload.directions:
         for call in kernel_timings.calls_of(contender, direction, [workload.inputs()]):
             call()
+    assert profile_kernel.sweep(op, sizes)[-1] == sizes
+
+
+@pytest.mark.parametrize(
+    ("op", "asked", "made"),
+    [
+        ("attention", {"T": 32}, {"S": 32}),
+        ("attention", {"T": 1000}, {"S": 500}),
+        ("attention", {"S": 2048}, {"T": 65_536}),
+        ("attention", {"S": 100_000}, {"T": 100_000}),
+        ("attention", {"A": 5}, {"H": 320}),
+        ("attention", {"H": 200}, {"A": 2}),
+        ("dropout_add_layer_norm", {"T": 33}, {"S": 33}),
+        ("dropout_add_layer_norm", {"T": 33, "S": 32}, {}),
+        ("embed_layer_norm", {"T": 600}, {"S": 300}),
+    ],
+)
+def test_a_shape_given_in_part_is_made_to_fit(op, asked, made):
+    sizes = profile_kernel.sizes_of(op, asked, cuda=True)
+    assert asked | made == {key: sizes[key] for key in asked | made}
     assert profile_kernel.sweep(op, sizes)[-1] == sizes
 
 

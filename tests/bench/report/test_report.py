@@ -37,7 +37,7 @@ def times(ms, rounds=5):
 
 
 def sample_kernels():
-    """As gpu.kernels writes it: every kernel at 80% of its floor, eager 3 x slower."""
+    """As kernels.stage writes it: every kernel at 80% of its floor, eager 3 x slower."""
     rows = []
     for cost in COSTS:
         sizes = model_sizes(768, 512)

@@ -87,7 +87,6 @@ class TestWhatIsAsked:
             lengths = str(tmp_path / "lengths.txt")
             (tmp_path / "lengths.txt").write_text("5\n7\n99\n")
         monkeypatch.setattr(kernel_timings, "DROPOUT_P", 0.0)
-        monkeypatch.setattr(bench_kernels, "DROPOUT_P", 0.0)
         asked = kernel_timings.Asked(lengths=lengths)
         workload = bench_kernels.cpu_workload("attention", True, asked)
         drawn = kernel_timings.filled(lengths, 48, 16)
@@ -132,7 +131,7 @@ def test_an_op_that_computes_something_else_is_not_timed(monkeypatch):
         return right.gelu_layer_norm(*args) * 1.001
 
     broken = dataclasses.replace(right, gelu_layer_norm=wrong)
-    monkeypatch.setattr(bench_kernels, "cpu_ops", lambda compiled: broken)
+    monkeypatch.setattr(kernel_timings, "cpu_ops", lambda compiled: broken)
     with pytest.raises(RunError, match="gelu_layer_norm by ours and by reference differ by"):
         bench_kernels.on_cpu(["gelu_layer_norm"], quick=True)
 

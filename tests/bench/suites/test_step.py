@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fastbert.cli import main
-from fastbert.errors import RunError, UserError
+from fastbert.errors import RunError
 from fastbert.train.device import can_compile
 from fastbert_bench.config import StepBenchConfig
 from fastbert_bench.measure import result as results
+from fastbert_bench.measure.lengths import natural_lengths
 from fastbert_bench.suites import contenders, step
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_the_command_prints_a_table_and_writes_json(small, tmp_path, capsys):
 
 def test_both_sides_train_the_same_sequences(small):
     rng = np.random.default_rng(small.seed)
-    lengths = contenders.natural_lengths(small.batch_size, small.max_seq_length, rng)
+    lengths = natural_lengths(small.batch_size, small.max_seq_length, rng)
     padded, packed = contenders.make_batches(lengths, small.max_seq_length, 1200, rng)
     for theirs, ours in zip(padded, packed, strict=True):
         real = theirs["attention_mask"].bool()
@@ -155,42 +156,3 @@ class TestWrongContendersAreCaught:
 
         monkeypatch.setattr(contenders, "_hugging_face", other)
         assert "nats in the loss of a token" in refused()
-
-
-def test_lengths_from_a_file(small, tmp_path):
-    path = tmp_path / "lengths.txt"
-    path.write_text("3\n5\n99\n")
-    rng = np.random.default_rng(0)
-    drawn = step.drawn_lengths(dataclasses.replace(small, lengths=str(path)), rng)
-    assert len(drawn) == 4 and set(drawn.tolist()) <= {3, 5, 16}
-    for text, message in (
-        ("", "is empty"),
-        ("3\nx\n", ":2: 'x' is not a length"),
-        ("2", ":1: '2'"),
-    ):
-        path.write_text(text)
-        with pytest.raises(UserError, match=message):
-            step.drawn_lengths(dataclasses.replace(small, lengths=str(path)), rng)
-    with pytest.raises(UserError, match="No such file"):
-        step.drawn_lengths(dataclasses.replace(small, lengths="no/file"), rng)
-
-
-def test_peak_memory_counts_what_lives_at_once():
-    def use():
-        first = torch.empty(1000, 1000)
-        del first
-        second = torch.empty(500, 1000)
-        return second.sum()
-
-    assert 4_000_000 <= step.peak_of(use, CPU) < 4_100_000
-
-
-def test_peak_memory_of_a_step_that_replaces_tensors_is_quiet(capfd):
-    state = [torch.empty(1) for _ in range(1001)]  # torch warns of one such in a thousand
-
-    def replace():
-        for index in range(len(state)):
-            state[index] = torch.empty(1)
-
-    assert step.peak_of(replace, CPU) >= 4 * len(state)
-    assert "Memory block of unknown size" not in capfd.readouterr().err

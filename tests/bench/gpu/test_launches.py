@@ -17,7 +17,7 @@ from fastbert_bench.measure.places import ROOT
 SCRIPT = """
 import collections, json, os, sys, torch
 from fastbert_bench.estimate import launch_list
-from fastbert_bench.estimate import launches
+from fastbert_bench.gpu import launches
 
 found = {}
 with launches.no_gpu(90):

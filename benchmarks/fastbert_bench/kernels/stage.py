@@ -20,8 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fastbert_bench.kernels import checks as kernel_checks
+from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.costs import OPS
-from fastbert_bench.measure import processes
+from fastbert_bench.measure import processes, timing
+from fastbert_bench.measure import result as results
 from fastbert_bench.measure.processes import failed, one_line, write_json
 
 CEILINGS = "ceilings"
@@ -47,13 +52,7 @@ def work(
     waits: bool,
 ) -> None:
     """Checks and times one op, or compiles what a share (part) of that needs."""
-    import torch
     import triton  # noqa: F401  so that no import is left for the time on the GPU
-
-    from fastbert_bench.kernels import checks as kernel_checks
-    from fastbert_bench.kernels import timings as kernel_timings
-    from fastbert_bench.measure import result as results
-    from fastbert_bench.measure import timing
 
     if device_type == "cuda":
         importlib.import_module("torch._inductor.compile_fx")
@@ -87,9 +86,6 @@ def measured(
     op: str, device: Any, quick: bool, asked: Found, halves: Sequence[str] = HALVES
 ) -> Iterator[Found]:
     """What is known of `op`, again and again as more is found."""
-    from fastbert_bench.kernels import checks as kernel_checks
-    from fastbert_bench.kernels import timings as kernel_timings
-
     found: Found = {"checks": [], "timings": []}
     if op in FAULTS:
         yield found | {"checks": [{"check": "before the fault", "ok": True}]}
@@ -104,9 +100,11 @@ def measured(
     if "timings" not in halves:
         return
     wanted = kernel_timings.Asked(**asked)
+    cuda = device.type == "cuda"
+    rounds = kernel_timings.ROUNDS if cuda and not quick else 3
     for workload in kernel_timings.workloads(op, device, quick, wanted):
         try:
-            for timed in kernel_timings.measure(workload, device, quick, wanted):
+            for timed in kernel_timings.measure(workload, device, rounds, asked=wanted, peaks=cuda):
                 found["timings"] += timed
                 yield found
         except Exception as error:
@@ -142,7 +140,7 @@ def start(
     arguments += ["--asked", json.dumps(asked or {})]
     # As many of them compile at once as there are cores.
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1"} if part else {}
-    return processes.start("fastbert_bench.gpu.kernels", arguments, device_type, **threads)
+    return processes.start("fastbert_bench.kernels.stage", arguments, device_type, **threads)
 
 
 def compile_all(
@@ -160,20 +158,17 @@ def compile_all(
     notes = []
     cores = os.cpu_count() or 1
     for first in range(0, len(shares), cores):
+        now = shares[first : first + cores]
         running = [
-            (op, part, start(op, folder / "unused", device_type, quick, part, asked, halves))
-            for op, part in shares[first : first + cores]
+            start(op, folder / "unused", device_type, quick, part, asked, halves)
+            for op, part in now
         ]
-        try:
-            for _, _, process in running:
-                processes.go(process)
-            for op, part, process in running:
-                why = processes.finish(process, deadline - time.monotonic())
-                if why:
-                    notes.append(f"compiling {op} {part}: {why}")
-        finally:
-            for _, _, process in running:
-                processes.stop(process)
+        said = processes.together(running, deadline - time.monotonic())
+        notes += [
+            f"compiling {op} {part}: {why}"
+            for (op, part), why in zip(now, said, strict=True)
+            if why
+        ]
     return notes
 
 
@@ -238,8 +233,6 @@ def add(
     stage: Found, op: str, found: Found, error: str | None, seconds: float, commit: str | None
 ) -> None:
     """Takes one process's findings into the whole."""
-    from fastbert_bench.kernels.timings import finish as finish_rows
-
     if op == CEILINGS:
         stage |= found
         if commit and stage["conditions"].get("commit") == "unknown":
@@ -254,7 +247,7 @@ def add(
     rows = found.get("timings", [])
     if "ceilings" in stage:
         hopper = (stage["conditions"].get("gpu") or {}).get("capability", 90) >= 90
-        rows = finish_rows(rows, stage["ceilings"], hopper)
+        rows = kernel_timings.finish(rows, stage["ceilings"], hopper)
     stage["rows"] += rows
 
 
@@ -340,7 +333,7 @@ def timing_line(row: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """One op's process; see `run` for the stage."""
-    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.gpu.kernels")
+    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.kernels.stage")
     parser.add_argument("op")
     parser.add_argument("path", type=Path)
     parser.add_argument("device", choices=("cuda", "cpu"))

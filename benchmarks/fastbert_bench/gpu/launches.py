@@ -38,11 +38,12 @@ from fastbert.train.step import TrainStep, model_inputs
 from fastbert_bench.estimate import launch_list
 from fastbert_bench.estimate.launch_list import PRODUCTS, Array, Kernel
 from fastbert_bench.gpu import smoke as gpu_smoke
-from fastbert_bench.gpu import step as gpu_step
 from fastbert_bench.kernels import checks as kernel_checks
 from fastbert_bench.kernels import sass
 from fastbert_bench.measure import processes
+from fastbert_bench.measure.workloads import TINY, WORKLOADS
 from fastbert_bench.suites.contenders import make_batches, make_recipe
+from fastbert_kernels.compile_cases import op_of
 
 ALIGNMENT = 16  # bytes: what Triton asks of a pointer
 
@@ -75,7 +76,7 @@ class Launch:
     @property
     def name(self) -> str:
         """Such as layer_norm._backward_kernel."""
-        return f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
+        return f"{op_of(self.kernel)}.{self.kernel.__name__}"
 
     def variant(self) -> str:
         """What tells the compiled forms of a kernel apart, as the JIT under a driver sees it."""
@@ -440,9 +441,7 @@ def makers(arch: int) -> list[Callable[[], list[Launch]]]:
     for changes in ({"dropout": 0.0}, {"optim": "lamb"}, {"vocab_size": 8192, "evaluates": True}):
         found.append(functools.partial(step, "base", 512, **changes))
     shapes = dict.fromkeys(
-        (workload.model, workload.S)
-        for workload in gpu_step.WORKLOADS.values()
-        if workload.name != gpu_step.TINY
+        (workload.model, workload.S) for workload in WORKLOADS.values() if workload.name != TINY
     )
     for shape in shapes:
         found.append(functools.partial(step, *shape))
@@ -452,7 +451,7 @@ def makers(arch: int) -> list[Callable[[], list[Launch]]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles one share of what the GPU command launches, into Triton's cache."""
-    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.estimate.launches")
+    parser = argparse.ArgumentParser(prog="python -m fastbert_bench.gpu.launches")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="default all")
     parser.add_argument("--out", type=Path, help="a JSON file of what was compiled")
     parser.add_argument(
