@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,45 +123,15 @@ def _google_size(layers: int, hidden_size: int) -> ModelConfig:
     )
 
 
-def tiny() -> ModelConfig:
-    """2 layers of 128, 2 heads: 4.4 million parameters."""
-    return _google_size(2, 128)
-
-
-def mini() -> ModelConfig:
-    """4 layers of 256, 4 heads: 11 million parameters."""
-    return _google_size(4, 256)
-
-
-def small() -> ModelConfig:
-    """4 layers of 512, 8 heads: 29 million parameters."""
-    return _google_size(4, 512)
-
-
-def medium() -> ModelConfig:
-    """8 layers of 512, 8 heads: 41 million parameters."""
-    return _google_size(8, 512)
-
-
-def base() -> ModelConfig:
-    """12 layers of 768, 12 heads: 109 million parameters."""
-    return _google_size(12, 768)
-
-
-def large() -> ModelConfig:
-    """24 layers of 1024, 16 heads: 335 million parameters."""
-    return _google_size(24, 1024)
-
-
-# Sizes of https://github.com/google-research/bert, all with heads 64 wide.
-PRESETS: dict[str, Callable[[], ModelConfig]] = {
-    "tiny": tiny,
-    "mini": mini,
-    "small": small,
-    "medium": medium,
-    "base": base,
-    "large": large,
+PRESETS = {
+    "tiny": _google_size(2, 128),  # 4.4 million parameters
+    "mini": _google_size(4, 256),  # 11 million
+    "small": _google_size(4, 512),  # 29 million
+    "medium": _google_size(8, 512),  # 41 million
+    "base": _google_size(12, 768),  # 109 million
+    "large": _google_size(24, 1024),  # 335 million
 }
+"""Sizes of https://github.com/google-research/bert, all with heads 64 wide."""
 
 
 def model_config(name_or_path: str) -> ModelConfig:
@@ -175,7 +144,7 @@ def model_config(name_or_path: str) -> ModelConfig:
         UserError: no such preset or file, or the file describes something other than this BERT.
     """
     if name_or_path in PRESETS:
-        return PRESETS[name_or_path]()
+        return PRESETS[name_or_path]
     shown = f"model = {name_or_path!r}"
     if not exists(name_or_path):
         if name_or_path.endswith(".json") or os.path.dirname(name_or_path):

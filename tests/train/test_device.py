@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert.config import ModelConfig, PretrainConfig, base
+from fastbert.config import ModelConfig, PretrainConfig, model_config
 from fastbert.errors import UserError
 from fastbert.train import device as room
 from fastbert.train.device import check_memory, check_threads, check_weights, check_workers
+
+BASE = model_config("base")
 
 CPU = torch.device("cpu")
 
@@ -64,7 +66,7 @@ def test_free_memory_is_that_of_the_control_group(
 def test_a_model_that_cannot_fit_says_its_memory(sizes: dict[str, Any], message: str) -> None:
     started = time.process_time()
     with pytest.raises(UserError) as raised:
-        check_memory(PretrainConfig(), dataclasses.replace(base(), **sizes), CPU, torch.float32)
+        check_memory(PretrainConfig(), dataclasses.replace(BASE, **sizes), CPU, torch.float32)
     assert time.process_time() - started < 1
     assert str(raised.value).startswith("model = 'tiny' needs ")
     assert message in str(raised.value)
@@ -88,10 +90,10 @@ def test_a_step_that_cannot_fit_says_its_memory(changes: dict[str, Any]) -> None
 
 @pytest.mark.usefixtures("four_gib")
 def test_what_fits_passes_and_bytes_follow_the_types() -> None:
-    check_memory(PretrainConfig(tokens_per_batch=2048), base(), CPU, torch.float32)
-    assert check_weights("base", base(), CPU, 18) == 18 * base().num_parameters()
+    check_memory(PretrainConfig(tokens_per_batch=2048), BASE, CPU, torch.float32)
+    assert check_weights("base", BASE, CPU, 18) == 18 * BASE.num_parameters()
     half = PretrainConfig(gradient_precision="bf16")
-    large = dataclasses.replace(base(), num_hidden_layers=33)
+    large = dataclasses.replace(BASE, num_hidden_layers=33)
     assert 0.9 * 4 * 2**30 < check_weights("x", large, CPU, 16)
     check_memory(dataclasses.replace(half, tokens_per_batch=128), large, CPU, torch.float32)
     with pytest.raises(UserError, match="x 18 bytes of weights, gradients and moments"):

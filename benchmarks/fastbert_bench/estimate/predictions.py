@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.config import ModelConfig, base, model_config
+from fastbert.config import ModelConfig, model_config
 from fastbert_bench.estimate.run import DEVICES, Device, Memory
 from fastbert_bench.estimate.step_cost import (
     ATTENTION_BACKWARD,
@@ -95,7 +95,8 @@ def predict_kernel(cost: Cost, S: int, device: Device) -> Prediction:
     for shares in device.moods:
         paper = Paper(device.ceilings, shares, device.arch)
         if cost.op == "attention":
-            one = paper.attention(cost.direction, lengths, lengths, base(), 1.0, moved)[0]
+            base = model_config("base")
+            one = paper.attention(cost.direction, lengths, lengths, base, 1.0, moved)[0]
         else:
             one = paper.memory(moved)
         seconds.append(max(SHORTEST, one))

@@ -6,12 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from fastbert.config import base
+from fastbert.config import model_config
 from fastbert_bench.estimate import predictions
 from fastbert_bench.estimate.run import DEVICES
 from fastbert_bench.estimate.step_cost import FAMILIES, PRODUCTS, Lengths
 from fastbert_bench.measure.workloads import TINY, WORKLOADS
 from fastbert_bench.profile import step as profiling
+
+BASE = model_config("base")
 
 H200 = "NVIDIA H200"
 
@@ -69,7 +71,7 @@ def test_kernels_by_their_bytes_or_their_tiles(now):
 
 
 def test_figures_follow_from_the_families():
-    found = predictions.predict(base(), np.full(64, 512), 32_768, DEVICES["h200"])
+    found = predictions.predict(BASE, np.full(64, 512), 32_768, DEVICES["h200"])
     families = found["families"]
     assert set(families) == set(FAMILIES)
     products = sum(families[name] for name in PRODUCTS)
@@ -147,11 +149,11 @@ def test_a_prediction_is_found_by_the_name_of_the_driver():
 
 def test_a_profiled_step_stands_beside_what_it_takes_on_paper():
     lengths = Lengths.of(np.full(64, 512))
-    found = profiling.on_paper(H200, base(), 32_768, lengths)
+    found = profiling.on_paper(H200, BASE, 32_768, lengths)
     said = predictions.committed()["h200"]["step base-512-full"]
     assert found["ms"] == pytest.approx(said["ms"], rel=2e-3)
     assert sum(found["families"].values()) == pytest.approx(found["ms"])
-    assert profiling.on_paper("NVIDIA T4", base(), 32_768, lengths) is None
+    assert profiling.on_paper("NVIDIA T4", BASE, 32_768, lengths) is None
     step = {"launched": "graph", "ms": 2 * found["ms"], "ms_p20": 1.0, "ms_p80": 3.0,
             "recorded_ms": 9.0, "recorded_steps": 3}  # fmt: skip
     result = {

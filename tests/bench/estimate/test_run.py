@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastbert import cli
-from fastbert.config import ModelConfig, base, large, model_config, tiny
+from fastbert.config import ModelConfig, model_config
 from fastbert.errors import RunError, UserError
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE
@@ -19,6 +19,8 @@ from fastbert_bench.estimate.run import DEVICES, Device, Memory, estimate
 from fastbert_bench.estimate.step_cost import CPU, FAMILIES, RESIDUAL_ADDS, Lengths
 from fastbert_bench.kernels.costs import Ceilings
 from fastbert_bench.measure import result
+
+TINY, BASE, LARGE = map(model_config, ("tiny", "base", "large"))
 
 ROUND = Device("round", Ceilings(1e9, 2e9), "made up", 1e9, CPU, None, nvlink=100e9)
 SMALL = ModelConfig(
@@ -32,8 +34,8 @@ COMMITTED = [(name, one) for name, device in DEVICES.items() for one in est.meas
 
 
 def test_parameters():
-    assert est.parameters(base()) == 110_106_428  # as transformers counts BertForPreTraining
-    for sizes in (tiny(), SMALL):
+    assert est.parameters(BASE) == 110_106_428  # as transformers counts BertForPreTraining
+    for sizes in (TINY, SMALL):
         model = Bert(sizes, REFERENCE)
         assert est.parameters(sizes) == sum(p.numel() for p in model.parameters())
 
@@ -44,7 +46,7 @@ def test_lengths_come_down_to_a_mean_and_a_mean_by_tokens():
 
 
 def test_memory_of_base_on_an_h100():
-    memory = Memory.of(base(), DEVICES["h100"])
+    memory = Memory.of(BASE, DEVICES["h100"])
     assert memory.state_bytes == 18 * 110_106_428
     assert memory.bytes_per_token == pytest.approx(12 * (8 * 768 + 2 * 3072) * 2 + 9156.6)
     # (0.9 * 79 GiB - 1.98 GB) / 304,068.6 B = 244,553 tokens, or 477 sequences of 512
@@ -92,7 +94,7 @@ def measured(folder, **changes):
         "benchmark": "step",
         "conditions": {"device": "NVIDIA H100 80GB HBM3", "device_type": "cuda"},
         "dtype": "bfloat16",
-        "model": dataclasses.asdict(base()),
+        "model": dataclasses.asdict(BASE),
         "lengths": [512] * 64,
         "real_tokens": 32768,
         "rows": [{"name": "fastbert", "ms": 40.0, "joules_per_million_tokens": 400.0}],
@@ -184,13 +186,13 @@ def test_more_gpus_are_faster_but_never_by_more_than_their_number(tmp_path):
 
 @pytest.mark.parametrize("gpu", DEVICES)
 def test_larger_work_takes_longer(gpu):
-    device, usual, short = DEVICES[gpu], base(), Lengths.of(np.array([128]))
+    device, usual, short = DEVICES[gpu], BASE, Lengths.of(np.array([128]))
 
     def seconds(sizes=usual, tokens=8192, lengths=short):
         return device.step(sizes, tokens, lengths).seconds
 
     assert seconds(tokens=8192) < seconds(tokens=16384) < 2 * seconds(tokens=8192)
-    assert seconds() < seconds(large())
+    assert seconds() < seconds(LARGE)
     assert seconds() < seconds(lengths=Lengths.of(np.array([512])))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastbert.config import ModelConfig, base, large, tiny
+from fastbert.config import ModelConfig, model_config
 from fastbert_bench.estimate import launch_list
 from fastbert_bench.estimate import step_cost as sc
 from fastbert_bench.estimate.launch_list import Array, Kernel
@@ -17,6 +17,8 @@ from fastbert_bench.estimate.step_cost import Lengths, Paper, Shares
 from fastbert_bench.kernels import counts
 from fastbert_bench.kernels.costs import H100, Ceilings
 from fastbert_kernels.attention_config import HEAD_SIZES, backward_path
+
+TINY, BASE, LARGE = map(model_config, ("tiny", "base", "large"))
 
 SMALL = ModelConfig(
     vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=2,
@@ -61,11 +63,11 @@ def test_what_runs_once_a_layer_and_what_once():
 
 
 def test_each_letter_has_a_size_of_its_own():
-    sizes = launch_list.sizes_of(base(), 8209, 17, 1235)
+    sizes = launch_list.sizes_of(BASE, 8209, 17, 1235)
     names = launch_list.symbols(sizes)
     assert names[8209] == "T" and names[2304] == "3 * H" and names[1252] == "R"
     with pytest.raises(ValueError, match="X and T are both 512"):
-        launch_list.symbols(launch_list.sizes_of(base(), 512, 17, 1235))
+        launch_list.symbols(launch_list.sizes_of(BASE, 512, 17, 1235))
 
 
 def test_a_line_says_what_a_kernel_reads_and_writes(tmp_path):
@@ -116,7 +118,7 @@ def test_attention_adds_dq_up_in_the_l2():
 
 def test_every_kernel_has_its_family_and_none_adds_residuals():
     found = {}
-    for times, kernel in kernels(base(), 65_536, 128, 9830):
+    for times, kernel in kernels(BASE, 65_536, 128, 9830):
         found.setdefault(sc.family_of(kernel, 9830), []).append((times, kernel))
     assert set(found) == set(sc.FAMILIES) - {sc.RESIDUAL_ADDS, sc.GAPS}
 
@@ -217,7 +219,7 @@ def test_the_forward_of_full_sequences_by_hand():
     one = counted("attention_forward_kernel [forward bf16 D=64 p=0.1] sm_90")
     lengths = np.full(4, 512)
     paper = Paper(ENDLESS, Shares(1.0, 0.5, 1.0), 90)
-    seconds, limit, filled, kernels_ = paper.attention("forward", lengths, lengths, base(), 2.0, 0)
+    seconds, limit, filled, kernels_ = paper.attention("forward", lengths, lengths, BASE, 2.0, 0)
     # 8 sequences x 12 heads x 8 blocks of 64 rows; four tiles of 64 x 128 each.
     waves = -(-8 * 12 * 8 // (one["held"] * SMS))
     # Beside its tiles a program reads 64 rows of q and writes as many, 64 elements of 2 bytes.
@@ -232,7 +234,7 @@ def test_a_program_of_one_tile_is_all_in_its_count():
     assert one["held"] == 1
     lengths = np.full(100, 128)
     seconds, *_ = Paper(ENDLESS, WHOLE, 90).attention(
-        "backward", lengths, lengths, base(), 1.0, 0
+        "backward", lengths, lengths, BASE, 1.0, 0
     )
     waves = -(-1200 // SMS)
     assert seconds == pytest.approx(waves * (together(one, 0) + sc.RAMP) / CLOCK)
@@ -243,7 +245,7 @@ def test_a_whole_head_by_hand():
     one = counted("attention_backward_kernel [head bf16 D=64 p=0.1] sm_90")
     lengths = np.full(1, 512)
     seconds, limit, *_ = Paper(ENDLESS, WHOLE, 90).attention(
-        "backward", lengths, lengths, base(), 1.0, 0
+        "backward", lengths, lengths, BASE, 1.0, 0
     )
     own = together({pipe: 16 * one[pipe] for pipe in PIPES}, 512 * 64 * 28 / 32)
     assert limit == "L2"
@@ -254,13 +256,13 @@ def test_what_tiles_compute_beyond_the_lengths():
     lengths = np.array([65, 512, 300])
     paper = Paper(ENDLESS, WHOLE, 90)
     scores = 65**2 + 512**2 + 300**2
-    _, _, forward, _ = paper.attention("forward", lengths, lengths, base(), 1.0, 0)
+    _, _, forward, _ = paper.attention("forward", lengths, lengths, BASE, 1.0, 0)
     # Rows by 64; columns by 128, what is left by 64: 128, 512 and 320 each way.
     assert forward == pytest.approx(scores / (128**2 + 512**2 + 320**2))
-    _, _, backward, _ = paper.attention("backward", lengths, lengths, base(), 1.0, 0)
+    _, _, backward, _ = paper.attention("backward", lengths, lengths, BASE, 1.0, 0)
     assert backward == forward
     asking = np.array([10, 70, 46])
-    _, _, some, _ = paper.attention("forward", asking, lengths, base(), 1.0, 0)
+    _, _, some, _ = paper.attention("forward", asking, lengths, BASE, 1.0, 0)
     scores = 10 * 65 + 70 * 512 + 46 * 300
     assert some == pytest.approx(scores / (64 * 128 + 128 * 512 + 64 * 320))
 
@@ -272,10 +274,10 @@ def test_the_last_columns_go_as_the_kernel_takes_them():
 
 
 def test_dropout_costs_what_its_counts_say():
-    sure = dataclasses.replace(base(), attention_probs_dropout_prob=0.0)
+    sure = dataclasses.replace(BASE, attention_probs_dropout_prob=0.0)
     lengths = np.full(400, 128)
     paper = Paper(ENDLESS, WHOLE, 90)
-    found = [paper.attention("forward", lengths, lengths, one, 1.0, 0)[0] for one in (base(), sure)]
+    found = [paper.attention("forward", lengths, lengths, one, 1.0, 0)[0] for one in (BASE, sure)]
     cases = [f"attention_forward_kernel [short bf16 D=64 p={p}] sm_90" for p in ("0.1", "0.0")]
     with_, without = (together(counted(case), 0) for case in cases)
     assert found[0] / found[1] == pytest.approx(with_ / without, rel=0.1)
@@ -284,11 +286,11 @@ def test_dropout_costs_what_its_counts_say():
 
 @pytest.mark.parametrize(("direction", "most"), [("forward", 1.10), ("backward", 1.05)])
 def test_dropout_is_cheap_on_paper(direction, most):
-    sure = dataclasses.replace(base(), attention_probs_dropout_prob=0.0)
+    sure = dataclasses.replace(BASE, attention_probs_dropout_prob=0.0)
     lengths = np.full(128, 512)
     with_, without = (
         Paper(H100, sc.HOPPER.likely, 90).attention(direction, lengths, lengths, one, 1.0, 0)[0]
-        for one in (base(), sure)
+        for one in (BASE, sure)
     )
     assert 1 < with_ / without < most
 
@@ -328,7 +330,7 @@ def test_until_all_programs_are_done(programs, times, expected):
 
 
 @pytest.mark.parametrize("gpu", DEVICES)
-@pytest.mark.parametrize("sizes", [base(), large(), tiny()], ids=["base", "large", "tiny"])
+@pytest.mark.parametrize("sizes", [BASE, LARGE, TINY], ids=["base", "large", "tiny"])
 def test_families_add_up_between_best_and_worst(gpu, sizes):
     device = DEVICES[gpu]
     cost = device.step(sizes, 16_384, Lengths.of(np.array([512, 200, 37])))
@@ -344,13 +346,13 @@ def test_families_add_up_between_best_and_worst(gpu, sizes):
 
 
 def test_no_kernel_is_shorter_than_a_launch():
-    cost = DEVICES["h100"].step(tiny(), 512, Lengths.of(np.array([64])))
+    cost = DEVICES["h100"].step(TINY, 512, Lengths.of(np.array([64])))
     busy = sum(one.seconds for one in cost.families if one.name != sc.GAPS)
     gaps = next(one for one in cost.families if one.name == sc.GAPS)
     assert busy >= cost.launches * sc.SHORTEST
     assert gaps.seconds == pytest.approx(cost.launches * sc.HOPPER.likely.gap_seconds)
     # No gaps and no launches on a CPU.
-    assert DEVICES["cpu"].step(tiny(), 512, Lengths.of(np.array([64]))).families[-1].seconds == 0
+    assert DEVICES["cpu"].step(TINY, 512, Lengths.of(np.array([64]))).families[-1].seconds == 0
 
 
 def test_a_cpu_writes_its_scores():

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fastbert.config import base
+from fastbert.config import model_config
 from fastbert_bench.estimate import launch_list
 from fastbert_bench.measure.places import ROOT
 
+BASE = model_config("base")
 SCRIPT = """
 import collections, json, os, sys, torch
 from fastbert_bench.estimate import launch_list
@@ -177,7 +178,7 @@ def test_the_committed_list_is_what_a_step_launches(found):
 
 def test_the_list_stands_for_other_layers_and_tokens(found):
     """Recorded at 8,209 tokens and one or two layers; here for 1,041 and three."""
-    sizes = launch_list.sizes_of(dataclasses.replace(base(), num_hidden_layers=3), T, N, M)
+    sizes = launch_list.sizes_of(dataclasses.replace(BASE, num_hidden_layers=3), T, N, M)
     calls, work = Counter(), Counter()
     for times, kernel in launch_list.read(sizes):
         calls[kernel.direction, kernel.name] += times
