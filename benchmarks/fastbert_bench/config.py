@@ -9,37 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from fastbert.config import (
-    check_batch_holds_a_sequence,
-    check_positions,
-    data_setting,
-    device_setting,
-    learning_rate_setting,
-    max_eval_batches_setting,
-    max_seq_length_setting,
-    model_setting,
-    precision_setting,
-    seed_setting,
-    step_setting,
-    tokenizer_setting,
-    vocab_size_setting,
-    warmup_steps_setting,
-)
+from fastbert import config as engine
+from fastbert import settings
 from fastbert.errors import UserError, did_you_mean
-from fastbert.settings import (
-    LONGEST,
-    MOST,
-    MOST_AHEAD,
-    MOST_STEPS,
-    MOST_TOKENS,
-    MOST_WORDS,
-    MOST_WORKERS,
-    Group,
-    check_fields,
-    check_not_empty,
-    setting,
-    show,
-)
+from fastbert.settings import Group, setting
 
 BENCH = Group("bench", "what is measured, and against what")
 ESTIMATE = Group("estimate", "what is planned, and on what")
@@ -84,6 +57,11 @@ def _batch_size(group: Group) -> Any:
     return setting(32, "sequences per batch", group, at_least=1, at_most=2**16)
 
 
+def _tokens_per_batch(default: int, of: str) -> Any:
+    help = f"tokens of {of}"
+    return _bench(default, help, at_least=8, at_most=settings.MOST_TOKENS)
+
+
 def _rounds(of: str = "each contender is") -> Any:
     return _bench(5, f"times {of} measured, in turn", at_least=1, at_most=10**4)
 
@@ -108,15 +86,15 @@ def _check_names(
 
 
 def _check_tokens(config: "_SideBySideConfig | ProfileStepConfig") -> None:
-    if config.batch_size * config.max_seq_length > MOST_TOKENS:
-        check_positions(config.model, config.max_seq_length)
+    if config.batch_size * config.max_seq_length > settings.MOST_TOKENS:
+        engine.check_positions(config.model, config.max_seq_length)
         raise UserError(
             f"batch_size = {config.batch_size} x max_seq_length = {config.max_seq_length} tokens "
-            f"must be at most {MOST_TOKENS}"
+            f"must be at most {settings.MOST_TOKENS}"
         )
 
 
-def integers(name: str, text: str, at_least: int, at_most: int = MOST) -> list[int]:
+def integers(name: str, text: str, at_least: int, at_most: int = settings.MOST) -> list[int]:
     """The integers of a setting like "512,128".
 
     Raises:
@@ -127,7 +105,7 @@ def integers(name: str, text: str, at_least: int, at_most: int = MOST) -> list[i
         re.fullmatch("[0-9]{1,12}", part) and at_least <= int(part) <= at_most for part in parts
     ):
         raise UserError(
-            f"{name} = {show(text)} must be integers of at least {at_least} and at most "
+            f"{name} = {settings.show(text)} must be integers of at least {at_least} and at most "
             f"{at_most}, separated by commas"
         )
     return [int(part) for part in parts]
@@ -137,25 +115,25 @@ def integers(name: str, text: str, at_least: int, at_most: int = MOST) -> list[i
 class _SideBySideConfig:
     """What contenders are that see the same batch."""
 
-    device: str = device_setting(BENCH)
-    model: str = model_setting(BENCH, "mini")
+    device: str = engine.device_setting(BENCH)
+    model: str = engine.model_setting(BENCH, "mini")
     batch_size: int = _batch_size(BENCH)
-    max_seq_length: int = max_seq_length_setting(BENCH)
+    max_seq_length: int = engine.max_seq_length_setting(BENCH)
     lengths: str = _lengths(BENCH)
     against: str = _against()
     rounds: int = _rounds()
     json: str = _json(BENCH)
-    seed: int = seed_setting(BENCH, "weights, batches and dropout")
-    precision: str = precision_setting(BENCH)
+    seed: int = engine.seed_setting(BENCH, "weights, batches and dropout")
+    precision: str = engine.precision_setting(BENCH)
 
     rivals: ClassVar[tuple[str, ...]]
     """What may stand in `against`."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         _check_tokens(self)
         _check_names("against", self.against, self.rivals)
-        check_not_empty(self, "lengths")
+        settings.check_not_empty(self, "lengths")
 
 
 @dataclass(frozen=True)
@@ -179,8 +157,8 @@ class InferenceBenchConfig(_SideBySideConfig):
         UserError: a value is out of bounds.
     """
 
-    seed: int = seed_setting(BENCH, "weights and batches")
-    precision: str = precision_setting(
+    seed: int = engine.seed_setting(BENCH, "weights and batches")
+    precision: str = engine.precision_setting(
         BENCH, ("auto", "fp32", "bf16", "fp16"), of="weights and activations"
     )
 
@@ -195,17 +173,17 @@ class DataBenchConfig:
         UserError: a value is out of bounds.
     """
 
-    device: str = device_setting(BENCH, "where batches go (auto = the GPU if there is one)")
-    model: str = model_setting(BENCH, "base", "whose vocabulary: ")
+    device: str = engine.device_setting(BENCH, "where batches go (auto = the GPU if there is one)")
+    model: str = engine.model_setting(BENCH, "base", "whose vocabulary: ")
     lengths: str = _bench(
         "natural", "natural (as in real text), full, or a file with those of sentences, one a line"
     )
     against: str = _against()
     max_seq_lengths: str = _bench("512,128", "each longest sequence to measure, tokens")
     num_workers: str = _bench("0,1,2,4", "each number of worker processes to measure")
-    tokens_per_batch: int = _bench(65536, "tokens of a batch", at_least=8, at_most=MOST_TOKENS)
+    tokens_per_batch: int = _tokens_per_batch(65536, "a batch")
     dataloader_prefetch_factor: int = _bench(
-        2, "batches that each worker prepares ahead", at_least=1, at_most=MOST_AHEAD
+        2, "batches that each worker prepares ahead", at_least=1, at_most=settings.MOST_AHEAD
     )
     corpus_tokens: int = _bench(
         2**24, "tokens of the random corpus", at_least=1000, at_most=2**30
@@ -213,14 +191,14 @@ class DataBenchConfig:
     rounds: int = _rounds("each is")
     seconds: float = _bench(2.0, "of each round", more_than=0, at_most=3600)
     json: str = _json(BENCH)
-    seed: int = seed_setting(BENCH, "corpus and batches")
+    seed: int = engine.seed_setting(BENCH, "corpus and batches")
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        lengths = integers("max_seq_lengths", self.max_seq_lengths, 8, LONGEST)
-        integers("num_workers", self.num_workers, 0, MOST_WORKERS)
+        settings.check_fields(self)
+        lengths = integers("max_seq_lengths", self.max_seq_lengths, 8, settings.LONGEST)
+        integers("num_workers", self.num_workers, 0, settings.MOST_WORKERS)
         _check_names("against", self.against, DATA_RIVAL_NAMES)
-        check_not_empty(self, "lengths")
+        settings.check_not_empty(self, "lengths")
         if max(lengths) > self.tokens_per_batch:
             raise UserError(
                 f"max_seq_lengths = {self.max_seq_lengths!r}: {max(lengths)} must be at most "
@@ -236,7 +214,7 @@ class KernelBenchConfig:
         UserError: a value is out of bounds.
     """
 
-    device: str = device_setting(BENCH, any_gpu=False)
+    device: str = engine.device_setting(BENCH, any_gpu=False)
     model: str = _bench(
         "auto",
         "of the widths: preset or path of a config.json (auto = base, large; on a CPU mini)",
@@ -250,10 +228,10 @@ class KernelBenchConfig:
     json: str = _json(BENCH)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         _check_names("op", self.op, KERNEL_OPS, ("all",))
         _check_names("against", self.against, KERNEL_PEER_NAMES)
-        check_not_empty(self, "lengths")
+        settings.check_not_empty(self, "lengths")
 
 
 @dataclass(frozen=True)
@@ -264,40 +242,40 @@ class ConvergenceBenchConfig:
         UserError: a value is out of bounds.
     """
 
-    device: str = device_setting(BENCH)
-    model: str = model_setting(BENCH, "tiny")
-    data: str = data_setting(BENCH)
-    tokenizer: str = tokenizer_setting(BENCH)
-    vocab_size: int = vocab_size_setting(BENCH)
-    max_seq_length: int = max_seq_length_setting(BENCH)
+    device: str = engine.device_setting(BENCH)
+    model: str = engine.model_setting(BENCH, "tiny")
+    data: str = engine.data_setting(BENCH)
+    tokenizer: str = engine.tokenizer_setting(BENCH)
+    vocab_size: int = engine.vocab_size_setting(BENCH)
+    max_seq_length: int = engine.max_seq_length_setting(BENCH)
     lengths: str = _bench(
         "natural", "of the sequences: natural (some cut short on purpose), or full"
     )
-    tokens_per_batch: int = _bench(4096, "tokens of a step", at_least=8, at_most=MOST_TOKENS)
+    tokens_per_batch: int = _tokens_per_batch(4096, "a step")
     max_steps: int = _bench(
-        400, "optimizer steps of each contender", at_least=1, at_most=MOST_STEPS
+        400, "optimizer steps of each contender", at_least=1, at_most=settings.MOST_STEPS
     )
-    warmup_steps: int = warmup_steps_setting(BENCH, 40)
-    learning_rate: float | None = learning_rate_setting(BENCH)
-    eval_steps: int = _bench(50, "steps between evaluations", at_least=1, at_most=MOST)
-    max_eval_batches: int = max_eval_batches_setting(BENCH, 8)
+    warmup_steps: int = engine.warmup_steps_setting(BENCH, 40)
+    learning_rate: float | None = engine.learning_rate_setting(BENCH)
+    eval_steps: int = _bench(50, "steps between evaluations", at_least=1, at_most=settings.MOST)
+    max_eval_batches: int = engine.max_eval_batches_setting(BENCH, 8)
     target_loss: float | None = _bench(
         None, "held-out MLM loss to time (none = the highest final loss)", more_than=0, at_most=1e6
     )
     against: str = _against(more="none = no rival; hf-trainer needs accelerate")
     json: str = _json(BENCH)
     png: str = _bench("", "file to draw loss over wall time into")
-    seed: int = seed_setting(BENCH, "weights, batches and dropout")
-    precision: str = precision_setting(BENCH, ("auto", "fp32", "bf16"))
+    seed: int = engine.seed_setting(BENCH, "weights, batches and dropout")
+    precision: str = engine.precision_setting(BENCH, ("auto", "fp32", "bf16"))
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         _check_names("against", self.against, CONVERGENCE_RIVAL_NAMES)
         if self.lengths not in ("natural", "full"):
             raise UserError(
                 f"lengths = {self.lengths!r} must be natural or full: the text decides the lengths"
             )
-        check_batch_holds_a_sequence(self.model, self.tokens_per_batch, self.max_seq_length)
+        engine.check_batch_holds_a_sequence(self.model, self.tokens_per_batch, self.max_seq_length)
 
 
 @dataclass(frozen=True)
@@ -315,8 +293,8 @@ class ReportConfig:
     readme: bool = _bench(False, "rewrite the README's measurements from benchmarks/results")
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        check_not_empty(self, "out")
+        settings.check_fields(self)
+        settings.check_not_empty(self, "out")
 
 
 @dataclass(frozen=True)
@@ -327,11 +305,14 @@ class EstimateConfig:
         UserError: a value is out of bounds, or two do not fit together.
     """
 
-    model: str = model_setting(ESTIMATE, "base")
+    model: str = engine.model_setting(ESTIMATE, "base")
     lengths: str = _lengths(ESTIMATE)
-    max_seq_length: int = max_seq_length_setting(ESTIMATE, 512)
+    max_seq_length: int = engine.max_seq_length_setting(ESTIMATE, 512)
     vocab_size: int | None = _estimate(
-        None, "tokens in the vocabulary (none = the model's own)", at_least=1, at_most=MOST_WORDS
+        None,
+        "tokens in the vocabulary (none = the model's own)",
+        at_least=1,
+        at_most=settings.MOST_WORDS,
     )
     tokens: float | None = _estimate(
         None,
@@ -356,14 +337,14 @@ class EstimateConfig:
         None,
         "of one GPU's forward and backward pass (none = what fits)",
         at_least=8,
-        at_most=MOST_TOKENS,
+        at_most=settings.MOST_TOKENS,
     )
     json: str = _json(ESTIMATE, "estimate")
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         _check_names("gpu", self.gpu, ESTIMATE_GPUS, ())
-        check_not_empty(self, "lengths")
+        settings.check_not_empty(self, "lengths")
         self.counts()
         if (self.epochs is None) != (self.corpus_tokens is None):
             raise UserError("epochs and corpus_tokens belong together: give both, or tokens")
@@ -371,8 +352,9 @@ class EstimateConfig:
             raise UserError(
                 f"tokens = {self.tokens:g} and epochs = {self.epochs:g} say the same: give one"
             )
-        if self.tokens_per_batch is not None:
-            check_batch_holds_a_sequence(self.model, self.tokens_per_batch, self.max_seq_length)
+        T, S = self.tokens_per_batch, self.max_seq_length
+        if T is not None:
+            engine.check_batch_holds_a_sequence(self.model, T, S)
         if self.gpu == "cpu" and self.counts() != [1]:
             raise UserError(f"gpus = {self.gpus} must be 1 with gpu = 'cpu'")
 
@@ -393,32 +375,32 @@ class ProfileStepConfig:
         UserError: a value is out of bounds.
     """
 
-    device: str = device_setting(PROFILE)
-    model: str = model_setting(PROFILE, "mini")
+    device: str = engine.device_setting(PROFILE)
+    model: str = engine.model_setting(PROFILE, "mini")
     batch_size: int = _batch_size(PROFILE)
-    max_seq_length: int = max_seq_length_setting(PROFILE)
+    max_seq_length: int = engine.max_seq_length_setting(PROFILE)
     lengths: str = _lengths(PROFILE)
-    precision: str = precision_setting(PROFILE)
-    step: str = step_setting(PROFILE)
+    precision: str = engine.precision_setting(PROFILE)
+    step: str = engine.step_setting(PROFILE)
     json: str = _profile("profile-step.json", "file to write the table to")
     trace: str = _profile("", "file to write the Chrome trace to (empty = beside the JSON)")
-    seed: int = seed_setting(PROFILE, "weights, batches and dropout")
+    seed: int = engine.seed_setting(PROFILE, "weights, batches and dropout")
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         _check_tokens(self)
-        check_not_empty(self, "lengths", "json")
+        settings.check_not_empty(self, "lengths", "json")
 
 
 _MOST_ELEMENTS = 2**33
 _MOST_OF_SIZE = {
-    "T": MOST_TOKENS,
-    "S": LONGEST,
+    "T": settings.MOST_TOKENS,
+    "S": settings.LONGEST,
     "H": 2**16,
     "A": 2**16,
     "F": 2**18,
     "V": 2**24,
-    "M": MOST_TOKENS,
+    "M": settings.MOST_TOKENS,
 }
 
 
@@ -433,7 +415,7 @@ class ProfileKernelConfig:
     shape: str = _profile(
         "", "sizes by letter, e.g. T=65536,S=512,H=768 (empty = BERT base's, small on a CPU)"
     )
-    device: str = device_setting(PROFILE)
+    device: str = engine.device_setting(PROFILE)
     arch: str = _profile(
         "auto",
         "which GPU's machine code is counted (auto = the GPU's, or both without one)",
@@ -443,7 +425,7 @@ class ProfileKernelConfig:
     png: str = _profile("", "file to draw the roofline into")
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         self.sizes()
 
     def sizes(self) -> dict[str, int]:
@@ -452,11 +434,12 @@ class ProfileKernelConfig:
         Raises:
             UserError: it is not written as LETTER=NUMBER,... with letters that are known.
         """
-        shown, found = f"shape = {show(self.shape)}", {}
+        shown, found = f"shape = {settings.show(self.shape)}", {}
         for part in self.shape.split(",") if self.shape else []:
             match = re.fullmatch(r"\s*([A-Za-z]+)=([1-9][0-9]{0,9})\s*", part)
             if not match:
-                raise UserError(f"{shown}: {show(part)} must be LETTER=NUMBER, e.g. T=4096")
+                odd = settings.show(part)
+                raise UserError(f"{shown}: {odd} must be LETTER=NUMBER, e.g. T=4096")
             most = _MOST_OF_SIZE.get(match[1])
             if most is None:
                 raise UserError(f"{shown}: {match[1]!r} must be one of {', '.join(_MOST_OF_SIZE)}")
