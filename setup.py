@@ -1,3 +1,5 @@
+"""For tools that know no pyproject.toml, where everything stands."""
+
 from setuptools import setup
 
 setup()

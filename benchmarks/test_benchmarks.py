@@ -18,8 +18,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from fastbert.config import PretrainConfig, model_config
 from fastbert.data.pack import Packer
 from fastbert.data.workers import BatchLoader
-from fastbert.hf import to_hf
-from fastbert.model.bert import Bert
 from fastbert.train.device import choose_execution, keep_freed_memory
 from fastbert_bench.config import StepBenchConfig
 from fastbert_bench.kernels import timings as kernel_timings
@@ -77,12 +75,11 @@ def _step(name: str) -> contenders.Contender:
     padded, packed = contenders.make_batches(lengths, STEP.max_seq_length, sizes.vocab_size, rng)
     recipe = contenders.make_recipe(STEP.seed)
     execution = choose_execution(PretrainConfig(torch_compile="off"), sizes)
-    torch.manual_seed(STEP.seed)
-    model = Bert(sizes, execution.ops).to(DEVICE)
+    model = contenders.seeded(sizes, execution.ops, STEP.seed, DEVICE)
     if name == "fastbert":
         batches = [batch.to(DEVICE) for batch in packed]
         return contenders.ours(name, model, batches, recipe, execution.dtype, graph=execution.graph)
-    weights = to_hf(dict(model.named_parameters()), sizes)
+    weights = contenders.weights_of(model, sizes)
     there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in padded]
     return contenders.rival(name, sizes, weights, there, recipe, execution.dtype, DEVICE)
 

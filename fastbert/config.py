@@ -187,7 +187,7 @@ def model_config(name_or_path: str) -> ModelConfig:
     path = name_or_path
     if path.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")):
         raise UserError(
-            f"{shown}: is a file of weights: give its folder, "
+            f"{shown} is a file of weights: give its folder, "
             f"{os.path.dirname(path) or '.'!r}, or the config.json there"
         )
     if os.path.isdir(path):

@@ -6,8 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-FIRST, EVERY = 10.0, 30.0
-"""Seconds until the first line of a log, and between two: a run of a day is some 3,000 lines."""
+EVERY = 30.0
+"""Seconds between two lines of a log: a run of a day leaves some 3,000."""
 
 
 class _Lines:
@@ -22,6 +22,18 @@ class _Lines:
         sys.stderr.flush()
 
 
+class _Log(tqdm):
+    """Silent at first; a line every `EVERY` seconds, and one at the end."""
+
+    def __init__(self, iterable: Iterable[Any] | None = None, **options: Any) -> None:
+        seldom = {"mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY}
+        super().__init__(iterable, file=_Lines(), **seldom, **options)
+
+    def close(self) -> None:
+        self.delay = 0.0  # else one that ends earlier would never be seen
+        super().close()
+
+
 def progress_bar(iterable: Iterable[Any] | None = None, /, **options: Any) -> Any:
     """A bar of tqdm.
 
@@ -31,5 +43,4 @@ def progress_bar(iterable: Iterable[Any] | None = None, /, **options: Any) -> An
     """
     if sys.stderr.isatty():
         return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, **options)
-    seldom = {"mininterval": EVERY, "maxinterval": EVERY, "delay": FIRST}
-    return tqdm(iterable, file=_Lines(), **seldom, **options)
+    return _Log(iterable, **options)

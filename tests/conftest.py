@@ -1,8 +1,15 @@
 """Shared fixtures: nothing reaches for a hub, and every test starts from the same random state."""
 
+import dataclasses
+import fcntl
 import gc
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,3 +59,78 @@ def _seeded() -> None:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no loss.png, which takes a quarter of a small one; test_loop.py looks at it."""
     monkeypatch.setattr("fastbert.train.report.draw_loss", lambda run: run / "loss.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Installed:
+    """An environment outside the tree that holds the wheel."""
+
+    folder: Path
+
+    @property
+    def distributions(self) -> list[Path]:
+        """The sdist, and the wheel that was built from it."""
+        return sorted((self.folder / "dist").iterdir())
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "env" / "bin" / "python"
+
+    @property
+    def site(self) -> Path:
+        """The environment's site-packages."""
+        paths = {"base": str(self.folder / "env"), "platbase": str(self.folder / "env")}
+        return Path(sysconfig.get_path("purelib", "venv", paths))
+
+    @property
+    def new(self) -> list[str]:
+        """What the installation brought into site-packages."""
+        return (self.folder / "new").read_text().split()
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """Builds and installs the wheel once, whatever the number of test processes.
+
+    The packages that it requires are those of this environment, ours left out: pip finds every
+    requirement there, or fails.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    found = Installed(shared / "installed")
+    with (shared / "installed.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (found.folder / "new").exists():
+            _install(found)
+    return found
+
+
+def _install(found: Installed) -> None:
+    def run(*command: str) -> None:
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    # What an earlier build has left in a tree would get into the next one.
+    left = shutil.ignore_patterns(
+        ".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "profile-*.json"
+    )
+    shutil.copytree(Path(__file__).parents[1], found.folder / "tree", ignore=left)
+    run(
+        *("build", "--no-isolation", "--outdir", str(found.folder / "dist")),
+        str(found.folder / "tree"),
+    )
+    venv.create(found.folder / "env", symlinks=True)
+    others = found.folder / "others"
+    others.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if not path.name.startswith(("fastbert", "__editable__")):
+            (others / path.name).symlink_to(path)
+    (found.site / "others.pth").write_text(f"{others}\n")
+    before = set(os.listdir(found.site))
+    (wheel,) = (found.folder / "dist").glob("*.whl")
+    run(
+        *("pip", "--python", str(found.python), "install", "--no-index", "--no-compile"),
+        *("--disable-pip-version-check", str(wheel)),
+    )
+    (found.folder / "new").write_text("\n".join(set(os.listdir(found.site)) - before))

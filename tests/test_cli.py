@@ -159,6 +159,17 @@ BAD_REQUESTS = [
     ("pretrain --lerning-rate=1", "unknown option --lerning-rate: did you mean --learning-rate?"),
     ("pretrain --max_steps 1", "unknown option --max_steps: did you mean --max-steps?"),
     ("pretrain --learning 1", "unknown option --learning"),
+    ("pretrain --lr 1", "unknown option --lr: did you mean --learning-rate?"),
+    ("pretrain --batch-size=9", "unknown option --batch-size: did you mean --tokens-per-batch?"),
+    ("pretrain --epochs 3", "unknown option --epochs: did you mean --max-steps?"),
+    ("pretrain --num-train-epochs 3", "unknown option --num-train-epochs: did you mean --max-st"),
+    ("pretrain --fp16", "unknown option --fp16: did you mean --precision fp16?"),
+    ("pretrain --bf16", "unknown option --bf16: did you mean --precision bf16?"),
+    ("pretrain --amp", "unknown option --amp: did you mean --precision?"),
+    ("bench convergence --lr 1", "unknown option --lr: did you mean --learning-rate?"),
+    ("pretrain --max-seq-length 100000", "max_seq_length = 100000 must be at most 512, max_posit"),
+    ("bench convergence --max-seq-length 100000", "max_seq_length = 100000 must be at most 512,"),
+    ("estimate --max-seq-length 9000 --tokens-per-batch 64", "max_seq_length = 9000 must be at m"),
     ("pretrain --no-npg", "unknown option --no-npg: did you mean --no-nsp?"),
     ("doctor --jsn", "unknown option --jsn: did you mean --json?"),
     ("pretrain now", "unexpected argument 'now'"),
@@ -180,6 +191,35 @@ BAD_REQUESTS = [
     ("pretrain --max-seq-length 1024", "max_seq_length = 1024 must be at most 512"),
     (f"pretrain --out {__file__}", f"out = {__file__!r} is a file: give a folder"),
 ]
+
+
+def test_weights_are_no_model(
+    rooms: types.SimpleNamespace, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").touch()
+    assert cli.main(["pretrain", "--model", str(tmp_path / "model.safetensors")]) == 2
+    assert f"is a file of weights: give its folder, {str(tmp_path)!r}" in capsys.readouterr().err
+
+
+def test_a_setting_of_another_program_is_known_in_a_file(
+    rooms: types.SimpleNamespace, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text("lr = 1e-4\n")
+    assert cli.main(["pretrain", "--config", str(tmp_path / "run.toml")]) == 2
+    assert "unknown setting 'lr': did you mean 'learning_rate'?" in capsys.readouterr().err
+
+
+def test_without_the_bench_its_commands_say_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "BENCH", "fastbert_no_bench")
+    for command in ("bench step", "profile step", "estimate"):
+        assert cli.main(command.split()) == 2
+        told = "needs the package fastbert_no_bench, which is not installed"
+        assert told in capsys.readouterr().err
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "pretrain" in shown and "doctor" in shown and "bench" not in shown
 
 
 @pytest.mark.parametrize(("argv", "line"), BAD_REQUESTS)

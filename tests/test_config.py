@@ -477,3 +477,12 @@ def test_did_you_mean() -> None:
     assert did_you_mean("tran", ["train", "test"]) == ": did you mean 'train'?"
     assert did_you_mean("--tran", ["--train"]) == ": did you mean --train?"
     assert did_you_mean("xyz", ["train"]) == ""
+
+
+def test_no_name_of_another_program_is_one_of_ours() -> None:
+    for config_class in CONFIGS:
+        names = {one.name for one in settings(config_class)}
+        others = [name for one in settings(config_class) for name in one.aka]
+        assert len(others) == len(set(others))
+        if config_class is PretrainConfig:
+            assert not names & set(others)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from fastbert.config import (
     check_batch_holds_a_sequence,
@@ -106,7 +106,7 @@ def _check_names(
             )
 
 
-def _check_tokens(config: "StepBenchConfig | InferenceBenchConfig | ProfileStepConfig") -> None:
+def _check_tokens(config: "_SideBySideConfig | ProfileStepConfig") -> None:
     if config.batch_size * config.max_seq_length > MOST_TOKENS:
         check_positions(config.model, config.max_seq_length)
         raise UserError(
@@ -133,29 +133,57 @@ def integers(name: str, text: str, at_least: int, at_most: int = MOST) -> list[i
 
 
 @dataclass(frozen=True)
-class StepBenchConfig:
-    """Everything `fastbert bench step` can be told.
-
-    Raises:
-        UserError: a value is out of bounds.
-    """
+class _SideBySideConfig:
+    """What contenders are that see the same batch."""
 
     device: str = device_setting(BENCH)
     model: str = model_setting(BENCH, "mini")
     batch_size: int = _batch_size(BENCH)
     max_seq_length: int = max_seq_length_setting(BENCH)
     lengths: str = _lengths(BENCH)
-    against: str = _against(more="none = no rival; +malloc = with our allocator setting")
+    against: str = _against()
     rounds: int = _rounds()
     json: str = _json(BENCH)
     seed: int = seed_setting(BENCH, "weights, batches and dropout")
     precision: str = precision_setting(BENCH)
 
+    rivals: ClassVar[tuple[str, ...]]
+    """What may stand in `against`."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         _check_tokens(self)
-        _check_names("against", self.against, STEP_RIVAL_NAMES)
+        _check_names("against", self.against, self.rivals)
         check_not_empty(self, "lengths")
+
+
+@dataclass(frozen=True)
+class StepBenchConfig(_SideBySideConfig):
+    """Everything `fastbert bench step` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    against: str = _against(more="none = no rival; +malloc = with our allocator setting")
+
+    rivals = STEP_RIVAL_NAMES
+
+
+@dataclass(frozen=True)
+class InferenceBenchConfig(_SideBySideConfig):
+    """Everything `fastbert bench inference` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    seed: int = seed_setting(BENCH, "weights and batches")
+    precision: str = precision_setting(
+        BENCH, ("auto", "fp32", "bf16", "fp16"), of="weights and activations"
+    )
+
+    rivals = INFERENCE_RIVAL_NAMES
 
 
 @dataclass(frozen=True)
@@ -224,34 +252,6 @@ class KernelBenchConfig:
         check_fields(self)
         _check_names("op", self.op, KERNEL_OPS, ("all",))
         _check_names("against", self.against, KERNEL_PEER_NAMES)
-        check_not_empty(self, "lengths")
-
-
-@dataclass(frozen=True)
-class InferenceBenchConfig:
-    """Everything `fastbert bench inference` can be told.
-
-    Raises:
-        UserError: a value is out of bounds.
-    """
-
-    device: str = device_setting(BENCH)
-    model: str = model_setting(BENCH, "mini")
-    batch_size: int = _batch_size(BENCH)
-    max_seq_length: int = max_seq_length_setting(BENCH)
-    lengths: str = _lengths(BENCH)
-    against: str = _against()
-    rounds: int = _rounds()
-    json: str = _json(BENCH)
-    seed: int = seed_setting(BENCH, "weights and batches")
-    precision: str = precision_setting(
-        BENCH, ("auto", "fp32", "bf16", "fp16"), of="weights and activations"
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        _check_tokens(self)
-        _check_names("against", self.against, INFERENCE_RIVAL_NAMES)
         check_not_empty(self, "lengths")
 
 

@@ -7,7 +7,6 @@ import shutil
 from argparse import Namespace
 from dataclasses import fields
 from functools import partial
-from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -75,6 +74,8 @@ def _describe_torch() -> dict[str, str]:
 
 
 def _version(distribution: str) -> str | None:
+    from importlib import metadata  # a third of the time that help takes
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -1,3 +1,5 @@
+"""Batch: what moves, what is frozen, what is pinned."""
+
 import dataclasses
 
 import pytest

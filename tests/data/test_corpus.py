@@ -1,3 +1,5 @@
+"""Documents and sentences out of text files, JSON and folders, odd and damaged ones too."""
+
 import json
 import os
 import random

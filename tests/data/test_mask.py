@@ -1,3 +1,5 @@
+"""Masks: how many, which words, what stands in their place."""
+
 from itertools import pairwise
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Packing: full batches of one shape, nothing lost or doubled, going on where it stopped."""
+
 import json
 from itertools import chain, islice
 

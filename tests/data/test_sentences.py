@@ -1,4 +1,6 @@
+"""Where sentences end, by script and by language."""
 # ruff: noqa: RUF001  (the texts are in their own scripts)
+
 import builtins
 
 import pytest

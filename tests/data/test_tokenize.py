@@ -1,3 +1,5 @@
+"""WordPiece: training and encoding, beside what BERT's own tokenizer does."""
+
 import json
 import os
 import subprocess

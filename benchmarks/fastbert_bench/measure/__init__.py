@@ -1,0 +1,1 @@
+"""How a number is taken and written, the same in every suite."""

@@ -92,7 +92,7 @@ def last_lines(text: str) -> str:
 
 def one_line(error: Exception) -> str:
     """An error's type and first line."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:200]
 
 
 def failed(checks: Iterable[Mapping[str, Any]]) -> list[str]:

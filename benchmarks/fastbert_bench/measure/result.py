@@ -10,15 +10,18 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastbert.config import ModelConfig
 from fastbert.errors import RunError
+from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.places import CHECKOUT
 from fastbert_bench.measure.schema import MisfitError, check
 
@@ -29,6 +32,8 @@ _SMI_FIELDS = (
 )  # fmt: skip
 
 Row = dict[str, Any]
+Columns = Mapping[str, Callable[[Row], str]]
+"""Heading -> cell."""
 
 
 def make(
@@ -61,6 +66,31 @@ def make(
     }
 
 
+def of_model(
+    benchmark: str,
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: ModelConfig,
+    rows: Sequence[Row],
+    missing: Sequence[Mapping[str, str]],
+    unread: Mapping[str, str] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """A result of contenders that run a model, with what no row has among what is missing.
+
+    Args:
+        benchmark, device, rows, missing, more: as for `make`.
+        config: its settings, a dataclass.
+        dtype, sizes: of the model.
+        unread: figure -> why no row has it, beyond those that any device may lack.
+    """
+    why = {"mfu": "the peak of this device is not known", **(unread or {})}
+    why["watts"] = EnergyMeter(device).why_not
+    told = dict(dtype=str(dtype).removeprefix("torch."), **more, model=asdict(sizes))
+    return make(benchmark, asdict(config), device, rows, [*missing, *gaps(rows, why)], **told)
+
+
 def write(result: Mapping[str, Any], path: Path) -> None:
     """Writes a result that fits the schema, whole or not at all.
 
@@ -82,6 +112,26 @@ def write(result: Mapping[str, Any], path: Path) -> None:
     except OSError as error:
         kept = _kept(text, path)
         raise RunError(f"json = {str(path)!r}: {error.strerror}; {kept}") from None
+
+
+def finish(result: Mapping[str, Any], json: str, asked: str, table: str) -> None:
+    """Ends any benchmark: writes its file where asked, says what was measured, prints its table.
+
+    Args:
+        result: as `make` gives it.
+        json: the file's path; empty: none.
+        asked: the settings that matter, in words.
+        table: what follows.
+
+    Raises:
+        RunError: see `write`.
+    """
+    if json:
+        write(result, Path(json))
+    told = result["conditions"]
+    cores = f"{result['cores']} cores" if "cores" in result else f"{told['threads']} threads"
+    dtype = f", {result['dtype']}" if "dtype" in result else ""
+    print(f"{told['device']}, {cores}, torch {told['torch']}{dtype}; {asked}\n{table}")
 
 
 def _replace(path: Path, text: str) -> None:
@@ -136,25 +186,59 @@ def conditions(device: torch.device) -> dict[str, Any]:
     }
 
 
-HEADS = (
-    f"{'ms':>10}{'p20':>10}{'p80':>10}{'real tok/s':>12}{'seq/s':>11}{'MFU':>7}{'peak MiB':>10}"
-    f"{'W':>6}{'J/Mtok':>9}"
-)
+# Heading -> key, format, unit.
+_COLUMNS = {
+    "ms": ("ms", ".3f", 1), "p20": ("ms_p20", ".3f", 1), "p80": ("ms_p80", ".3f", 1),
+    "real tok/s": ("real_tokens_per_second", ",.0f", 1),
+    "seq/s": ("sequences_per_second", ",.0f", 1), "MFU": ("mfu", ".1%", 1),
+    "peak MiB": ("peak_memory_bytes", ",.1f", 2**20), "W": ("watts", ".0f", 1),
+    "J/Mtok": ("joules_per_million_tokens", ".2f", 1),
+}  # fmt: skip
+
+
+def _figures(row: Row) -> list[str]:
+    """What every benchmark prints; "-" where a figure is not known or has no meaning."""
+    return [
+        "-" if row.get(key) is None else format(row[key] / unit, form)
+        for key, form, unit in _COLUMNS.values()
+    ]
+
+
+HEADS = "".join(f"{heading:>12}" for heading in _COLUMNS)
 """Above `cells`."""
-_CELLS = (
-    ("ms", 10, ".3f", 1), ("ms_p20", 10, ".3f", 1), ("ms_p80", 10, ".3f", 1),
-    ("real_tokens_per_second", 12, ",.0f", 1), ("sequences_per_second", 11, ",.0f", 1),
-    ("mfu", 7, ".1%", 1), ("peak_memory_bytes", 10, ",.1f", 2**20), ("watts", 6, ".0f", 1),
-    ("joules_per_million_tokens", 9, ".2f", 1),
-)  # fmt: skip
 
 
 def cells(row: Row) -> str:
-    """The figures that every benchmark prints; "-" where one is not known or has no meaning."""
-    return "".join(
-        f"{'-' if row.get(key) is None else format(row[key] / unit, form):>{width}}"
-        for key, width, form, unit in _CELLS
-    )
+    return "".join(f"{cell:>12}" for cell in _figures(row))
+
+
+def table(
+    result: Mapping[str, Any],
+    what: str,
+    more: Columns,
+    remarks: tuple[str, Callable[[Row], str]],
+) -> str:
+    """The rows as text, one line each, and a line for each that is missing.
+
+    Args:
+        result: as `make` gives it.
+        what: a row is.
+        more: columns beyond those that every benchmark has.
+        remarks: heading and text of what stands behind a row.
+    """
+    heading, remark = remarks
+    lines = [[what, *_COLUMNS, *more, heading]]
+    for row in result["rows"]:
+        own = (cell(row) for cell in more.values())
+        lines.append([row["name"], *_figures(row), *own, remark(row)])
+    first, *widths, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+    first = max([first, *(len(one["name"]) for one in result["missing"])])
+    text = []
+    for name, *cells, end in lines:
+        aligned = (f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        text.append(f"{name:<{first}}{''.join(aligned)}   {end}".rstrip())
+    text += [f"{one['name']:<{first}}  missing: {one['why']}" for one in result["missing"]]
+    return "\n".join(text)
 
 
 def gaps(rows: Sequence[Row], why: Mapping[str, str]) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ may wait for a package. `tests/bench/measure/test_result.py` holds it against th
 """
 
 import json
+import operator
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,21 +50,16 @@ def _equal(value: Any, other: Any) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
-# Keyword -> whether a value and what stands beside the keyword agree, and what to say if not.
-_RULES: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
-    "type": (_has_type, "is not of type {}"),
-    "const": (_equal, "is not {}"),
-    "enum": (lambda value, known: any(_equal(value, one) for one in known), "is not one of {}"),
-    "minimum": (lambda value, least: not _is_number(value) or value >= least, "is less than {}"),
-    "maximum": (lambda value, most: not _is_number(value) or value <= most, "is more than {}"),
-    "exclusiveMinimum": (
-        lambda value, bound: not _is_number(value) or value > bound,
-        "is not more than {}",
-    ),
-    "minLength": (
-        lambda value, least: not isinstance(value, str) or len(value) >= least,
-        "is shorter than {}",
-    ),
+# Keyword -> the type of value that it speaks of, whether such a value and what stands beside the
+# keyword agree, and what to say if not.
+_RULES: dict[str, tuple[str, Callable[[Any, Any], bool], str]] = {
+    "type": ("", _has_type, "is not of type {}"),
+    "const": ("", _equal, "is not {}"),
+    "enum": ("", lambda value, known: any(_equal(value, one) for one in known), "is not one of {}"),
+    "minimum": ("number", operator.ge, "is less than {}"),
+    "maximum": ("number", operator.le, "is more than {}"),
+    "exclusiveMinimum": ("number", operator.gt, "is not more than {}"),
+    "minLength": ("string", lambda value, least: len(value) >= least, "is shorter than {}"),
 }
 
 
@@ -82,23 +78,21 @@ def check(value: Any, schema: Mapping[str, Any] = SCHEMA) -> None:
 
 
 def _check(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], place: Place) -> None:
+    is_object, items = isinstance(value, dict), value if isinstance(value, list) else ()
     for keyword, asked in schema.items():
-        if keyword in NOTES:
-            continue
-        if keyword == "$ref":
-            _check(value, root["$defs"][asked.removeprefix("#/$defs/")], root, place)
-        elif keyword == "properties":
-            for key in asked if isinstance(value, dict) else ():
-                if key in value:
+        match keyword:
+            case "$ref":
+                _check(value, root["$defs"][asked.removeprefix("#/$defs/")], root, place)
+            case "properties":
+                for key in (one for one in asked if is_object and one in value):
                     _check(value[key], asked[key], root, (*place, key))
-        elif keyword == "items":
-            for index, item in enumerate(value if isinstance(value, list) else ()):
-                _check(item, asked, root, (*place, index))
-        elif keyword == "required":
-            for key in asked if isinstance(value, dict) else ():
-                if key not in value:
+            case "items":
+                for index, item in enumerate(items):
+                    _check(item, asked, root, (*place, index))
+            case "required":
+                for key in (one for one in asked if is_object and one not in value):
                     raise MisfitError(place, f"{key!r} is a required property")
-        else:
-            agrees, complaint = _RULES[keyword]
-            if not agrees(value, asked):
-                raise MisfitError(place, f"{reprlib.repr(value)} {complaint.format(asked)}")
+            case _ if keyword not in NOTES:
+                kind, agrees, complaint = _RULES[keyword]
+                if (not kind or _TYPES[kind](value)) and not agrees(value, asked):
+                    raise MisfitError(place, f"{reprlib.repr(value)} {complaint.format(asked)}")

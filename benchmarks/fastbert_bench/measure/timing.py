@@ -8,16 +8,47 @@ drift of clocks and temperature favours nobody. On a CPU the calls are timed by 
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastbert.progress import progress_bar
+from fastbert_bench.measure.energy import Spent
+
+One = TypeVar("One")
 Call = Callable[[], object]
 SPIN_CYCLES = 1_000_000  # ~0.6 ms: longer than the host needs to queue a replay of 400 calls
 L2_WHERE_UNKNOWN = 50 * 2**20
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[int], object], indices: Sequence[int], device: torch.device) -> float:
+    """Seconds of one of call(index), ..., until the device is done with all."""
+    started = time.perf_counter()
+    for index in indices:
+        call(index)
+    synchronize(device)
+    return (time.perf_counter() - started) / len(indices)
+
+
+def in_turn(
+    contenders: Sequence[One], rounds: int, desc: str = "measuring"
+) -> Iterator[tuple[int, One]]:
+    """Every contender in every round, with the round's number.
+
+    Every other round runs backwards, so that a drift of the machine favours nobody.
+    """
+    for index in progress_bar(range(rounds), desc=desc, unit="round"):
+        for contender in contenders[:: -1 if index % 2 else 1]:
+            yield index, contender
 
 
 def clones_needed(bytes: int, device: torch.device) -> int:
@@ -76,8 +107,7 @@ def interleaved(
     for index in range(rounds + 2):
         names = list(replays)[:: 1 if index % 2 else -1]
         results = {name: replays[name].run() for name in names}
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         if index >= 2:
             for name, result in results.items():
                 times[name].append(result())
@@ -89,6 +119,22 @@ def interleaved(
 def quantiles(milliseconds: Sequence[float]) -> dict[str, float]:
     low, middle, high = np.percentile(milliseconds, (20, 50, 80))
     return {"ms": float(middle), "ms_p20": float(low), "ms_p80": float(high)}
+
+
+def figures(
+    seconds: Sequence[float], tokens: int, sequences: int, spent: Spent | None
+) -> dict[str, Any]:
+    """Times, rates and energy of a batch of so many real tokens, measured in some rounds."""
+    rounds = [1e3 * one for one in seconds]
+    times = quantiles(rounds)
+    return {
+        **times,
+        "rounds_ms": rounds,
+        "real_tokens_per_second": tokens / times["ms"] * 1e3,
+        "sequences_per_second": sequences / times["ms"] * 1e3,
+        "watts": spent.watts if spent else None,
+        "joules_per_million_tokens": spent.joules / tokens * 1e6 if spent else None,
+    }
 
 
 def random_like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

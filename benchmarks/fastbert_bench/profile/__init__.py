@@ -1,0 +1,1 @@
+"""`fastbert profile step` and `kernel`: where the time goes."""

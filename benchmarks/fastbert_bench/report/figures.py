@@ -84,31 +84,46 @@ def _whiskers(row: Row, key: str) -> tuple[float, float]:
     return value * max(0.0, 1 - low), value * max(0.0, high - 1)
 
 
+def _axes(height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH, height))
+    return figure, figure.subplots()
+
+
+def _tick(value: float, _: object = None) -> str:
+    return short(value) if value else "0"
+
+
+def _beside(axes: Any, place: tuple[float, float], text: str, **look: Any) -> None:
+    axes.annotate(text, place, (6, 0), textcoords="offset points", va="center", **look)
+
+
+def _bar(axes: Any, place: float, row: Row, key: str, colour: str, thick: float) -> float:
+    """A bar with whiskers from the 20th to the 80th percentile; returns where it ends."""
+    below, above = _whiskers(row, key)
+    axes.barh(place, row[key], thick, color=colour)
+    if below or above:
+        axes.errorbar(
+            row[key], place, xerr=[[below], [above]], fmt="none", capsize=3, lw=1.2,
+            ecolor=matplotlib.rcParams["text.color"],
+        )  # fmt: skip
+    return float(row[key] + above)
+
+
 def bars(name: str, title: str, rows: Sequence[Row], key: str, unit: str) -> Picture:
     """One bar a row, with whiskers from the 20th to the 80th percentile."""
 
     def draw() -> Figure:
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.36 * len(rows)))
-        axes = figure.subplots()
+        figure, axes = _axes(0.9 + 0.36 * len(rows))
         ends = []
         for place, row in enumerate(rows):
-            below, above = _whiskers(row, key)
-            axes.barh(place, row[key], 0.66, color=OURS if is_ours(row["name"]) else PEER)
-            if below or above:
-                axes.errorbar(
-                    row[key], place, xerr=[[below], [above]], fmt="none", capsize=3, lw=1.2,
-                    ecolor=matplotlib.rcParams["text.color"],
-                )  # fmt: skip
-            ends.append(row[key] + above)
-        for place, (row, end) in enumerate(zip(rows, ends, strict=True)):
-            axes.annotate(
-                short(row[key]), (end, place), (6, 0), textcoords="offset points", va="center"
-            )
+            colour = OURS if is_ours(row["name"]) else PEER
+            ends.append(_bar(axes, place, row, key, colour, 0.66))
+            _beside(axes, (ends[-1], place), short(row[key]))
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, 1.18 * max(ends))
         axes.set_xlabel(unit)
-        axes.xaxis.set_major_formatter(lambda value, _: short(value) if value else "0")
+        axes.xaxis.set_major_formatter(_tick)
         axes.grid(axis="x")
         return figure
 
@@ -126,23 +141,14 @@ def kernel_bars(name: str, op: str, rows: Sequence[Row]) -> Picture:
     colours = _colours(names)
 
     def draw() -> Figure:
-        height = 0.9 + 0.22 * len(rows) + 0.3 * len(groups)
-        figure = Figure(figsize=(WIDTH, height))
-        axes = figure.subplots()
+        figure, axes = _axes(0.9 + 0.22 * len(rows) + 0.3 * len(groups))
         place, ticks = 0.0, []
         for group in groups.values():
             ticks.append(place + (len(group) - 1) / 2)
             for row in group:
-                below, above = _whiskers(row, "ms")
-                axes.barh(place, row["ms"], 0.86, color=colours[row["contender"]])
-                axes.errorbar(
-                    row["ms"], place, xerr=[[below], [above]], fmt="none", capsize=2, lw=1,
-                    ecolor=matplotlib.rcParams["text.color"],
-                )  # fmt: skip
-                axes.annotate(
-                    f"{row['contender']} {short(row['ms'])}", (row["ms"] + above, place), (5, 0),
-                    textcoords="offset points", va="center", fontsize=8,
-                )  # fmt: skip
+                end = _bar(axes, place, row, "ms", colours[row["contender"]], 0.86)
+                text = f"{row['contender']} {short(row['ms'])}"
+                _beside(axes, (end, place), text, fontsize=8)
                 place += 1
             place += 1
         axes.set_yticks(ticks, list(groups))
@@ -154,7 +160,7 @@ def kernel_bars(name: str, op: str, rows: Sequence[Row]) -> Picture:
         else:
             axes.set_xlim(0, 1.45 * max(values))
         axes.set_xlabel("milliseconds, less is better")
-        axes.xaxis.set_major_formatter(lambda value, _: short(value) if value else "0")
+        axes.xaxis.set_major_formatter(_tick)
         axes.grid(axis="x")
         return figure
 
@@ -183,8 +189,7 @@ def lines(
     colours = _colours(list(curves))
 
     def draw() -> Figure:
-        figure = Figure(figsize=(WIDTH, 4.2))
-        axes = figure.subplots()
+        figure, axes = _axes(4.2)
         for index, (label, curve) in enumerate(curves.items()):
             marker = MARKERS[index % len(MARKERS)] if points else None
             axes.plot(*zip(*curve, strict=True), marker=marker, color=colours[label],
@@ -195,7 +200,7 @@ def lines(
             axes.set_xticks(measured, [f"{x:g}" for x in measured])
             axes.minorticks_off()
             axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(lambda value, _: short(value) if value else "0")
+            axes.yaxis.set_major_formatter(_tick)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid()
@@ -217,8 +222,7 @@ def waterfall(name: str, title: str, whole_ms: float, rows: Sequence[Row]) -> Pi
     added = [(row["ratio"] - 1) * whole_ms for row in ordered]
 
     def draw() -> Figure:
-        figure = Figure(figsize=(WIDTH, 1.2 + 0.4 * (len(ordered) + 1)))
-        axes = figure.subplots()
+        figure, axes = _axes(1.2 + 0.4 * (len(ordered) + 1))
         axes.barh(0, whole_ms, 0.66, color=OURS)
         for place, more in enumerate(added, start=1):
             axes.barh(place, more, 0.66, left=whole_ms, color="#d55e00" if more > 0 else "#009e73")
@@ -226,7 +230,7 @@ def waterfall(name: str, title: str, whole_ms: float, rows: Sequence[Row]) -> Pi
         ends = [whole_ms, *(whole_ms + max(0.0, more) for more in added)]
         texts = [f"{short(whole_ms)} ms", *(f"{more:+.3g} ms" for more in added)]
         for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
-            axes.annotate(text, (end, place), (6, 0), textcoords="offset points", va="center")
+            _beside(axes, (end, place), text)
         axes.set_yticks(range(len(ends)), ["whole step", *(row["name"] for row in ordered)])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.16 * max(ends))
@@ -274,7 +278,7 @@ def roofline(
         left.set_xticks([])
         left.set_xlabel("without matrix products, by number")
         left.set_ylabel("bytes a second")
-        left.yaxis.set_major_formatter(lambda value, _: short(value) if value else "0")
+        left.yaxis.set_major_formatter(_tick)
         left.grid(axis="y")
         places = [row["flops"] / row["bytes"] for row in products]
         ridge = matrix / bandwidth
@@ -293,8 +297,8 @@ def roofline(
         right.set_ylabel("FLOPs a second")
         right.annotate(f"matrix product {short(matrix)}FLOP/s", (0, 1.01),
                        xycoords="axes fraction", color="#d55e00", fontsize=9)  # fmt: skip
-        right.yaxis.set_major_formatter(lambda value, _: short(value))
-        right.xaxis.set_major_formatter(lambda value, _: short(value))
+        for axis in (right.xaxis, right.yaxis):
+            axis.set_major_formatter(_tick)
         right.grid()
         return figure
 
@@ -327,8 +331,7 @@ def forest(name: str, title: str, moves: Sequence[Mapping[str, Any]]) -> Picture
     colours = {"faster": "#009e73", "slower": "#d55e00"}
 
     def draw() -> Figure:
-        figure = Figure(figsize=(WIDTH, 1.0 + 0.3 * len(moves)))
-        axes = figure.subplots()
+        figure, axes = _axes(1.0 + 0.3 * len(moves))
         for place, move in enumerate(moves):
             colour = colours.get(move["verdict"], PEER)
             axes.plot((move["low"], move["high"]), (place, place), color=colour, lw=2)

@@ -33,6 +33,7 @@ TITLES = {
     "profile-kernel": "One kernel over sizes",
     "estimate": "Estimates: computed, not measured",
 }
+_PARTS = ("settings", "conditions", "rows", "missing")
 # What may differ between two runs of one measurement.
 _INCIDENTAL = {"against", "device", "json", "op", "png", "rounds", "seconds", "seed", "trace"}
 
@@ -113,20 +114,13 @@ def parsed(text: str, file: str) -> Result:
     try:
         if stage is None:
             check(content)
-            known = {"format", "benchmark", "settings", "conditions", "rows", "missing"}
             if content["benchmark"] == "profile-kernel":  # one name for all its sizes
                 letter = content["grows"]
                 for row in content["rows"]:
                     row["name"] += f", {letter} = {row['sizes'][letter]}"
-            return Result(
-                file,
-                content["benchmark"],
-                content["settings"],
-                content["conditions"],
-                content["rows"],
-                content["missing"],
-                {key: content[key] for key in content if key not in known},
-            )
+            parts = {key: content.pop(key) for key in _PARTS}
+            del content["format"]
+            return Result(file, content.pop("benchmark"), **parts, more=content)
         if stage not in _STAGES:
             raise UserError(f"{file}: not a result: stage {stage!r} is not one of kernels, step")
         return _STAGES[stage](content, file)
@@ -175,12 +169,8 @@ def _gpu_step(content: Any, file: str) -> Result:
     missing = [_gap(*line.partition(": ")[::2]) for line in content.get("failed", ())]
     missing += [_gap(*one) for one in content.get("checks", {}).items() if one[1] is not True]
     missing += [_gap(row["name"], row["failed"]) for row in ablations if "failed" in row]
-    settings = {
-        "model": asked["model"],
-        "batch_size": asked["B"],
-        "max_seq_length": asked["S"],
-        "lengths": asked["lengths"],
-    }
+    names = {"model": "model", "batch_size": "B", "max_seq_length": "S", "lengths": "lengths"}
+    settings = {name: asked[key] for name, key in names.items()}
     more = {key: content[key] for key in content if key not in ("workload", "contenders")}
     rows, conditions = content["contenders"], content["conditions"]
     return Result(file, "step", settings, conditions, rows, missing, more)

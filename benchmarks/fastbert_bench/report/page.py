@@ -1,8 +1,9 @@
 """A page that needs nothing beside itself: its style is in it, its pictures are in it."""
 
 import base64
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -47,14 +48,13 @@ class Page:
     pictures: dict[str, bytes] = field(default_factory=dict)
 
     def heading(self, level: int, text: str) -> None:
-        anchor = self._unused(slug(text), {known for _, known, _ in self.contents})
+        anchor = _unused(slug(text), [known for _, known, _ in self.contents])
         self.contents.append((level, anchor, text))
         self.parts.append(f'<h{level} id="{anchor}">{escape(text)}</h{level}>')
 
     def text(self, words: str, *, dim: bool = False) -> None:
-        self.parts.append(
-            f"<p{' class=dim' if dim else ''}>{escape(words)}</p>".replace("=dim", '="dim"')
-        )
+        opened = '<p class="dim">' if dim else "<p>"
+        self.parts.append(f"{opened}{escape(words)}</p>")
 
     def bullets(self, lines: Iterable[str]) -> None:
         items = "".join(f"<li>{escape(line)}</li>" for line in lines)
@@ -65,8 +65,8 @@ class Page:
         """Columns of words stand to the left, of numbers to the right; the first names the row."""
         texts = [[str(cell) for cell in row] for row in rows]
         kinds = [
-            "" if all(_NUMBER.match(text) for text in column) else "words"
-            for column in zip(*texts, strict=True)
+            "" if all(_NUMBER.match(row[place]) for row in texts) else "words"
+            for place in range(len(head))
         ]
 
         def line(tag: str, row: Sequence[str]) -> str:
@@ -84,7 +84,7 @@ class Page:
         )
 
     def picture(self, picture: Picture, conditions: str) -> None:
-        name = self._unused(slug(picture.name), self.pictures)
+        name = _unused(slug(picture.name), self.pictures)
         light, dark = picture.png("light"), picture.png("dark")
         self.pictures |= {name: light, f"{name}-dark": dark}
         alt = escape(f"{picture.title}. {picture.alt}")
@@ -93,14 +93,6 @@ class Page:
             f'<img src="{_uri(light)}" alt="{alt}"></picture>'
             f"<figcaption>{escape(conditions)}</figcaption></figure>"
         )
-
-    @staticmethod
-    def _unused(name: str, taken: Iterable[str]) -> str:
-        taken, wanted, number = set(taken), name, 1
-        while wanted in taken:
-            number += 1
-            wanted = f"{name}-{number}"
-        return wanted
 
     def html(self) -> str:
         items = "".join(
@@ -124,6 +116,11 @@ class Page:
         path = folder / "report.html"
         path.write_text(self.html(), encoding="utf-8")
         return path
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(one for one in names if one not in taken)
 
 
 def slug(text: str) -> str:

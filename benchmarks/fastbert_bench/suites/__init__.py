@@ -1,0 +1,1 @@
+"""`fastbert bench NAME` is NAME.py: contenders side by side, interleaved."""

@@ -9,12 +9,12 @@ rounding does.
 B sequences, S longest sequence, T real tokens of a batch, M masked tokens, V vocabulary.
 """
 
-import contextlib
 import copy
 import dataclasses
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbert.config import ModelConfig, PretrainConfig
+from fastbert.config import ModelConfig, PretrainConfig, to_hf_dict
 from fastbert.data.batch import Batch
 from fastbert.errors import RunError, UserError
+from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
-from fastbert.train.device import can_compile
+from fastbert.ops import Ops
+from fastbert.train.device import Execution, can_compile, choose_execution
 from fastbert.train.graph import launcher
 from fastbert.train.step import TrainStep, model_inputs
+from fastbert_bench.config import InferenceBenchConfig, StepBenchConfig
 from fastbert_bench.measure.flops import MLM_PROBABILITY
 
 LEARNING_RATE = 1e-4
@@ -163,26 +166,15 @@ def make_batches(
         raise UserError(f"vocab_size = {vocab_size} of the model must be more than {low}")
     B = len(lengths)
     lengths = np.sort(lengths)[::-1]
-    padded, packed = [], []
+    packed = []
     for _ in range(NUM_BATCHES):
         real = np.arange(S) < lengths[:, None]
-        ids = rng.integers(low, vocab_size, (B, S)) * real
-        types = ((np.arange(S) >= lengths[:, None] // 2) & real).astype(np.int64)
+        ids = rng.integers(low, vocab_size, (B, S))
+        types = (np.arange(S) >= lengths[:, None] // 2).astype(np.int64)
         masked = np.zeros((B, S), dtype=bool)
         for row, length in enumerate(lengths):  # never [CLS] or the last [SEP], as in training
             count = max(1, round(MLM_PROBABILITY * length))
             masked[row, rng.choice(np.arange(1, length - 1), count, replace=False)] = True
-        labels = np.where(masked, ids, -100)
-        nsp = rng.integers(0, 2, B)
-        padded.append(
-            {
-                "input_ids": torch.from_numpy(ids),
-                "attention_mask": torch.from_numpy(real.astype(np.int64)),
-                "token_type_ids": torch.from_numpy(types),
-                "labels": torch.from_numpy(labels),
-                "next_sentence_label": torch.from_numpy(nsp),
-            }
-        )
         packed.append(
             Batch(
                 input_ids=torch.from_numpy(ids[real]),
@@ -190,18 +182,71 @@ def make_batches(
                 position_ids=torch.from_numpy(np.broadcast_to(np.arange(S), (B, S))[real]),
                 cu_seqlens=torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype("i4")),
                 masked_positions=torch.from_numpy(np.flatnonzero(masked[real])),
-                masked_labels=torch.from_numpy(labels[masked]),
-                next_sentence_labels=torch.from_numpy(nsp),
+                masked_labels=torch.from_numpy(ids[masked]),
+                next_sentence_labels=torch.from_numpy(rng.integers(0, 2, B)),
                 max_seqlen=S,
                 num_tokens=int(lengths.sum()),
                 num_sequences=B,
             )
         )
-    return padded, packed
+    return [padded(batch, 0, S) for batch in packed], packed
+
+
+def padded(batch: Batch, pad_token_id: int = 0, S: int | None = None) -> PaddedBatch:
+    """The real sequences of a packed batch as Hugging Face's models take them.
+
+    Padded to S, or to the longest of them.
+    """
+    N = batch.num_sequences
+    starts = batch.cu_seqlens[: N + 1].long()
+    T, lengths = int(starts[-1]), starts.diff()
+    real = torch.arange(S or int(lengths.max())) < lengths[:, None]  # (N, S)
+    labels = torch.full((T,), -100)
+    chosen = batch.masked_labels != -100
+    labels[batch.masked_positions[chosen]] = batch.masked_labels[chosen]
+
+    def spread(values: Tensor, filler: int) -> Tensor:  # (T,) -> (N, S)
+        return torch.full(real.shape, filler).masked_scatter_(real, values)
+
+    return {
+        "input_ids": spread(batch.input_ids[:T], pad_token_id),
+        "attention_mask": real.long(),
+        "token_type_ids": spread(batch.token_type_ids[:T], 0),
+        "labels": spread(labels, -100),
+        "next_sentence_label": batch.next_sentence_labels[:N],
+    }
+
+
+def rivals_asked(against: str, auto: Iterable[str]) -> list[str]:
+    """The names in `--against`; `auto` where it says so."""
+    if against == "none":
+        return []
+    return list(auto) if against == "auto" else against.split(",")
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def execution_of(
+    config: StepBenchConfig | InferenceBenchConfig, sizes: ModelConfig, compiled: bool
+) -> Execution:
+    """How `fastbert pretrain` would run with these settings."""
+    compile = "on" if compiled else "off"
+    asked = PretrainConfig(device=config.device, precision=config.precision, torch_compile=compile)
+    return choose_execution(asked, sizes)
+
+
+def seeded(sizes: ModelConfig, ops: Ops, seed: int, device: torch.device) -> Bert:
+    """The model with the same initial weights for everybody."""
+    torch.manual_seed(seed)
+    return Bert(sizes, ops).to(device)
+
+
+def weights_of(model: Bert, sizes: ModelConfig) -> dict[str, Tensor]:
+    """A copy of a model's weights, by Hugging Face's names."""
+    found = to_hf(dict(model.named_parameters()), sizes)
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
 def ours(
@@ -289,11 +334,8 @@ def rival(
         model, batches = _Flat(model), [flattened(batch) for batch in batches]
     check_dtype = dtype if name.startswith("hf-flash") else torch.float32
 
-    def autocast(to: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device.type, dtype=to, enabled=to != torch.float32)
-
     batch = batches[0]
-    with torch.no_grad(), autocast(check_dtype):
+    with torch.no_grad(), autocast(device, check_dtype):
         logits = model.eval()(**batch).prediction_logits
         chosen = batch["labels"] != -100
         losses = F.cross_entropy(logits[chosen].float(), batch["labels"][chosen], reduction="none")
@@ -301,18 +343,8 @@ def rival(
         torch.manual_seed(recipe.seed)
         model.train()
         drops = float(model(**batch).loss) != float(model(**batch).loss)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.dim() > 1],
-             "weight_decay": recipe.weight_decay},
-            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=LEARNING_RATE,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-        fused=True,
-    )  # fmt: skip
-    attention_order: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    optimizer = adamw(model, recipe)
+    attention_order: Callable[[], AbstractContextManager[Any]] = nullcontext
     if name.endswith("-cudnn"):
         if device.type != "cuda":
             raise MissingError("cuDNN's attention needs a GPU")
@@ -323,7 +355,7 @@ def rival(
         forward = torch.compile(model, dynamic=False, mode=mode)
 
     def step(index: int) -> None:
-        with autocast(dtype), attention_order():
+        with autocast(device, dtype), attention_order():
             loss = forward(**batches[index % NUM_BATCHES]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
@@ -343,7 +375,7 @@ def rival(
     )
 
 
-def _cudnn_first() -> contextlib.AbstractContextManager[Any]:
+def _cudnn_first() -> AbstractContextManager[Any]:
     order = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
              SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # fmt: skip
     return sdpa_kernel(list(order), set_priority=True)
@@ -386,12 +418,29 @@ class _Flat(nn.Module):
         return _Output(output.loss, output.logits)
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """What runs in `dtype` where PyTorch's users would have it so; off for fp32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def adamw(model: nn.Module, recipe: PretrainConfig) -> torch.optim.AdamW:
+    """The recipe's optimizer in PyTorch's terms: vectors do not decay."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": recipe.weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=recipe.learning_rate or 0.0,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+        fused=True,
+    )  # fmt: skip
+
+
 def _hugging_face(
     name: str, sizes: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
-
-    from fastbert.config import to_hf_dict
 
     config = BertConfig(**to_hf_dict(sizes, "BertForPreTraining"))
     attention = name.split("-")[1]
@@ -441,7 +490,7 @@ class TorchEncoder(nn.Module):
         self.transform, self.transform_norm = nn.Linear(H, H), nn.LayerNorm(H, eps=eps)
         self.decoder = nn.Linear(H, sizes.vocab_size)
         self.decoder.weight = self.word.weight
-        self.load_state_dict(_torch_names(weights, sizes.num_hidden_layers))
+        self.load_state_dict(_torch_names(weights))
 
     def forward(
         self,
@@ -461,42 +510,38 @@ class TorchEncoder(nn.Module):
         return _Output(mlm + F.cross_entropy(scores.float(), next_sentence_label), logits)
 
 
-def _torch_names(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Hugging Face's names turned into `TorchEncoder`'s."""
-    plain = {
-        "word": "bert.embeddings.word_embeddings",
-        "position": "bert.embeddings.position_embeddings",
-        "token_type": "bert.embeddings.token_type_embeddings",
-        "norm": "bert.embeddings.LayerNorm",
-        "pooler": "bert.pooler.dense",
-        "next_sentence": "cls.seq_relationship",
-        "transform": "cls.predictions.transform.dense",
-        "transform_norm": "cls.predictions.transform.LayerNorm",
-    }
-    for index in range(layers):
-        theirs, mine = f"bert.encoder.layer.{index}", f"encoder.layers.{index}"
-        plain |= {
-            f"{mine}.self_attn.out_proj": f"{theirs}.attention.output.dense",
-            f"{mine}.norm1": f"{theirs}.attention.output.LayerNorm",
-            f"{mine}.linear1": f"{theirs}.intermediate.dense",
-            f"{mine}.linear2": f"{theirs}.output.dense",
-            f"{mine}.norm2": f"{theirs}.output.LayerNorm",
-        }
-    found = {
-        f"{mine}.{kind}": weights[f"{theirs}.{kind}"]
-        for mine, theirs in plain.items()
-        for kind in ("weight", "bias")
-        if f"{theirs}.{kind}" in weights
-    }
-    for index in range(layers):
-        own = f"bert.encoder.layer.{index}.attention.self"
-        for kind in ("weight", "bias"):
-            parts = [weights[f"{own}.{part}.{kind}"] for part in ("query", "key", "value")]
-            found[f"encoder.layers.{index}.self_attn.in_proj_{kind}"] = torch.cat(parts)
-    found["decoder.weight"], found["decoder.bias"] = (
-        found["word.weight"],
-        weights["cls.predictions.bias"],
-    )
+# Hugging Face's names -> `TorchEncoder`'s, of whatever begins or goes on so.
+_TORCH_NAMES = {
+    "bert.embeddings.word_embeddings": "word",
+    "bert.embeddings.position_embeddings": "position",
+    "bert.embeddings.token_type_embeddings": "token_type",
+    "bert.embeddings.LayerNorm": "norm",
+    "bert.pooler.dense": "pooler",
+    "cls.seq_relationship": "next_sentence",
+    "cls.predictions.transform.dense": "transform",
+    "cls.predictions.transform.LayerNorm": "transform_norm",
+    "cls.predictions.bias": "decoder.bias",
+    "bert.encoder.layer": "encoder.layers",
+    "attention.output.dense": "self_attn.out_proj",
+    "attention.output.LayerNorm": "norm1",
+    "intermediate.dense": "linear1",
+    "output.dense": "linear2",
+    "output.LayerNorm": "norm2",
+}
+
+
+def _torch_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's weights by `TorchEncoder`'s names; query, key and value are one there."""
+    found = {"decoder.weight": weights["bert.embeddings.word_embeddings.weight"]}
+    for given, tensor in weights.items():
+        name = given
+        for theirs, mine in _TORCH_NAMES.items():
+            name = name.replace(theirs, mine)
+        if ".attention.self.query." in name:
+            parts = [weights[given.replace("query", part)] for part in ("query", "key", "value")]
+            found[name.replace("attention.self.query.", "self_attn.in_proj_")] = torch.cat(parts)
+        elif ".attention.self." not in name:
+            found[name] = tensor
     return found
 
 

@@ -28,33 +28,36 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastbert.config import ModelConfig, PretrainConfig, model_config, resolved, to_hf_dict
+from fastbert.config import ModelConfig, PretrainConfig, model_config, resolved
 from fastbert.data.batch import Batch
 from fastbert.data.pack import Packer, evaluation_batches
-from fastbert.data.shards import Shards
 from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
-from fastbert.hf import to_hf
-from fastbert.model.bert import Bert
 from fastbert.progress import progress_bar
 from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.evaluate import evaluate, unigram_log_probabilities
 from fastbert.train.graph import launcher
-from fastbert.train.prepare import prepare_data
+from fastbert.train.prepare import prepare_data, say
 from fastbert.train.schedule import learning_rate
 from fastbert.train.step import TrainStep, compile_model
-from fastbert_bench.config import ConvergenceBenchConfig
+from fastbert_bench.config import CONVERGENCE_RIVAL_NAMES, ConvergenceBenchConfig
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.flops import flops_per_token, mfu
-from fastbert_bench.measure.result import HEADS, Row, cells, gaps
-from fastbert_bench.suites.contenders import PaddedBatch
+from fastbert_bench.measure.processes import one_line
+from fastbert_bench.measure.result import Row
+from fastbert_bench.measure.timing import quantiles, synchronize
+from fastbert_bench.suites import contenders as ways
+from fastbert_bench.suites.contenders import PaddedBatch, padded, rivals_asked
 
 # Of the held-out MLM loss before training, in nats.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02}
 LOGS_PER_EVALUATION = 5
+CURVES = ("steps", "seconds", "losses", "eval_steps", "eval_seconds", "eval_losses")
 
 Made = TypeVar("Made")
 
@@ -89,8 +92,7 @@ class Clock:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Waits for the device first, so that what was begun is counted."""
-        if self._cuda:
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self.seconds += time.perf_counter() - self._since
         if self.joules is not None:
             spent = self._meter.joules() - self._joules_since
@@ -109,30 +111,20 @@ class Task:
 
     def __init__(self, config: ConvergenceBenchConfig, folder: Path) -> None:
         asked = model_config(config.model)
-        self.recipe = resolved(
-            PretrainConfig(
-                device=config.device,
-                precision=config.precision,
-                seed=config.seed,
-                model=config.model,
-                data=config.data,
-                tokenizer=config.tokenizer,
-                vocab_size=config.vocab_size,
-                max_seq_length=config.max_seq_length,
-                tokens_per_batch=config.tokens_per_batch,
-                max_steps=config.max_steps,
-                warmup_steps=config.warmup_steps,
-                learning_rate=config.learning_rate,
-                max_eval_batches=config.max_eval_batches,
-            )
-        )
+        known = {field.name for field in dataclasses.fields(PretrainConfig)}
+        shared = {name: vars(config)[name] for name in vars(config) if name in known}
+        self.recipe = resolved(PretrainConfig(**shared))
         self.config = config
+        if config.warmup_steps >= config.max_steps:
+            say(
+                f"warmup_steps = {config.warmup_steps} is not less than max_steps = "
+                f"{config.max_steps}: the learning rate never reaches its peak"
+            )
         execution = choose_execution(self.recipe, asked)  # a wrong device is told before the work
         if execution.dtype == torch.float16:
             raise UserError("precision = 'auto' is fp16 on this GPU, which has no bf16: use fp32")
-        least = dataclasses.replace(
-            asked, vocab_size=1, pad_token_id=0
-        )  # the tokenizer has its own
+        # The tokenizer has a vocabulary of its own.
+        least = dataclasses.replace(asked, vocab_size=1, pad_token_id=0)
         check_memory(self.recipe, least, execution.device, execution.dtype)
         self.tokenizer: WordPiece
         self.tokenizer, self.shards, held_out = prepare_data(self.recipe, folder)
@@ -142,7 +134,10 @@ class Task:
             asked, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id
         )
         self.execution: Execution = choose_execution(self.recipe, self.sizes)
-        self.held_out = self._held_out(held_out)
+        most = self.recipe.max_eval_batches
+        self.held_out = evaluation_batches(
+            held_out, self.tokenizer.ids, max_batches=most, **self._packing()
+        )
         counts = self.shards.token_counts(self.sizes.vocab_size)
         unigram = unigram_log_probabilities(counts, self.tokenizer.special_ids)
         self.unigram = unigram.to(self.execution.device)
@@ -156,10 +151,6 @@ class Task:
             "mlm_probability": recipe.mlm_probability,
             "seed": recipe.seed,
         }
-
-    def _held_out(self, shards: Shards) -> list[Batch]:
-        most = self.recipe.max_eval_batches
-        return evaluation_batches(shards, self.tokenizer.ids, max_batches=most, **self._packing())
 
     def batches(self, clock: Clock, form: Callable[[Batch], Made]) -> Iterator[Made]:
         """The training batches in the form wanted, made in advance while the clock stands still."""
@@ -228,11 +219,12 @@ class Curve:
         self.lengths.append(lengths.numpy())
 
     def seconds_to(self, loss: float) -> float | None:
-        """When the held-out loss was reached, in a straight line between evaluations."""
-        points = list(zip(self.eval_seconds, self.eval_losses, strict=True))
-        for (t0, l0), (t1, l1) in itertools.pairwise(points):
-            if l0 > loss >= l1:
-                return t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)
+        """When the held-out loss was first reached, in a straight line between evaluations."""
+        for index, found in enumerate(self.eval_losses):
+            if found <= loss:
+                near = slice(max(0, index - 1), index + 1)  # before training: that evaluation alone
+                falling = np.negative(self.eval_losses[near])
+                return float(np.interp(-loss, falling, self.eval_seconds[near]))
         return None
 
 
@@ -248,10 +240,8 @@ def ours(task: Task) -> tuple[Curve, dict[str, Tensor]]:
     """Trains by fastbert's step; returns also the initial weights, by Hugging Face's names."""
     execution, device = task.execution, task.execution.device
     held_before = held(device)
-    torch.manual_seed(task.config.seed)
-    model = Bert(task.sizes, execution.ops).to(device)
-    initial = to_hf(dict(model.named_parameters()), task.sizes)
-    weights = {name: tensor.detach().clone() for name, tensor in initial.items()}
+    model = ways.seeded(task.sizes, execution.ops, task.config.seed, device)
+    weights = ways.weights_of(model, task.sizes)
     compiled = execution.compile and device.type == "cuda"
     if compiled:
         compile_model(model)
@@ -271,37 +261,38 @@ def ours(task: Task) -> tuple[Curve, dict[str, Tensor]]:
     return curve, weights
 
 
-def padded(batch: Batch, pad_token_id: int) -> PaddedBatch:
-    """The real sequences of a packed batch as Hugging Face's models take them."""
-    N = batch.num_sequences
-    starts = batch.cu_seqlens[: N + 1].long()
-    T, lengths = int(starts[-1]), starts.diff()
-    real = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, S)
-    labels = torch.full((T,), -100)
-    chosen = batch.masked_labels != -100
-    labels[batch.masked_positions[chosen]] = batch.masked_labels[chosen]
-
-    def spread(values: Tensor, filler: int) -> Tensor:  # (T,) -> (N, S)
-        return torch.full(real.shape, filler).masked_scatter_(real, values)
-
-    return {
-        "input_ids": spread(batch.input_ids[:T], pad_token_id),
-        "attention_mask": real.long(),
-        "token_type_ids": spread(batch.token_type_ids[:T], 0),
-        "labels": spread(labels, -100),
-        "next_sentence_label": batch.next_sentence_labels[:N],
-    }
-
-
-@dataclasses.dataclass
 class HuggingFace:
     """Hugging Face's model with the initial weights, and the recipe in PyTorch's terms."""
 
-    task: Task
-    model: Any
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
-    curve: Curve
+    def __init__(self, name: str, task: Task, weights: dict[str, Tensor]) -> None:
+        recipe, device, dtype = task.recipe, task.execution.device, task.execution.dtype
+        clock = Clock(device, held(device))
+        self.task = task
+        self.model: Any = ways._hugging_face("hf-sdpa", task.sizes, weights, dtype).to(device)
+        self.optimizer = ways.adamw(self.model, recipe)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate(recipe, step) / (recipe.learning_rate or 1.0)
+        )
+        packed = (padded(batch, task.sizes.pad_token_id) for batch in task.held_out)
+        self._held_out = [{key: one[key].to(device) for key in one} for one in packed]
+        self.curve = Curve(name, clock, task.config, self._held_out_loss)
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        model = self.model
+        was_training = model.training
+        model.eval()
+        total, count = 0.0, 0
+        for batch in self._held_out:
+            chosen = batch["labels"] != -100
+            inputs = {key: batch[key] for key in ("attention_mask", "token_type_ids")}
+            with self.autocast():
+                logits = model.cls.predictions(model.bert(batch["input_ids"], **inputs)[0][chosen])
+            labels = batch["labels"][chosen]
+            total += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+            count += labels.numel()
+        model.train(was_training)
+        return total / max(count, 1)
 
     def batches(self) -> Iterator[PaddedBatch]:
         pad = self.task.sizes.pad_token_id
@@ -310,58 +301,7 @@ class HuggingFace:
             yield batch
 
     def autocast(self) -> torch.autocast:
-        execution = self.task.execution
-        enabled = execution.dtype != torch.float32
-        return torch.autocast(execution.device.type, dtype=execution.dtype, enabled=enabled)
-
-
-def hugging_face(name: str, task: Task, weights: dict[str, Tensor]) -> HuggingFace:
-    from transformers import BertConfig, BertForPreTraining
-
-    recipe, device = task.recipe, task.execution.device
-    held_before = held(device)
-    config = BertConfig(**to_hf_dict(task.sizes, "BertForPreTraining"))
-    config._attn_implementation = "sdpa"
-    model: Any = BertForPreTraining(config)
-    model.load_state_dict(weights, strict=False)
-    model.to(device)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay},
-         {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.learning_rate or 0.0,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-        fused=True,
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate(recipe, step) / (recipe.learning_rate or 1.0)
-    )
-    held_out = [
-        {key: value.to(device) for key, value in padded(batch, task.sizes.pad_token_id).items()}
-        for batch in task.held_out
-    ]
-
-    @torch.no_grad()
-    def held_out_loss() -> float:
-        was_training = model.training
-        model.eval()
-        total, count = 0.0, 0
-        for batch in held_out:
-            chosen = batch["labels"] != -100
-            inputs = {key: batch[key] for key in ("attention_mask", "token_type_ids")}
-            with found.autocast():
-                logits = model.cls.predictions(model.bert(batch["input_ids"], **inputs)[0][chosen])
-            labels = batch["labels"][chosen]
-            total += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-            count += labels.numel()
-        model.train(was_training)
-        return total / max(count, 1)
-
-    curve = Curve(name, Clock(device, held_before), task.config, held_out_loss)
-    found = HuggingFace(task, model, optimizer, schedule, curve)
-    return found
+        return ways.autocast(self.task.execution.device, self.task.execution.dtype)
 
 
 def train_by_loop(hf: HuggingFace) -> None:
@@ -469,7 +409,7 @@ def trained_rival(name: str, task: Task, weights: dict[str, Tensor], first: Curv
     Raises:
         RunError: it cannot be compared with `first`.
     """
-    hf = hugging_face(name, task, weights)
+    hf = HuggingFace(name, task, weights)
     check_start(first, hf.curve, task.execution.dtype)
     (train_by_trainer if name == "hf-trainer" else train_by_loop)(hf)
     check_tokens(first, hf.curve)
@@ -483,12 +423,9 @@ def figures(curve: Curve, sizes: ModelConfig, device: torch.device) -> Row:
     """What every benchmark tells, of the whole training; times of a step are medians."""
     seconds, lengths = curve.seconds[-1], np.concatenate(curve.lengths)
     times = np.diff(curve.seconds, prepend=0) / np.diff(curve.steps, prepend=0) * 1e3
-    low, middle, high = (float(x) for x in np.percentile(times, (20, 50, 80)))
     joules, rate = curve.clock.joules, curve.real_tokens / seconds
     return {
-        "ms": middle,
-        "ms_p20": low,
-        "ms_p80": high,
+        **quantiles(times.tolist()),
         "rounds_ms": times.tolist(),
         "real_tokens_per_second": rate,
         "sequences_per_second": len(lengths) / seconds,
@@ -510,11 +447,7 @@ def summary(
         rows.append(
             {
                 "name": curve.name,
-                **{
-                    key: getattr(curve, key)
-                    for key in ("steps", "seconds", "losses", "eval_steps", "eval_seconds")
-                },
-                "eval_losses": curve.eval_losses,
+                **{key: getattr(curve, key) for key in CURVES},
                 "train_seconds": curve.seconds[-1],
                 **figures(curve, sizes, device),
                 "seconds_to_target": seconds,
@@ -526,21 +459,23 @@ def summary(
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text, one line each, and a line for each that is missing."""
-    rows, until = result["rows"], f"s to {result['target_loss']:.3f}"
-    lines = [
-        f"{'a step':<18}{HEADS}{'training s':>11}{'loss':>8}{'held-out':>10}"
-        f"{until:>13}   {rows[0]['name']} is"
-    ]
-    for row in rows:
-        reached = row["seconds_to_target"]
-        ratio = f"{row['ratio']:.2f}x as fast" if "ratio" in row else "-"
-        lines.append(
-            f"{row['name']:<18}{cells(row)}{row['train_seconds']:>11.1f}"
-            f"{row['losses'][-1]:>8.3f}{row['eval_losses'][-1]:>10.3f}"
-            f"{f'{reached:.1f}' if reached is not None else 'never':>13}   {ratio}"
-        )
-    lines += [f"{one['name']:<18}missing: {one['why']}" for one in result["missing"]]
-    return "\n".join(lines)
+
+    def reached(row: Row) -> str:
+        seconds = row["seconds_to_target"]
+        return "never" if seconds is None else f"{seconds:.1f}"
+
+    curves: results.Columns = {
+        "training s": lambda row: f"{row['train_seconds']:.1f}",
+        "loss": lambda row: f"{row['losses'][-1]:.3f}",
+        "held-out": lambda row: f"{row['eval_losses'][-1]:.3f}",
+        f"s to {result['target_loss']:.3f}": reached,
+    }
+
+    def compared(row: Row) -> str:
+        return f"{row['ratio']:.2f}x as fast" if "ratio" in row else "-"
+
+    remarks = f"{result['rows'][0]['name']} is", compared
+    return results.table(result, "a step", curves, remarks)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -549,12 +484,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     for row, color in zip(result["rows"], ("#0b6e4f", "#c1121f", "#e09f3e"), strict=False):
         axes.plot(row["seconds"], row["losses"], color=color, linewidth=1, alpha=0.35)
         label = f"{row['name']}, held-out MLM"
@@ -577,8 +509,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure.savefig(path, format="png")
     except OSError as error:
         raise UserError(f"png = {str(path)!r}: {error.strerror}") from None
-    finally:
-        plt.close(figure)
 
 
 def run(config: ConvergenceBenchConfig) -> dict[str, Any]:
@@ -587,12 +517,11 @@ def run(config: ConvergenceBenchConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="fastbert-bench-") as folder:
         task = Task(config, Path(folder))
         why_not = why_no_trainer(task.execution.device)
-        asked = config.against.split(",")
-        if config.against == "auto":
-            asked = ["hf-trainer", "hf-loop"] if why_not else ["hf-trainer"]
+        # The loop stands in for a Trainer that cannot run.
+        auto = CONVERGENCE_RIVAL_NAMES if why_not else CONVERGENCE_RIVAL_NAMES[:1]
         first, weights = ours(task)
         curves = [first]
-        for name in asked if config.against != "none" else []:
+        for name in rivals_asked(config.against, auto):
             if name == "hf-trainer" and why_not:
                 missing.append({"name": name, "why": why_not})
                 continue
@@ -601,8 +530,7 @@ def run(config: ConvergenceBenchConfig) -> dict[str, Any]:
             except RunError:
                 raise
             except Exception as error:  # an accelerate that does not fit, no memory, …
-                said = (str(error).strip().splitlines() or [""])[0][:200]
-                missing.append({"name": name, "why": f"{type(error).__name__}: {said}"})
+                missing.append({"name": name, "why": one_line(error)})
     target = config.target_loss or max(curve.eval_losses[-1] for curve in curves)
     for curve in curves:
         if curve.seconds_to(target) is None:
@@ -610,25 +538,12 @@ def run(config: ConvergenceBenchConfig) -> dict[str, Any]:
             missing.append({"name": f"{curve.name}, seconds_to_target", "why": why})
     device = task.execution.device
     rows = summary(curves, target, task.sizes, device)
-    missing += gaps(
-        rows,
-        {
-            "mfu": "the peak of this device is not known",
-            "peak_memory_bytes": "not traced on a CPU, which would slow training: see bench step",
-            "watts": EnergyMeter(device).why_not,
-        },
-    )
-    return results.make(
-        "convergence",
-        dataclasses.asdict(config),
-        device,
-        rows,
-        missing,
-        dtype=str(task.execution.dtype).removeprefix("torch."),
-        target_loss=target,
-        learning_rate=task.recipe.learning_rate,
-        model=dataclasses.asdict(task.sizes),
-    )
+    memory = "not traced on a CPU, which would slow training: see bench step"
+    return results.of_model(
+        "convergence", config, device, task.execution.dtype, task.sizes, rows, missing,
+        {"peak_memory_bytes": memory},
+        target_loss=target, learning_rate=task.recipe.learning_rate,
+    )  # fmt: skip
 
 
 def main(config: ConvergenceBenchConfig) -> None:
@@ -639,14 +554,10 @@ def main(config: ConvergenceBenchConfig) -> None:
         RunError: contenders that do not train the same thing, or a file that cannot be written.
     """
     result = run(config)
-    if config.json:
-        results.write(result, Path(config.json))
-    told = result["conditions"]
-    print(
-        f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {result['dtype']}; "
+    asked = (
         f"{config.model}, {config.max_steps} steps of {config.tokens_per_batch} tokens, "
         f"{config.lengths} lengths"
     )
-    print(table(result))
+    results.finish(result, config.json, asked, table(result))
     if config.png:
         draw(result, Path(config.png))

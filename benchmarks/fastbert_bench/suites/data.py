@@ -39,13 +39,13 @@ from fastbert.data.shards import Shards, _SplitWriter, write_meta
 from fastbert.data.tokenize import TokenIds
 from fastbert.data.workers import BatchLoader, DevicePrefetcher
 from fastbert.errors import RunError, UserError
-from fastbert.progress import progress_bar
 from fastbert.train.device import check_workers, choose_device
 from fastbert_bench.config import DATA_RIVAL_NAMES, DataBenchConfig, integers
-from fastbert_bench.measure import result as results_file
+from fastbert_bench.measure import result as results
 from fastbert_bench.measure.flops import MLM_PROBABILITY
-from fastbert_bench.measure.result import HEADS, Row, cells, gaps
-from fastbert_bench.suites.contenders import MissingError, file_lengths
+from fastbert_bench.measure.result import Row
+from fastbert_bench.measure.timing import in_turn, quantiles, synchronize
+from fastbert_bench.suites.contenders import MissingError, file_lengths, rivals_asked
 
 V = 30522
 """Tokens in the vocabulary of BERT, uncased; from `CONTINUATIONS` on they stand for "##" pieces."""
@@ -144,6 +144,10 @@ class Source:
     seen: Callable[[], tuple[Tensor, Tensor, Taken]]
     """A batch's ids as they were before masking, its labels (`IGNORE`: not masked), and how it is
     counted."""
+    rounds: "list[Round]" = dataclasses.field(default_factory=list)
+    """What was measured."""
+    peak_bytes: int | None = None
+    """Of a GPU; None on a CPU."""
 
 
 def packer(shards: Shards, S: int, config: DataBenchConfig) -> Packer:
@@ -315,22 +319,17 @@ def one_round(source: Source, settle: int, seconds: float, device: torch.device)
     """Takes batches for so long, until the last of them is on the device."""
     for _ in range(settle):
         source.take()
-    _synchronize(device)
+    synchronize(device)
     taken = []
     spent, started = time.process_time() + cpu_seconds(source.pids), time.perf_counter()
     while time.perf_counter() - started < seconds:
         taken.append(source.take())
-    _synchronize(device)
+    synchronize(device)
     wall = time.perf_counter() - started
     cpu = time.process_time() + cpu_seconds(source.pids) - spent
     rest(source.pids)
     tokens, sequences = (sum(column) for column in zip(*taken, strict=True))
     return Round(tokens, sequences, len(taken), wall, cpu)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def run(config: DataBenchConfig) -> dict[str, Any]:
@@ -344,7 +343,7 @@ def run(config: DataBenchConfig) -> dict[str, Any]:
     check_workers("num_workers", max(integers("num_workers", config.num_workers, 0)))
     if V <= WORDS:
         raise UserError(f"model = {config.model!r}: vocab_size = {V} must be more than {WORDS}")
-    asked = list(DATA_RIVAL_NAMES) if config.against == "auto" else config.against.split(",")
+    asked = rivals_asked(config.against, DATA_RIVAL_NAMES)
     rows: list[Row] = []
     missing: list[dict[str, str]] = []
     lengths = integers("max_seq_lengths", config.max_seq_lengths, 8)
@@ -354,12 +353,10 @@ def run(config: DataBenchConfig) -> dict[str, Any]:
             S=max(lengths),
         )  # fmt: skip
         for S in lengths:
-            measured, absent = _measure(
-                shards, S, config, device, [] if config.against == "none" else asked
-            )
+            measured, absent = _measure(shards, S, config, device, asked)
             rows += measured
             missing += [one for one in absent if one not in missing]
-    missing += gaps(
+    missing += results.gaps(
         rows,
         {
             "mfu": "a loader computes nothing of the model",
@@ -369,7 +366,7 @@ def run(config: DataBenchConfig) -> dict[str, Any]:
         },
     )
     cores = len(os.sched_getaffinity(0))
-    return results_file.make(
+    return results.make(
         "data", dataclasses.asdict(config), device, rows, missing, cores=cores, vocab_size=V
     )
 
@@ -377,13 +374,11 @@ def run(config: DataBenchConfig) -> dict[str, Any]:
 def _measure(
     shards: Shards, S: int, config: DataBenchConfig, device: torch.device, against: Sequence[str]
 ) -> tuple[list[Row], list[dict[str, str]]]:
-    rounds: dict[tuple[int, str], list[Round]] = {}
-    peaks: dict[tuple[int, str], int] = {}
     missing: list[dict[str, str]] = []
     with ExitStack() as stack:
-        sources = []
+        sources: list[Source] = []
         sequences = sequences_of(shards, S, config) if against else []
-        for W in integers("num_workers", config.num_workers, 0):
+        for W in dict.fromkeys(integers("num_workers", config.num_workers, 0)):
             sources.append(ours(shards, S, W, config, device, stack))
             for name in against:
                 try:
@@ -393,50 +388,39 @@ def _measure(
         for source in sources:
             check_same(source)
             rest(source.pids)
-        for round_index in progress_bar(range(config.rounds), desc=f"length {S}"):
-            # Every other round runs backwards, so that a drift of the machine favours nobody.
-            for source in sources if round_index % 2 == 0 else reversed(sources):
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                found = one_round(source, SETTLING * source.ahead, config.seconds, device)
-                key = source.W, source.name
-                rounds.setdefault(key, []).append(found)
-                if device.type == "cuda":
-                    peak = int(torch.cuda.max_memory_allocated(device))
-                    peaks[key] = max(peak, peaks.get(key, 0))
-    known = ("fastbert", *against)
-    order = sorted(rounds, key=lambda key: (key[0], known.index(key[1])))
-    rows = [
-        _row(S, W, name, rounds[W, name], rounds[W, "fastbert"], peaks.get((W, name)))
-        for W, name in order
-    ]
-    return rows, missing
+        for _, source in in_turn(sources, config.rounds, f"length {S}"):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            settle = SETTLING * source.ahead
+            source.rounds.append(one_round(source, settle, config.seconds, device))
+            if device.type == "cuda":
+                peak = int(torch.cuda.max_memory_allocated(device))
+                source.peak_bytes = max(peak, source.peak_bytes or 0)
+    own = {source.W: source for source in sources if source.name == "fastbert"}
+    by_workers = sorted(sources, key=lambda source: source.W)
+    return [_row(S, source, own[source.W]) for source in by_workers], missing
 
 
-def _row(
-    S: int, W: int, name: str, rounds: list[Round], first: list[Round], peak: int | None
-) -> Row:
+def _row(S: int, source: Source, first: Source) -> Row:
+    name, rounds = source.name, source.rounds
     rates = [one.tokens / one.wall for one in rounds]
     per_core = [one.tokens / one.cpu for one in rounds]
     times = [one.wall / one.batches * 1e3 for one in rounds]
-    low, middle, high = (float(x) for x in np.percentile(times, (20, 50, 80)))
-    label = f"length {S}, {W} workers"
-    pairs = [best.tokens / best.wall / rate for best, rate in zip(first, rates, strict=True)]
+    label = f"length {S}, {source.W} workers"
+    pairs = [best.tokens / best.wall / rate for best, rate in zip(first.rounds, rates, strict=True)]
     return {
         "name": label if name == "fastbert" else f"{label}, {name}",
         "contender": name,
         "compared_with": "fastbert",
         "ratio": statistics.median(pairs),
         "max_seq_length": S,
-        "num_workers": W,
-        "ms": middle,
-        "ms_p20": low,
-        "ms_p80": high,
+        "num_workers": source.W,
+        **quantiles(times),
         "rounds_ms": times,
         "real_tokens_per_second": statistics.median(rates),
         "sequences_per_second": statistics.median(one.sequences / one.wall for one in rounds),
         "mfu": None,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": source.peak_bytes,
         "watts": None,
         "joules_per_million_tokens": None,
         "real_tokens_per_second_and_core": statistics.median(per_core),
@@ -448,17 +432,17 @@ def _row(
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text, one line each, and a line for each that is missing."""
-    lines = [f"{'a batch':<36}{HEADS}{'cores':>7}{'tok/s/core':>12}   fastbert is"]
-    for row in result["rows"]:
+    cores: results.Columns = {
+        "cores": lambda row: f"{row['cores_used']:.2f}",
+        "tok/s/core": lambda row: f"{row['real_tokens_per_second_and_core']:,.0f}",
+    }
+
+    def remark(row: Row) -> str:
         compared = f"{row['ratio']:.2f}x as fast" if row["contender"] != "fastbert" else ""
         crowded = row["num_workers"] >= result["cores"]
-        lines.append(
-            f"{row['name']:<36}{cells(row)}{row['cores_used']:>7.2f}"
-            f"{row['real_tokens_per_second_and_core']:>12,.0f}   {compared}"
-            + ("   more processes than cores" if crowded else "")
-        )
-    lines += [f"{one['name']:<36}missing: {one['why']}" for one in result["missing"]]
-    return "\n".join(lines)
+        return compared + ("   more processes than cores" if crowded else "")
+
+    return results.table(result, "a batch", cores, ("fastbert is", remark))
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -482,13 +466,9 @@ def main(config: DataBenchConfig) -> None:
         RunError: a file that cannot be written.
     """
     result = run(config)
-    if config.json:
-        results_file.write(result, Path(config.json))
-    told = result["conditions"]
-    print(
-        f"{told['device']}, {result['cores']} cores, torch {told['torch']}; "
+    asked = (
         f"{config.tokens_per_batch} tokens a batch, {Path(config.lengths).name} lengths, a "
         f"vocabulary of {result['vocab_size']}, a step that costs nothing"
     )
-    print(table(result))
-    print(verdict(result["rows"]))
+    shown = f"{table(result)}\n{verdict(result['rows'])}"
+    results.finish(result, config.json, asked, shown)

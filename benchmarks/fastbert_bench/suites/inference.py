@@ -19,21 +19,18 @@ V vocabulary.
 import dataclasses
 import functools
 import importlib.util
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.config import ModelConfig, PretrainConfig, model_config
+from fastbert.config import ModelConfig, model_config
 from fastbert.data.batch import Batch
 from fastbert.errors import RunError
-from fastbert.hf import to_hf
 from fastbert.model.bert import Bert
 from fastbert.progress import progress_bar
 from fastbert.train.device import (
@@ -41,21 +38,26 @@ from fastbert.train.device import (
     check_weights,
     choose_device,
     choose_dtype,
-    choose_execution,
     keep_freed_memory,
 )
 from fastbert_bench.config import INFERENCE_RIVAL_NAMES, InferenceBenchConfig
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.flops import MLM_PROBABILITY, flops_per_token, mfu
-from fastbert_bench.measure.result import HEADS, Row, cells, gaps
+from fastbert_bench.measure.processes import one_line
+from fastbert_bench.measure.result import Row
+from fastbert_bench.measure.timing import figures, in_turn, timed
 from fastbert_bench.suites import contenders as ways
 from fastbert_bench.suites.contenders import (
     MissingError,
     PaddedBatch,
     TorchEncoder,
+    execution_of,
     lengths_asked,
     make_batches,
+    rivals_asked,
+    seeded,
+    weights_of,
 )
 from fastbert_bench.suites.step import peak_of
 
@@ -72,10 +74,11 @@ class Contender:
     """One way to run BERT: its tasks, what shows that it computes the same, what was measured."""
 
     name: str
-    run: dict[str, Callable[[int], Tensor]]
-    """Task -> its answer for batch `index`: (B, H), or (M, V)."""
-    one: dict[str, Callable[[int], Tensor]]
-    """The same for a single sequence."""
+    tasks: dict[str, Callable[[Any], Tensor]]
+    """Task -> its answer for a batch: (B, H), or (M, V)."""
+    batches: Sequence[Batch] | Sequence[PaddedBatch]
+    singles: Sequence[Batch] | Sequence[PaddedBatch]
+    """Batches of one sequence."""
     answers: dict[str, Tensor]
     """For batch 0: hidden states (T, H), their means (B, H), logits (M, V). Empty where it is
     another model."""
@@ -83,6 +86,15 @@ class Contender:
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     latencies: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.answers = {what: tensor.float().cpu() for what, tensor in self.answers.items()}
+
+    def run(self, task: str, index: int) -> Tensor:
+        return self.tasks[task](self.batches[index % len(self.batches)])
+
+    def one(self, task: str, index: int) -> Tensor:
+        return self.tasks[task](self.singles[index % len(self.singles)])
 
 
 def ours(
@@ -110,28 +122,7 @@ def ours(
     batch = batches[0]
     answers = {"hidden states": hidden(batch), "means": encode(batch), "logits": fill(batch)}
     model.to(dtype)
-    return _contender(name, {"encode": encode, "fill-mask": fill}, batches, singles, answers)
-
-
-Given = TypeVar("Given", Batch, PaddedBatch)
-
-
-def _contender(
-    name: str,
-    tasks: dict[str, Callable[[Given], Tensor]],
-    batches: Sequence[Given],
-    singles: Sequence[Given],
-    answers: dict[str, Tensor],
-) -> Contender:
-    def of(call: Callable[[Given], Tensor], given: Sequence[Given]) -> Callable[[int], Tensor]:
-        return lambda index: call(given[index % len(given)])
-
-    return Contender(
-        name,
-        {task: of(call, batches) for task, call in tasks.items()},
-        {task: of(call, singles) for task, call in tasks.items()},
-        {what: tensor.float().cpu() for what, tensor in answers.items()},
-    )
+    return Contender(name, {"encode": encode, "fill-mask": fill}, batches, singles, answers)
 
 
 Hidden = Callable[[Tensor, Tensor | None, Tensor], Tensor]
@@ -185,8 +176,7 @@ def rival(
     tasks: dict[str, Callable[[PaddedBatch], Tensor]] = {"encode": encode, "fill-mask": fill}
     if "compile" in name:
         tasks = {task: torch.compile(call, dynamic=False) for task, call in tasks.items()}
-    found = _contender(name, tasks, batches, singles, answers)
-    return dataclasses.replace(found, checked_in=check_dtype)
+    return Contender(name, tasks, batches, singles, answers, check_dtype)
 
 
 Made = tuple[torch.nn.Module, Hidden, Callable[[Tensor], Tensor]]
@@ -197,12 +187,11 @@ def _hugging_face(
     name: str, sizes: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> Made:
     model: Any = ways._hugging_face(name, sizes, weights, dtype)
-
-    def forward(ids: Tensor, mask: Tensor | None, types: Tensor) -> Tensor:
-        hidden: Tensor = model.bert(ids, attention_mask=mask, token_type_ids=types)[0]
-        return hidden
-
-    return model, forward, model.cls.predictions
+    return (
+        model,
+        lambda ids, mask, types: model.bert(ids, attention_mask=mask, token_type_ids=types)[0],
+        model.cls.predictions,
+    )
 
 
 def _torch_encoder(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
@@ -219,11 +208,11 @@ def _torch_encoder(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
             hidden: Tensor = model.encoder(x, src_key_padding_mask=padding)
         return hidden
 
-    def score(x: Tensor) -> Tensor:
-        logits: Tensor = model.decoder(model.transform_norm(F.gelu(model.transform(x))))
-        return logits
-
-    return model, forward, score
+    return (
+        model,
+        forward,
+        lambda x: model.decoder(model.transform_norm(F.gelu(model.transform(x)))),
+    )
 
 
 def _modern_bert(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
@@ -245,17 +234,12 @@ def _modern_bert(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
         **special,
     )
     config._attn_implementation = "sdpa"
-    model = ModernBertForMaskedLM(config)
-
-    def forward(ids: Tensor, mask: Tensor | None, types: Tensor) -> Tensor:
-        hidden: Tensor = model.model(ids, attention_mask=mask)[0]
-        return hidden
-
-    def score(x: Tensor) -> Tensor:
-        logits: Tensor = model.decoder(model.head(x))
-        return logits
-
-    return model, forward, score
+    model: Any = ModernBertForMaskedLM(config)
+    return (
+        model,
+        lambda ids, mask, types: model.model(ids, attention_mask=mask)[0],
+        lambda x: model.decoder(model.head(x)),
+    )
 
 
 def check_same(first: Contender, other: Contender) -> None:
@@ -278,44 +262,24 @@ def check_same(first: Contender, other: Contender) -> None:
 
 def measure(contenders: Sequence[Contender], rounds: int, device: torch.device) -> None:
     """Fills in `seconds` (one entry a round), `latencies` and `peak_bytes`."""
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def timed(call: Callable[[int], object], index: int) -> float:
-        started = time.perf_counter()
-        call(index)
-        synchronize()
-        return time.perf_counter() - started
-
     counts: dict[tuple[str, str], int] = {}
     pairs = [(contender, task) for contender in contenders for task in TASKS]
     for contender, task in progress_bar(pairs, desc="warm-up", unit="task"):
-        run, one = contender.run[task], contender.one[task]
-        for index in range(3):
-            run(index)
-            one(index)
-        synchronize()
+        run, one = (functools.partial(call, task) for call in (contender.run, contender.one))
+        timed(run, range(3), device)
+        timed(one, range(3), device)
         contender.peak_bytes[task] = peak_of(functools.partial(run, 0), device)
-        once = timed(run, 1)
+        once = timed(run, (1,), device)
         counts[contender.name, task] = max(1, min(50, round(SECONDS_PER_ROUND / once)))
         contender.seconds[task], contender.latencies[task] = [], []
-    for round_index in progress_bar(range(rounds), desc="measuring", unit="round"):
-        # Every other round runs backwards, so that a drift of the machine favours nobody.
-        for contender, task in pairs if round_index % 2 == 0 else reversed(pairs):
-            run, one = contender.run[task], contender.one[task]
-            count = counts[contender.name, task]
-            run(0)  # settles caches after the one before
-            synchronize()
-            started = time.perf_counter()
-            for index in range(count):
-                run(index)
-            synchronize()
-            contender.seconds[task].append((time.perf_counter() - started) / count)
-            one(0)
-            synchronize()
-            contender.latencies[task] += [timed(one, index) for index in range(LATENCIES)]
+    for _, (contender, task) in in_turn(pairs, rounds):
+        run, one = (functools.partial(call, task) for call in (contender.run, contender.one))
+        timed(run, (0,), device)  # settles caches after the one before
+        count = counts[contender.name, task]
+        contender.seconds[task].append(timed(run, range(count), device))
+        timed(one, (0,), device)
+        latencies = [timed(one, (index,), device) for index in range(LATENCIES)]
+        contender.latencies[task] += latencies
 
 
 def summary(
@@ -331,9 +295,10 @@ def summary(
         best = np.array(contenders[0].seconds[task])
         for contender in contenders:
             seconds = np.array(contender.seconds[task])
-            low, middle, high = (float(x) for x in np.percentile(seconds, (20, 50, 80)))
+            middle = float(np.median(seconds))
             p50, p99 = np.percentile(contender.latencies[task], (50, 99)) * 1e3
-            spent = meter.measure(contender.run[task], SECONDS_OF_ENERGY, middle)
+            call = functools.partial(contender.run, task)
+            spent = meter.measure(call, SECONDS_OF_ENERGY, middle)
             same = bool(contender.answers)
             rows.append(
                 {
@@ -341,18 +306,11 @@ def summary(
                     "task": task,
                     "contender": contender.name,
                     "same_work": same,
-                    "ms": middle * 1e3,
-                    "ms_p20": low * 1e3,
-                    "ms_p80": high * 1e3,
-                    "rounds_ms": (seconds * 1e3).tolist(),
-                    "real_tokens_per_second": T / middle,
-                    "sequences_per_second": len(lengths) / middle,
+                    **figures(contender.seconds[task], T, len(lengths), spent),
                     "latency_ms_p50": float(p50),
                     "latency_ms_p99": float(p99),
                     "mfu": mfu(flops[task] * T / middle, device) if same else None,
                     "peak_memory_bytes": contender.peak_bytes[task],
-                    "watts": spent.watts if spent else None,
-                    "joules_per_million_tokens": spent.joules / T * 1e6 if spent else None,
                     "ratio": float(np.median(seconds / best)),
                 }
             )
@@ -361,18 +319,17 @@ def summary(
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text, one line each, and a line for each that is missing."""
-    lines = [
-        f"{'a batch':<30}{HEADS}{'1 seq p50':>11}{'p99':>8}   {result['rows'][0]['contender']} is"
-    ]
-    for row in result["rows"]:
+    latency: results.Columns = {
+        "1 seq p50": lambda row: f"{row['latency_ms_p50']:.2f}",
+        "p99": lambda row: f"{row['latency_ms_p99']:.2f}",
+    }
+
+    def compared(row: Row) -> str:
         other = "" if row["same_work"] else " (another architecture)"
-        lines.append(
-            f"{row['name']:<30}{cells(row)}"
-            f"{row['latency_ms_p50']:>11.2f}{row['latency_ms_p99']:>8.2f}"
-            f"   {row['ratio']:.2f}x as fast{other}"
-        )
-    lines += [f"{one['name']:<30}missing: {one['why']}" for one in result["missing"]]
-    return "\n".join(lines)
+        return f"{row['ratio']:.2f}x as fast{other}"
+
+    remarks = f"{result['rows'][0]['contender']} is", compared
+    return results.table(result, "a batch", latency, remarks)
 
 
 @torch.inference_mode(False)  # whose tensors our attention on a CPU cannot tell from others
@@ -404,59 +361,38 @@ def run(config: InferenceBenchConfig) -> dict[str, Any]:
         keep_freed_memory()
 
     def model(compiled: bool) -> Bert:
-        execution = choose_execution(
-            PretrainConfig(
-                device=config.device,
-                precision=config.precision,
-                torch_compile="on" if compiled else "off",
-            ),
-            sizes,
-        )
-        torch.manual_seed(config.seed)
-        return Bert(sizes, execution.ops).to(device).eval()
+        ops = execution_of(config, sizes, compiled).ops
+        return seeded(sizes, ops, config.seed, device).eval()
 
     plain = model(False)
-    initial = to_hf(dict(plain.named_parameters()), sizes)
-    weights = {name: tensor.detach().clone() for name, tensor in initial.items()}
+    weights = weights_of(plain, sizes)
     contenders, missing = [], []
     if device.type == "cpu" and can_compile(device):
         contenders.append(ours("fastbert", model(True), packed, packed_ones, dtype))
     name = "fastbert-eager" if contenders else "fastbert"
     contenders.append(ours(name, plain, packed, packed_ones, dtype))
     check_same(contenders[0], contenders[-1])
-    asked = list(INFERENCE_RIVAL_NAMES) if config.against == "auto" else config.against.split(",")
-    for name in asked if config.against != "none" else []:
+    for name in rivals_asked(config.against, INFERENCE_RIVAL_NAMES):
         try:
             one = rival(name, sizes, weights, padded, padded_ones, dtype, device)
             check_same(contenders[0], one)
             for task in TASKS:  # compiles
-                one.run[task](0)
-                one.one[task](0)
+                one.run(task, 0)
+                one.one(task, 0)
             contenders.append(one)
         except MissingError as error:
             missing.append({"name": name, "why": str(error)})
         except RuntimeError as error:  # a dtype or a size that it cannot do, no memory, …
-            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            missing.append({"name": name, "why": why})
+            missing.append({"name": name, "why": one_line(error)})
     measure(contenders, config.rounds, device)
     rows = summary(contenders, sizes, lengths, device)
-    missing += gaps(
-        rows,
-        {"mfu": "the peak of this device is not known", "watts": EnergyMeter(device).why_not},
-    )
-    return results.make(
-        "inference",
-        dataclasses.asdict(config),
-        device,
-        rows,
-        missing,
-        dtype=str(dtype).removeprefix("torch."),
+    return results.of_model(
+        "inference", config, device, dtype, sizes, rows, missing,
         real_tokens=int(lengths.sum()),
         padded_tokens=int(lengths.max()) * len(lengths),
         lengths=lengths.tolist(),
         latency_tokens=median,
-        model=dataclasses.asdict(sizes),
-    )
+    )  # fmt: skip
 
 
 def main(config: InferenceBenchConfig) -> None:
@@ -467,13 +403,9 @@ def main(config: InferenceBenchConfig) -> None:
         RunError: contenders that do not compute the same thing, or a file that cannot be written.
     """
     result = run(config)
-    if config.json:
-        results.write(result, Path(config.json))
-    told = result["conditions"]
-    print(
-        f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {result['dtype']}; "
+    asked = (
         f"{config.model}, {config.batch_size} sequences of at most {config.max_seq_length}, "
         f"{result['real_tokens']} real tokens; latency of one sequence of "
         f"{result['latency_tokens']}"
     )
-    print(table(result))
+    results.finish(result, config.json, asked, table(result))

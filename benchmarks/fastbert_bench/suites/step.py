@@ -9,41 +9,42 @@ their users have it, and as `...+malloc` once more with ours, which helps them m
 
 import dataclasses
 import functools
+import gc
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastbert.config import ModelConfig, PretrainConfig, model_config
-from fastbert.errors import UserError
-from fastbert.hf import to_hf
-from fastbert.model.bert import Bert
+from fastbert.config import ModelConfig, model_config
+from fastbert.ops import Ops
 from fastbert.progress import progress_bar
 from fastbert.train.device import (
     can_compile,
     check_weights,
     choose_device,
-    choose_execution,
     keep_freed_memory,
 )
 from fastbert_bench.config import STEP_RIVALS, StepBenchConfig
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.energy import EnergyMeter
 from fastbert_bench.measure.flops import flops_per_token, mfu
-from fastbert_bench.measure.result import HEADS, cells, gaps
+from fastbert_bench.measure.processes import one_line
+from fastbert_bench.measure.timing import figures, in_turn, timed
 from fastbert_bench.suites.contenders import (
     Contender,
     MissingError,
     check_fair,
+    execution_of,
     lengths_asked,
     make_batches,
     make_recipe,
     ours,
     rival,
+    rivals_asked,
+    seeded,
+    weights_of,
 )
 
 SECONDS_PER_ROUND = 0.5
@@ -57,6 +58,8 @@ def peak_of(step: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return int(torch.cuda.max_memory_allocated(device) - before)
+    # Alive: torch warns where a tensor is freed whose making it did not record.
+    kept = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each trace writes two lines to stderr
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -66,6 +69,7 @@ def peak_of(step: Callable[[], object], device: torch.device) -> int:
     for _, size in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):
         alive += size
         most = max(most, alive)
+    del kept
     return int(most)
 
 
@@ -86,12 +90,6 @@ def measure(
         The contenders that were measured, and {"name", "why"} of rivals that cannot run: out of
         memory, or a compiler's failure. Ours must run.
     """
-
-    def synchronized(contender: Contender, index: int) -> None:
-        contender.step(index)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     steps_per_round = {}
     able, failed = [], []
     bar = progress_bar(contenders, desc="warm-up", unit="contender")
@@ -99,34 +97,23 @@ def measure(
         bar.set_postfix_str(contender.name)
         _set_allocator(contender, device)
         try:
-            synchronized(contender, 0)
-            synchronized(contender, 1)
-            contender.peak_bytes = contender.state_bytes + peak_of(
-                functools.partial(synchronized, contender, 2), device
-            )
-            started = time.perf_counter()
-            synchronized(contender, 3)
-            once = time.perf_counter() - started
+            timed(contender.step, (0, 1), device)
+            third = functools.partial(timed, contender.step, (2,), device)
+            contender.peak_bytes = contender.state_bytes + peak_of(third, device)
+            once = timed(contender.step, (3,), device)
         except Exception as error:
             if contender is contenders[0]:
                 raise
-            first_line = (str(error).strip().splitlines() or [""])[0][:200]
-            failed.append({"name": contender.name, "why": f"{type(error).__name__}: {first_line}"})
+            failed.append({"name": contender.name, "why": one_line(error)})
             continue
         able.append(contender)
         steps_per_round[contender.name] = max(1, min(20, round(SECONDS_PER_ROUND / once)))
-    for round_index in progress_bar(range(rounds), desc="measuring", unit="round"):
-        # Every other round runs backwards, so that a drift of the machine favours nobody.
-        for contender in able if round_index % 2 == 0 else reversed(able):
-            count = steps_per_round[contender.name]
-            _set_allocator(contender, device)
-            synchronized(contender, 0)  # settles caches and heap after the one before
-            started = time.perf_counter()
-            for index in range(count):
-                contender.step(4 + round_index * count + index)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            contender.seconds.append((time.perf_counter() - started) / count)
+    for round_index, contender in in_turn(able, rounds):
+        count = steps_per_round[contender.name]
+        _set_allocator(contender, device)
+        timed(contender.step, (0,), device)  # settles caches and heap after the one before
+        first = 4 + round_index * count
+        contender.seconds.append(timed(contender.step, range(first, first + count), device))
     return able, failed
 
 
@@ -153,19 +140,12 @@ def summary(
         rows.append(
             {
                 "name": contender.name,
-                "ms": middle * 1e3,
-                "ms_p20": float(np.percentile(seconds, 20)) * 1e3,
-                "ms_p80": float(np.percentile(seconds, 80)) * 1e3,
-                "real_tokens_per_second": T / middle,
-                "sequences_per_second": contender.sequences / middle,
+                **figures(contender.seconds, T, contender.sequences, spent),
                 "mfu": mfu(flops / middle, device),
                 "peak_memory_bytes": contender.peak_bytes,
-                "watts": spent.watts if spent else None,
-                "joules_per_million_tokens": spent.joules / T * 1e6 if spent else None,
                 "ratio": float(np.median(seconds / np.array(best.seconds))) * best.real_tokens / T,
                 "memory_of_first_over_this": best.peak_bytes / contender.peak_bytes,
                 "first_loss": float(contender.token_losses.mean()),
-                "rounds_ms": (seconds * 1e3).tolist(),
             }
         )
     return rows
@@ -173,13 +153,8 @@ def summary(
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text, one line a contender, and a line for each that is missing."""
-    rows = result["rows"]
-    lines = [
-        f"{'a step':<24}{HEADS}   {rows[0]['name']} is",
-        *(f"{row['name']:<24}{cells(row)}   {row['ratio']:.2f}x as fast" for row in rows),
-    ]
-    lines += [f"{one['name']:<24}missing: {one['why']}" for one in result["missing"]]
-    return "\n".join(lines)
+    remarks = f"{result['rows'][0]['name']} is", lambda row: f"{row['ratio']:.2f}x as fast"
+    return results.table(result, "a step", {}, remarks)
 
 
 def drawn_lengths(config: StepBenchConfig, rng: np.random.Generator) -> np.ndarray:
@@ -196,49 +171,30 @@ def run(config: StepBenchConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     sizes = model_config(config.model)
     check_weights(config.model, sizes, device)
-    if config.max_seq_length > sizes.max_position_embeddings:
-        raise UserError(
-            f"max_seq_length = {config.max_seq_length} must be at most the model's "
-            f"max_position_embeddings = {sizes.max_position_embeddings}"
-        )
     rng = np.random.default_rng(config.seed)
     lengths = drawn_lengths(config, rng)
     padded, packed = make_batches(lengths, config.max_seq_length, sizes.vocab_size, rng)
     padded = [{key: value.to(device) for key, value in batch.items()} for batch in padded]
     packed = [batch.to(device) for batch in packed]
     recipe = make_recipe(config.seed)
-
-    def execution(compiled: bool) -> Any:
-        return choose_execution(
-            PretrainConfig(
-                device=config.device,
-                precision=config.precision,
-                torch_compile="on" if compiled else "off",
-            ),
-            sizes,
-        )
-
-    plain = execution(False)
+    plain = execution_of(config, sizes, compiled=False)
     dtype = plain.dtype
 
-    def model(ops: Any) -> Bert:
-        torch.manual_seed(config.seed)
-        return Bert(sizes, ops).to(device)
+    def own(name: str, ops: Ops, graph: bool = False) -> Contender:
+        model = seeded(sizes, ops, config.seed, device)
+        return ours(name, model, packed, recipe, dtype, graph=graph)
 
-    initial = dict(model(plain.ops).named_parameters())
-    weights = {name: tensor.detach().clone() for name, tensor in to_hf(initial, sizes).items()}
+    weights = weights_of(seeded(sizes, plain.ops, config.seed, device), sizes)
     contenders: list[Contender] = []
     if device.type == "cuda":
-        ops = plain.ops
-        contenders.append(ours("fastbert", model(ops), packed, recipe, dtype, graph=plain.graph))
+        contenders.append(own("fastbert", plain.ops, plain.graph))
     elif can_compile(device):
-        ops = execution(True).ops
-        contenders.append(ours("fastbert", model(ops), packed, recipe, dtype))
-    contenders.append(ours("fastbert-eager", model(plain.ops), packed, recipe, dtype))
+        contenders.append(own("fastbert", execution_of(config, sizes, compiled=True).ops))
+    contenders.append(own("fastbert-eager", plain.ops))
     drops = sizes.hidden_dropout_prob > 0 or sizes.attention_probs_dropout_prob > 0
     missing: list[dict[str, str]] = []
     made: dict[str, Contender | str] = {}
-    for name in _asked(config.against, device):
+    for name in rivals_asked(config.against, STEP_RIVALS[device.type].split(",")):
         plain_name = name.removesuffix("+malloc")
         if plain_name not in made:
             try:
@@ -256,30 +212,13 @@ def run(config: StepBenchConfig) -> dict[str, Any]:
             )
     check_fair(contenders[0], contenders[-1], drops)
     contenders, failed = measure(contenders, config.rounds, device)
-    missing += failed
     rows = summary(contenders, sizes, lengths, device)
-    missing += gaps(
-        rows,
-        {"mfu": "the peak of this device is not known", "watts": EnergyMeter(device).why_not},
-    )
-    return results.make(
-        "step",
-        dataclasses.asdict(config),
-        device,
-        rows,
-        missing,
-        dtype=str(dtype).removeprefix("torch."),
+    return results.of_model(
+        "step", config, device, dtype, sizes, rows, missing + failed,
         real_tokens=contenders[0].real_tokens,
         padded_tokens=config.batch_size * config.max_seq_length,
         lengths=lengths.tolist(),
-        model=dataclasses.asdict(sizes),
-    )
-
-
-def _asked(against: str, device: torch.device) -> list[str]:
-    if against == "none":
-        return []
-    return (STEP_RIVALS[device.type] if against == "auto" else against).split(",")
+    )  # fmt: skip
 
 
 def main(config: StepBenchConfig) -> None:
@@ -290,13 +229,9 @@ def main(config: StepBenchConfig) -> None:
         RunError: contenders that do not compute the same thing, or a file that cannot be written.
     """
     result = run(config)
-    if config.json:
-        results.write(result, Path(config.json))
-    told = result["conditions"]
     share = result["real_tokens"] / result["padded_tokens"]
-    print(
-        f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {result['dtype']}; "
+    asked = (
         f"{config.model}, {config.batch_size} sequences of at most {config.max_seq_length}, "
         f"{result['real_tokens']} real tokens ({share:.0%} of the padded)"
     )
-    print(table(result))
+    results.finish(result, config.json, asked, table(result))

@@ -1,5 +1,6 @@
 """Result files: what fits the schema, and where figures go that do not fit or find no room."""
 
+import builtins
 import copy
 import errno
 import json
@@ -19,6 +20,7 @@ from fastbert.errors import RunError, UserError
 from fastbert_bench.measure import energy, schema
 from fastbert_bench.measure import result as results
 from fastbert_bench.report import files as report_files
+from fastbert_bench.suites import convergence
 
 ROOT = Path(__file__).parents[3]
 
@@ -175,6 +177,48 @@ def test_without_room_the_figures_go_elsewhere(result, fits, tmp_path, disk, mon
     with pytest.raises(RunError, match="its figures are what was printed last"):
         results.write(result, here / "step.json")
     assert json.loads(capsys.readouterr().out) == result
+
+
+def test_any_benchmark_ends_with_its_file_its_conditions_and_its_table(result, tmp_path, capsys):
+    results.finish(result, str(tmp_path / "step.json"), "tiny, 4 sequences", "the table")
+    assert json.loads((tmp_path / "step.json").read_text()) == result
+    told = result["conditions"]
+    line = f"{told['device']}, {told['threads']} threads, torch {told['torch']}"
+    assert capsys.readouterr().out == f"{line}; tiny, 4 sequences\nthe table\n"
+    results.finish(result | {"cores": 3, "dtype": "float32"}, "", "tiny", "")
+    printed = capsys.readouterr().out
+    assert ", 3 cores, torch" in printed and ", float32; tiny" in printed
+
+
+def test_writing_imports_nothing(result, tmp_path, monkeypatch):
+    """What a write needs is there before the measurement, or the measurement is lost."""
+    load = builtins.__import__
+
+    def refuse(name, variables=None, *arguments):
+        assert not (variables or {}).get("__name__", "").startswith("fastbert"), name
+        return load(name, variables, *arguments)
+
+    row = result["rows"][0] | {"seconds": [1.0], "losses": [2.0], "eval_losses": [2.0]}
+    drawn = result | {"rows": [row | {"eval_seconds": [1.0]}], "target_loss": 2.0, "dtype": "fp32"}
+    drawn["settings"] = {"model": "tiny", "max_steps": 1, "tokens_per_batch": 8}
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    results.write(result, tmp_path / "step.json")
+    convergence.draw(drawn, tmp_path / "loss.png")
+
+
+def test_columns_of_a_table_stand_apart(result):
+    long = {"name": "n" * 70, "ms": 123456789.5, "ms_p20": 123456789.5, "ms_p80": 123456789.5}
+    result["rows"].append(long | {"real_tokens_per_second": 1e15, "sequences_per_second": 1e12})
+    result["missing"] = [{"name": "m" * 80, "why": "none here"}]
+    loss = {"loss": lambda row: "12345678.123"}
+    text = results.table(result, "a step", loss, ("first is", lambda row: "0.50x"))
+    heads, *rows, missing = text.splitlines()
+    assert missing == f"{'m' * 80}  missing: none here"
+    assert rows[1].split() == [
+        "n" * 70, *["123456789.500"] * 3, "1,000,000,000,000,000", "1,000,000,000,000",
+        "-", "-", "-", "-", "12345678.123", "0.50x",
+    ]  # fmt: skip
+    assert len(rows[0]) == len(rows[1]) and heads.index("first is") == rows[0].index("0.50x")
 
 
 # Before anything is measured

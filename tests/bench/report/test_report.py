@@ -20,6 +20,7 @@ from fastbert_bench.report import compare as report_compare
 from fastbert_bench.report import figures as report_figures
 from fastbert_bench.report import files as report_files
 from fastbert_bench.report import readme as report_readme
+from fastbert_bench.report.page import number
 from fastbert_bench.suites import step
 
 SAMPLE_GPU = "SAMPLE GPU (invented numbers)"
@@ -163,7 +164,7 @@ def test_real_runs_become_a_page_and_pictures(measured, tmp_path, capsys):
     page = Checker((out / "report.html").read_text())
     found = json.loads((measured / "step-16.json").read_text())
     for row in found["rows"]:
-        assert f"{row['real_tokens_per_second']:,.0f}" in page.text
+        assert number(row["real_tokens_per_second"]) in page.text
     for told in (found["conditions"]["commit"], found["conditions"]["device"], "Not available:"):
         assert told in page.text
     # a rival that is missing says why, and so does what was not measured at all
@@ -228,13 +229,19 @@ def test_other_kinds_of_results(others):
     loss = next(alt for alt in page.images if "held-out loss, nats over seconds" in alt)
     assert f"fastbert from {fastbert['eval_losses'][0]:.3g} at 0 to" in loss
     rate = found["data"]["rows"][0]["real_tokens_per_second"]
-    assert f"{rate:,.0f}" in page.text
+    assert number(rate) in page.text
     assert any(f" {report_figures.short(rate)}; " in alt for alt in page.images)
     over = next(alt for alt in page.images if "milliseconds over T" in alt)
     sizes = [row["sizes"]["T"] for row in found["kernel"]["rows"]]
     assert f"at {report_figures.short(min(sizes))} to" in over
     assert "Training step: no file." in page.text
     assert "No two files differ in sequence length or batch only." in page.text
+
+
+def test_a_result_without_rows_has_its_page(measured, tmp_path):
+    content = json.loads((measured / "step-16.json").read_text()) | {"rows": []}
+    page = report.page_of(*report_files.load([str(write(tmp_path / "none", step=content))]))
+    assert "step.json holds no time and no rate to draw." in page.html()
 
 
 def test_throughput_over_batch_and_length(tmp_path):

@@ -13,7 +13,7 @@ from fastbert.cli import main
 from fastbert.errors import RunError
 from fastbert_bench.config import ConvergenceBenchConfig
 from fastbert_bench.measure import result as results
-from fastbert_bench.suites import convergence
+from fastbert_bench.suites import contenders, convergence
 
 needs_accelerate = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None, reason="transformers' Trainer needs accelerate"
@@ -108,6 +108,16 @@ def test_the_trainer_is_the_loop(small):
     assert rows[1]["eval_losses"] == pytest.approx(rows[2]["eval_losses"], abs=0.1)
 
 
+def test_a_warm_up_without_end_is_said(small, tmp_path, capsys):
+    convergence.Task(dataclasses.replace(small, warmup_steps=24), tmp_path)
+    assert (
+        "warmup_steps = 24 is not less than max_steps = 24: the learning rate never reaches its "
+        "peak\n"
+    ) in capsys.readouterr().err
+    convergence.Task(small, tmp_path)
+    assert "warmup_steps" not in capsys.readouterr().err
+
+
 def test_a_trainer_that_is_missing_and_a_loss_never_reached_are_told(small, monkeypatch):
     monkeypatch.setattr(convergence, "why_no_trainer", lambda device: "no accelerate here")
     config = dataclasses.replace(small, against="auto", max_steps=2, target_loss=0.01)
@@ -150,10 +160,12 @@ def test_full_sequences_are_not_cut_short(small, tmp_path, capsys):
 
 
 def test_other_initial_weights_are_refused(small, monkeypatch):
-    make = convergence.hugging_face
-    monkeypatch.setattr(
-        convergence, "hugging_face", lambda name, task, weights: make(name, task, {})
-    )
+    make = contenders._hugging_face
+
+    def other(name, sizes, weights, dtype):
+        return make(name, sizes, {}, dtype)
+
+    monkeypatch.setattr(contenders, "_hugging_face", other)
     with pytest.raises(RunError, match="before training, the held-out MLM losses of hf-loop"):
         convergence.run(dataclasses.replace(small, max_steps=1))
 
@@ -195,3 +207,9 @@ def test_the_time_to_a_loss_lies_between_evaluations(small):
     assert curve.seconds_to(7.0) == 5.0
     assert curve.seconds_to(5.0) == 20.0
     assert curve.seconds_to(4.9) is None
+    # there before the first step, whatever training made of it
+    assert curve.seconds_to(9.0) == curve.seconds_to(8.0) == 0.0
+    curve.eval_losses = [5.0, 5.3, 5.1]
+    assert curve.seconds_to(5.1) == 0.0
+    curve.eval_seconds, curve.eval_losses = [0.0, 0.1 + 0.2], [0.7, 0.1]
+    assert curve.seconds_to(0.1) == 0.1 + 0.2  # and not a rounding later

@@ -122,8 +122,8 @@ def test_a_rival_that_fails_is_a_gap_with_its_reason(small, monkeypatch):
 
 
 def test_tolerances_are_those_of_the_dtype():
-    first = inference.Contender("ours", {}, {}, {"means": torch.zeros(2, 3)})
-    other = inference.Contender("theirs", {}, {}, {"means": torch.full((2, 3), 2e-4)})
+    first = inference.Contender("ours", {}, [], [], {"means": torch.zeros(2, 3)})
+    other = inference.Contender("theirs", {}, [], [], {"means": torch.full((2, 3), 2e-4)})
     with pytest.raises(RunError, match=r"differ by 0\.0002 in their means"):
         inference.check_same(first, other)
     other.checked_in = torch.bfloat16
