@@ -319,6 +319,17 @@ _attention_at.register_autograd(_gradient_at, setup_context=_save_at)
 # What the user calls
 
 
+def _backend(op: str, asked: str, q: Tensor, max_seqlen: int, dropout_p: float) -> str:
+    """What serves a call, known to be there."""
+    D, device = q.shape[-1], q.device
+    chosen = choose_backend(
+        asked, q.dtype, device.type, dropout_p, _capability(device), D, max_seqlen
+    )
+    if chosen == "triton":
+        require_launchable(op, attention_forward_kernel, device)
+    return chosen
+
+
 def _check(
     op: str,
     q: Tensor,
@@ -383,16 +394,10 @@ def attention(
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous; a backend that
             cannot serve this call; where checked, sequences that do not fit.
     """
-    device = qkv.device
-    chosen = choose_backend(
-        backend, qkv.dtype, device.type, dropout_p, _capability(device), qkv.shape[-1], max_seqlen
-    )
-    if chosen == "triton":
-        require_launchable("attention", attention_forward_kernel, device)
-    require_tensor("attention", "qkv", qkv, (None, 3, None, None), STORAGE_DTYPES, device)
-    _check(
-        "attention", qkv, cu_seqlens, len(qkv), max_seqlen, seed, stream, qkv_bias, precision
-    )  # fmt: skip
+    op = "attention"
+    chosen = _backend(op, backend, qkv, max_seqlen, dropout_p)
+    require_tensor(op, "qkv", qkv, (None, 3, None, None), STORAGE_DTYPES, qkv.device)
+    _check(op, qkv, cu_seqlens, len(qkv), max_seqlen, seed, stream, qkv_bias, precision)
     threshold = keep_threshold(dropout_p)
     if check:
         sequence_lengths(cu_seqlens, max_seqlen, len(qkv))
@@ -435,11 +440,7 @@ def attention_at(
             cannot serve this call.
     """
     op, device = "attention_at", q.device
-    chosen = choose_backend(
-        backend, q.dtype, device.type, dropout_p, _capability(device), q.shape[-1], max_seqlen
-    )
-    if chosen == "triton":
-        require_launchable(op, attention_forward_kernel, device)
+    chosen = _backend(op, backend, q, max_seqlen, dropout_p)
     require_tensor(op, "q", q, (None, None, None), STORAGE_DTYPES, device)
     require_tensor(op, "kv", kv, (None, 2, *q.shape[1:]), q.dtype, device)
     require_tensor(op, "positions", positions, (len(q),), torch.int64, device)
