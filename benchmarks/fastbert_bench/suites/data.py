@@ -35,6 +35,7 @@ from fastbert.config import model_config
 from fastbert.data.batch import Batch
 from fastbert.data.mask import IGNORE
 from fastbert.data.pack import Packer
+from fastbert.data.parallel import available_cores
 from fastbert.data.shards import Shards, _SplitWriter, write_meta
 from fastbert.data.tokenize import TokenIds
 from fastbert.data.workers import BatchLoader, DevicePrefetcher
@@ -366,7 +367,7 @@ def run(config: DataBenchConfig) -> dict[str, Any]:
             "watts": "a loader works on the CPU, which has no energy counter that we read",
         },
     )
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     return results.make(
         "data", dataclasses.asdict(config), device, rows, missing, cores=cores, vocab_size=V
     )

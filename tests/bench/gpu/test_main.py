@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -28,28 +28,25 @@ OPS = ["fault:raise", "bias_gelu", "fault:kill"]  # an op after a crash and befo
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory, host_site):
+def rehearsal(tmp_path_factory, host_site, installed):
     """(exit code, what was printed, stage, parts) of a run of everything with two crashes in it.
 
-    Its processes see the packages of a GPU's host only.
+    From the wheel, and its processes see the packages of a GPU's host only.
     """
     folder = tmp_path_factory.mktemp("gpu")
     arguments = ["--device", "cpu", "--quick", "--budget", "3000", "--out", "below/results"]
     for op in OPS:
         arguments += ["--op", op]
     # From another folder, and to a relative one.
-    with (
-        contextlib.redirect_stdout(io.StringIO()) as printed,
-        contextlib.chdir(folder),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("PYTHONPATH", str(host_site))
-        code = gpu.main(arguments)
+    done = subprocess.run(
+        [installed.python, "-m", "fastbert_bench.gpu", *arguments], cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(host_site)}, capture_output=True, text=True,
+    )  # fmt: skip
     out = folder / "below" / "results"
     assert list(folder.iterdir()) == [out.parent]
     parts = {path.stem: json.loads(path.read_text()) for path in (out / "kernels").glob("*.json")}
     stage = json.loads((out / "kernels.json").read_text())
-    return code, printed.getvalue(), stage, parts, out
+    return done.returncode, done.stdout, stage, parts, out
 
 
 @pytest.mark.slow
