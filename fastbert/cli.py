@@ -114,7 +114,8 @@ def _dispatch(argv: list[str]) -> None:
     parser.add_argument("--version", action="version", version=f"fastbert {__version__}")
     commands = options.Commands(parser, "commands", "COMMAND")
     pretrain.add(commands)
-    missing = _add_bench(commands)
+    ours = argv[:1] in (["pretrain"], ["doctor"])  # they run whatever befalls the bench
+    missing = {} if ours else _add_bench(commands)
     doctor.add(commands)
     if not argv:
         parser.print_help()
@@ -131,11 +132,9 @@ def _dispatch(argv: list[str]) -> None:
 
 
 def _add_bench(commands: options.Commands) -> dict[str, str]:
-    """Adds the commands of the bench where it stands beside the engine; else says what is missing.
-
-    It is never imported by name: the engine does not depend on it.
-    """
-    if find_spec(BENCH) is not None:
+    """Adds the bench's commands where it stands beside the engine; else says what is missing."""
+    spec = find_spec(BENCH)
+    if spec is not None and spec.origin is not None:  # else a folder of that name, and no package
         import_module(f"{BENCH}.commands").add(commands)
         return {}
     return dict.fromkeys(

@@ -154,7 +154,7 @@ def model_config(name_or_path: str) -> ModelConfig:
             f"(presets: {', '.join(PRESETS)}; else the path of a config.json or its folder)"
         )
     path = name_or_path
-    if path.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")):
+    if path.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")) and not os.path.isdir(path):
         raise UserError(
             f"{shown} is a file of weights: give its folder, "
             f"{os.path.dirname(path) or '.'!r}, or the config.json there"

@@ -27,7 +27,16 @@ class _Log(tqdm):
 
     def __init__(self, iterable: Iterable[Any] | None = None, **options: Any) -> None:
         seldom = {"mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY}
+        self.last_print_t = 0.0  # tqdm sets it to now
         super().__init__(iterable, file=_Lines(), **seldom, **options)
+
+    def refresh(self, *args: Any, **options: Any) -> bool:
+        """Whoever asks for a line sooner (a postfix, a new description) is seen with the next."""
+        now = self._time()
+        if now - self.last_print_t < EVERY:
+            return False
+        self.last_print_t = now
+        return bool(super().refresh(*args, **options))
 
     def close(self) -> None:
         self.delay = 0.0  # else one that ends earlier would never be seen
@@ -41,6 +50,8 @@ def progress_bar(iterable: Iterable[Any] | None = None, /, **options: Any) -> An
         iterable: what is gone through, if not by `update`.
         options: as tqdm has them; where and how often it writes is decided here.
     """
+    if sys.stderr is None:  # closed by who started us
+        return tqdm(iterable, **options | {"disable": True})
     if sys.stderr.isatty():
         return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, **options)
     return _Log(iterable, **options)

@@ -15,7 +15,7 @@ import pytest
 import fastbert
 from fastbert import cli
 from fastbert.commands import doctor
-from fastbert.config import PretrainConfig
+from fastbert.config import PretrainConfig, model_config
 from fastbert.errors import RunError, UserError
 from fastbert.settings import load_config, settings
 from fastbert_bench.config import StepBenchConfig
@@ -155,6 +155,8 @@ BAD_REQUESTS = [
     ),
     ("bench step --max-seq-length 513", "max_seq_length = 513 must be at most 512, max_position"),
     ("estimate --gpu h10", "gpu = 'h10' must be one of h100, h200, a100-80gb, a100-40gb, cpu: did"),
+    ("estimate --gpu h100,h200", "gpu = 'h100,h200' must be one of h100, h200, a100-80gb,"),
+    ("estimate --tokens 1.2.3B", "--tokens 1.2.3B: must be a number"),
     ("pretrain --lerning-rate 1", "unknown option --lerning-rate: did you mean --learning-rate?"),
     ("pretrain --lerning-rate=1", "unknown option --lerning-rate: did you mean --learning-rate?"),
     ("pretrain --max_steps 1", "unknown option --max_steps: did you mean --max-steps?"),
@@ -199,6 +201,10 @@ def test_weights_are_no_model(
     (tmp_path / "model.safetensors").touch()
     assert cli.main(["pretrain", "--model", str(tmp_path / "model.safetensors")]) == 2
     assert f"is a file of weights: give its folder, {str(tmp_path)!r}" in capsys.readouterr().err
+    folder = tmp_path / "named.bin"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 3}')
+    assert model_config(str(folder)).num_hidden_layers == 3
 
 
 def test_a_setting_of_another_program_is_known_in_a_file(
@@ -207,6 +213,33 @@ def test_a_setting_of_another_program_is_known_in_a_file(
     (tmp_path / "run.toml").write_text("lr = 1e-4\n")
     assert cli.main(["pretrain", "--config", str(tmp_path / "run.toml")]) == 2
     assert "unknown setting 'lr': did you mean 'learning_rate'?" in capsys.readouterr().err
+
+
+def test_training_runs_whatever_befalls_the_bench(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "left_of_a_bench" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "broken_bench").mkdir()
+    (tmp_path / "broken_bench" / "__init__.py").touch()
+    (tmp_path / "broken_bench" / "commands.py").write_text("raise RuntimeError('broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cli, "BENCH", "left_of_a_bench")
+    assert cli.main(["--help"]) == 0
+    assert "pretrain" in capsys.readouterr().out
+    assert cli.main(["bench", "step"]) == 2
+    assert "needs the package left_of_a_bench, which is not installed" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "BENCH", "broken_bench")
+    assert cli.main(["pretrain", "--print-config"]) == 0
+    assert cli.main(["doctor", "--jsn"]) == 2
+    assert "did you mean --json?" in capsys.readouterr().err
+
+
+def test_two_files_of_one_name_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one = str(tmp_path / "a.json")
+    assert cli.main(["profile", "step", "--json", one, "--trace", one]) == 2
+    assert f"trace = {one!r} is the file of json: give another" in capsys.readouterr().err
 
 
 def test_without_the_bench_its_commands_say_what_is_missing(

@@ -4,6 +4,7 @@ And the road that a reader follows, from the command to the launch of a kernel.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -16,14 +17,18 @@ FACADE = "fastbert"  # fastbert/__init__.py: lends names lazily, and only type c
 STANDARD = ("errors", "settings", "config")  # they import nothing else
 COMMON = (*STANDARD, "progress")
 ORDER = (
-    *("fastbert_kernels", "ops", "model", "data", "train", "finetune", "hf", "commands", "cli"),
-    "__main__",
+    *("fastbert_kernels", "ops", "model", "data", "train", "hf", "commands", "cli", "__main__"),
 )
 NEVER = ("tests", "fastbert_bench", "benchmarks")  # by the engine
 BENCH = ROOT / "benchmarks" / "fastbert_bench"
 BENCH_ORDER = (
     *("config", "measure", "kernels", "estimate", "suites", "profile", "gpu", "report", "commands"),
 )
+HOMES = {
+    "fastbert": ROOT / "fastbert",
+    "fastbert_kernels": ROOT / "kernels" / "fastbert_kernels",
+    "fastbert_bench": BENCH,
+}
 ROAD = (
     *("fastbert/cli.py", "fastbert/commands/pretrain.py", "fastbert/train/loop.py"),
     *("fastbert/train/step.py", "fastbert/model/bert.py", "fastbert/ops.py"),
@@ -49,6 +54,15 @@ def room(module: str) -> str:
     return below[0] if top == "fastbert" and below else top
 
 
+def names_a_module(value: object) -> bool:
+    """Whether it is the full name of a module of ours."""
+    if not isinstance(value, str) or not re.fullmatch(r"\w+(\.\w+)+", value):
+        return False
+    top, *below = value.split(".")
+    path = HOMES.get(top, ROOT / "none").joinpath(*below)
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
 def imports(source: str, module: str, is_package: bool) -> Iterator[str]:
     """Yields the full names of imported modules; `from a import b` gives a.b."""
     package = module.split(".") if is_package else module.split(".")[:-1]
@@ -63,7 +77,11 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[str]:
             "import_module",
             "__import__",
         ):
-            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            words = [one.value for one in given if isinstance(one, ast.Constant)]
+            yield from (word for word in words if isinstance(word, str) and "." not in word)
+        elif isinstance(node, ast.Constant) and names_a_module(node.value):
+            yield node.value  # whoever names one imports it somehow, or starts it
 
 
 def breaches(source: str, module: str, is_package: bool = False) -> list[str]:
@@ -112,6 +130,9 @@ def test_the_law_holds(path: Path) -> None:
         ("fastbert.train.loop", "def f():\n    from fastbert.hf import export_run"),
         ("fastbert.train.loop", "import importlib; importlib.import_module('fastbert.hf')"),
         ("fastbert.train.loop", "import transformers"),
+        ("fastbert.train.loop", "from importlib import import_module as i; i('fastbert.hf')"),
+        ("fastbert.train.loop", "import_module(name='transformers')"),
+        ("fastbert.train.loop", "runpy.run_module('fastbert_bench.gpu')"),
         ("fastbert.cli", "from transformers import BertConfig"),
         ("fastbert.cli", "import tests"),
         ("fastbert.hf", "from fastbert_bench.suites import step"),
@@ -146,17 +167,18 @@ def test_what_the_law_allows_passes(module: str, source: str) -> None:
 def bench_breaches(source: str, module: str) -> list[str]:
     """What a module of the bench imports against its own order; it may import the engine."""
     here = BENCH_ORDER.index(module.split(".")[1])
-    return [
-        f"{module} imports {name}"
-        for name in imports(source, module, False)
-        if (parts := name.split("."))[0] == "tests"
-        or (parts[0] == "fastbert_bench" and BENCH_ORDER.index(parts[1]) > here)
-    ]
+    found = []
+    for name in imports(source, module, False):
+        top, *below = name.split(".")
+        above = top == "fastbert_bench" and below and below[0] in BENCH_ORDER[: here + 1]
+        if top in ("tests", "benchmarks") or (top == "fastbert_bench" and not above):
+            found.append(f"{module} imports {name}")
+    return found
 
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*BENCH.glob("[!_]*.py"), *BENCH.glob("*/*.py")]),
+    sorted(path for path in BENCH.rglob("*.py") if path != BENCH / "__init__.py"),
     ids=lambda path: str(path.relative_to(BENCH)),
 )
 def test_the_bench_holds_its_own_order(path: Path) -> None:
@@ -169,6 +191,10 @@ def test_a_breach_of_the_bench_is_seen() -> None:
         "def f():\n    from fastbert_bench.suites import step",
         "from fastbert_bench.gpu.step import OURS",
         "import tests",
+        "import fastbert_bench",
+        "from fastbert_bench import *",
+        "from benchmarks.fastbert_bench.measure import timing",
+        "run = ['-m', 'fastbert_bench.gpu.step']",
     ):
         assert len(bench_breaches(source, "fastbert_bench.estimate.run")) == 1
     allowed = "from fastbert.hf import to_hf\nfrom fastbert_bench.kernels import costs"
@@ -180,6 +206,14 @@ def test_settings_config_and_errors_need_only_the_standard_library() -> None:
         source = (ROOT / "fastbert" / f"{name}.py").read_text("utf-8")
         tops = {imported.split(".")[0] for imported in imports(source, f"fastbert.{name}", False)}
         assert tops <= {*sys.stdlib_module_names, "fastbert"}
+
+
+def test_the_package_itself_imports_nothing_of_ours_at_once() -> None:
+    tree = ast.parse((ROOT / "fastbert" / "__init__.py").read_text("utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            assert module in ("importlib", "typing")
 
 
 def test_kernels_folder_is_no_package() -> None:

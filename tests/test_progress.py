@@ -18,7 +18,8 @@ def test_a_log_gets_a_line_now_and_then(
     with progress_bar(total=500, desc="work", unit="step") as bar:
         for _ in range(500):
             time.sleep(0.001)
-            bar.set_postfix_str("loss 1.234", refresh=False)
+            bar.set_postfix_str("loss 1.234")  # asks for a line at once
+            bar.refresh()
             bar.update()
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 3 + (time.perf_counter() - began) / 0.1

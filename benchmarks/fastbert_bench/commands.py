@@ -85,8 +85,13 @@ def _check(config: Any) -> None:
     ):
         if hasattr(config, name):
             check_path(name, getattr(config, name), words)
+    written: dict[str, str] = {}
     for name in ("json", "png", "trace"):
-        check_output(name, getattr(config, name, ""))
+        path = getattr(config, name, "")
+        check_output(name, path)
+        if path and written.setdefault(os.path.realpath(path), name) != name:
+            first = written[os.path.realpath(path)]
+            raise UserError(f"{name} = {path!r} is the file of {first}: give another")
 
 
 def _run(module: str, args: Namespace) -> None:
@@ -105,7 +110,8 @@ _SUFFIXES = {"K": "e3", "M": "e6", "B": "e9", "G": "e9", "T": "e12"}
 
 def _estimate(args: Namespace) -> None:
     for name in ("tokens", "corpus_tokens"):
-        if short := re.fullmatch(r"([0-9.]+)([KMBGT])", getattr(args, name, ""), re.IGNORECASE):
+        typed = getattr(args, name, "")
+        if short := re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)([KMBGT])", typed, re.IGNORECASE):
             setattr(args, name, short[1] + _SUFFIXES[short[2].upper()])
     _run("estimate.run", args)
 

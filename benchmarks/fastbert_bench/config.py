@@ -343,7 +343,9 @@ class EstimateConfig:
 
     def __post_init__(self) -> None:
         settings.check_fields(self)
-        _check_names("gpu", self.gpu, ESTIMATE_GPUS, ())
+        if self.gpu not in ESTIMATE_GPUS:
+            meant = did_you_mean(self.gpu, ESTIMATE_GPUS)
+            raise UserError(f"gpu = {self.gpu!r} must be one of {', '.join(ESTIMATE_GPUS)}{meant}")
         settings.check_not_empty(self, "lengths")
         self.counts()
         if (self.epochs is None) != (self.corpus_tokens is None):

@@ -400,6 +400,8 @@ def tokens_asked(config: EstimateConfig) -> float:
 def _source(measured: Measured | None, T: int, known: bool) -> str:
     if measured is None:
         what = "this model at such lengths is " if known else ""
+        if not RESULTS.is_dir():
+            return "modelled: measured results are in the repository, not in the package"
         return f"modelled: {what}not yet measured on this device"
     path = measured.path
     told = f"from {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}"
@@ -434,7 +436,7 @@ def assumptions(found: Estimate) -> list[str]:
         ]
         lines += [
             f"{machine.multiprocessors} multiprocessors at {machine.clock / 1e9:g} GHz: attention "
-            f"by the counts of kernels/counts.json for Triton {TRITON}, products by tiles in whole "
+            f"by the counts of counts.json for Triton {TRITON}, products by tiles in whole "
             "waves, all else by its bytes",
             f"what is reached of that, assumed: {', '.join(reached)}; "
             f"{likely.gap_seconds * 1e6:g} µs between kernels of a CUDA graph, "
@@ -448,7 +450,7 @@ def assumptions(found: Estimate) -> list[str]:
     lines += [
         f"step: bf16, AdamW, {MLM_PROBABILITY:.0%} of tokens masked, one micro-batch a step, the "
         "last layer on masked and [CLS] tokens only, data never waits; no evaluation, no failures",
-        "launches, bytes and FLOPs: estimate/launch_list.json; MFU by the model's FLOPs of real "
+        "launches, bytes and FLOPs: launch_list.json; MFU by the model's FLOPs of real "
         "tokens, and by those executed: the last layer skips rows",
         "memory: 18 bytes a parameter (bf16 weights 2, masters 4, gradients 4, moments 8), 8 H + "
         f"2 F values a token and layer, bf16 logits; {USABLE_MEMORY:.0%} of the device usable",
@@ -530,6 +532,28 @@ def as_result(found: Estimate) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _plan_lines(plans: Sequence[Plan]) -> list[str]:
+    """A line for each number of GPUs, in columns as wide as what stands in them."""
+    rows = [
+        ["GPUs", "tokens each", "ms/step", "low", "high", "exposed", "scaling", "tokens/s", "MFU",
+         "exec.", "seq/step", "steps", "time", "dollars", "kWh"],
+    ]  # fmt: skip
+    for plan in plans:
+        milliseconds = (plan.step_seconds, plan.low_seconds, plan.high_seconds)
+        rows.append([
+            f"{plan.gpus:,}", f"{plan.tokens_per_batch:,}",
+            *(f"{seconds * 1e3:,.1f}" for seconds in milliseconds),
+            f"{plan.exposed_seconds * 1e3:.1f}", f"{plan.efficiency:.1%}",
+            f"{plan.tokens_per_second:,.0f}", or_dash(plan.mfu, ".1%"),
+            or_dash(plan.mfu_executed, ".1%"), f"{plan.sequences_per_step:,.0f}",
+            f"{plan.optimizer_steps:,}", duration(plan.days * 86400),
+            or_dash(plan.dollars, ",.0f"), or_dash(plan.kilowatt_hours, ",.0f"),
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+            for row in rows]  # fmt: skip
+
+
 def table(found: Estimate) -> str:
     """The estimate as text."""
     memory, T, config = found.memory, found.micro_batch, found.config
@@ -545,21 +569,8 @@ def table(found: Estimate) -> str:
         "",
         *family_lines(found.cost, T),
         "",
-        f"{'GPUs':>5}{'tokens each':>13}{'ms/step':>10}{'low':>9}{'high':>9}{'exposed':>9}"
-        f"{'scaling':>9}{'tokens/s':>15}{'MFU':>7}{'exec.':>7}{'seq/step':>11}{'steps':>12}"
-        f"{'time':>14}{'dollars':>11}{'kWh':>9}",
+        *_plan_lines(found.plans),
     ]
-    for plan in found.plans:
-        lines.append(
-            f"{plan.gpus:>5,}{plan.tokens_per_batch:>13,}{plan.step_seconds * 1e3:>10,.1f}"
-            f"{plan.low_seconds * 1e3:>9,.1f}{plan.high_seconds * 1e3:>9,.1f}"
-            f"{plan.exposed_seconds * 1e3:>9.1f}{plan.efficiency:>9.1%}"
-            f"{plan.tokens_per_second:>15,.0f}{or_dash(plan.mfu, '.1%'):>7}"
-            f"{or_dash(plan.mfu_executed, '.1%'):>7}"
-            f"{plan.sequences_per_step:>11,.0f}{plan.optimizer_steps:>12,}"
-            f"{duration(plan.days * 86400):>14}{or_dash(plan.dollars, ',.0f'):>11}"
-            f"{or_dash(plan.kilowatt_hours, ',.0f'):>9}"
-        )
     lines += [f"warning: {line}" for line in warnings(found)]
     return "\n".join((*lines, "", "assumptions", *(f"- {line}" for line in assumptions(found))))
 

@@ -134,7 +134,7 @@ def sizes_of(model: str, S: int, T: int) -> Sizes:
 def filled(lengths: str, T: int, S: int) -> np.ndarray:
     """(N,) lengths as asked for that add up to T, the last one cut to fit."""
     rng = np.random.default_rng(42)
-    drawn = lengths_asked(lengths, T // 3 + 1, S, rng)  # none is shorter than 3
+    drawn = lengths_asked(lengths, T // min(S, 3) + 1, S, rng)  # else none is shorter than 3
     ends = np.minimum(np.cumsum(drawn), T)
     return np.diff(ends[: int(np.searchsorted(ends, T)) + 1], prepend=0)
 

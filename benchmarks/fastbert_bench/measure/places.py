@@ -10,8 +10,8 @@ CHECKOUT = _ABOVE if (_ABOVE / "kernels" / "fastbert_kernels").is_dir() else Non
 """The tree that holds this file; None where the package was installed without one."""
 ROOT = CHECKOUT or Path.cwd()
 """What paths in a checkout begin with; the working folder where there is none."""
-RESULTS = ROOT / "benchmarks" / "results"
-"""Measured files, committed."""
+RESULTS = (CHECKOUT / "benchmarks" if CHECKOUT else Path(__file__).parent) / "results"
+"""Measured files, committed; no such folder where there is no checkout."""
 
 
 def importable(**variables: str) -> dict[str, str]:

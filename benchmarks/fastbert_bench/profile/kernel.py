@@ -36,6 +36,7 @@ from fastbert_bench.profile.step import ceilings, figures, op_bytes, side_stream
 from fastbert_kernels.compile_cases import CompileCase
 
 POINTS, STEP_BETWEEN = 4, 4
+FEWEST = 8  # tokens of a sequence that nobody asked for
 ROUNDS, SECONDS = 20, 0.5
 ARCHS = (80, 90)
 
@@ -74,12 +75,22 @@ def sizes_of(op: str, shape: Mapping[str, int], cuda: bool) -> dict[str, int]:
         UserError: sizes that do not fit each other.
     """
     T, S, H = (65_536, 512, 768) if cuda else (1024, 32, 64)
-    S = shape.get("S", _divisor(shape["T"], S) if "T" in shape else S)
+    sees_ends = op in ("attention", "embed_layer_norm")
+    if "T" in shape and "S" not in shape:
+        S = _divisor(shape["T"], S)
+        if sees_ends and S < FEWEST:
+            if shape["T"] > POSITIONS:
+                raise UserError(
+                    f"shape: T = {shape['T']} is no multiple of any length of {FEWEST} to "
+                    f"{POSITIONS}: give another, or S as well"
+                )
+            S = shape["T"]
+    S = shape.get("S", S)
     T = shape.get("T", max(S, T // S * S))
     H = shape.get("H", 64 * shape["A"] if "A" in shape else H)
     sizes = model_sizes(H, S, T) | {"A": _divisor(H, max(1, H // 64))}
     sizes |= ({} if cuda else {"V": 1000}) | dict(shape)
-    if op in ("attention", "embed_layer_norm") and T % S:  # no other op sees a sequence's end
+    if sees_ends and T % S:
         raise UserError(f"shape: T = {T} must be a multiple of S = {S}")
     if op == "embed_layer_norm" and S > POSITIONS:
         raise UserError(f"shape: S = {S} must be at most {POSITIONS}, the positions of BERT")
@@ -380,11 +391,17 @@ def run(op: str, config: ProfileKernelConfig) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _sizes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the largest row has beside the size that grows, which nobody need have asked for."""
+    sizes = rows[-1]["sizes"] if rows else {}
+    return "".join(f", {letter} = {sizes[letter]:,}" for letter in "SHAV" if letter in sizes)
+
+
 def table(found: Mapping[str, Any]) -> str:
     """The result as text."""
     key = found["grows"]
     lines = [
-        f"{found['op']}: {found['implementation']}",
+        f"{found['op']}: {found['implementation']}{_sizes(found['rows'])}",
         f"{'direction':<10}{key:>10}{'us':>12}{'p20':>12}{'p80':>12}{'MB':>10}{'GFLOP':>10}"
         f"{'GB/s':>9}{'TFLOP/s':>9}{'of ceiling':>18}{'gap us':>11}",
     ]

@@ -225,7 +225,7 @@ def in_folder(folder: Path) -> tuple[list[Result], list[str]]:
     for file in sorted(folder.rglob("*.json")):
         # The pieces of a stage lie in a folder beside the whole; a trace is no result.
         inside = [above for above in file.parents if above.is_relative_to(folder)]
-        piece = any(above.with_suffix(".json").exists() for above in inside)
+        piece = any(above.name and above.with_suffix(".json").exists() for above in inside)
         if piece or file.name.endswith(".trace.json"):
             continue
         try:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -229,7 +230,7 @@ def test_only_what_was_asked_for_is_told_of(tmp_path):
     assert [plan.gpus for plan in found.plans] == [1]
     assert "NVLink" not in est.table(found)
     both = est.table(estimate(asked(gpus="8,1"), tmp_path))
-    assert "NVLink" in both and "\n    8 " in both
+    assert "NVLink" in both and re.search(r"^ *8  ", both, re.MULTILINE)
 
 
 def test_which_vocabulary_is_assumed_is_said_and_can_be_told(tmp_path):
@@ -371,3 +372,21 @@ def test_a_model_too_large_says_what_it_needs(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "needs 188." in said or "needs 189." in said
     assert "gpu = 'a100-80gb' has 79 GiB" in said
+
+
+@pytest.mark.parametrize(
+    "request_", ["--model tiny --tokens 1K", "--model large --tokens 999T",
+                 "--tokens-per-batch 8 --max-seq-length 8"]
+)  # fmt: skip
+def test_columns_of_plans_never_touch(request_, capsys):
+    assert cli.main(["estimate", *request_.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(index for index, line in enumerate(lines) if line.lstrip().startswith("GPUs"))
+    titles, cells = (re.split(r"  +", line.strip()) for line in lines[head : head + 2])
+    assert len(titles) == len(cells) == 15
+
+
+def test_without_a_checkout_no_folder_of_the_working_one_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(est, "RESULTS", tmp_path / "none")
+    assert cli.main(["estimate"]) == 0
+    assert "measured results are in the repository, not in the package" in capsys.readouterr().out

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastbert.cli import main
+from fastbert.errors import UserError
 from fastbert.train.step import TrainStep
 from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.costs import OPS
@@ -92,8 +93,6 @@ def test_the_rows_add_up_to_the_step(recorded):
     assert sum(row["share"] for row in result["rows"]) == pytest.approx(1)
     for row in result["rows"]:
         assert sum(kernel["ms"] for kernel in row["kernels"]) == pytest.approx(row["ms"])
-    # Recording costs time, but not ten times the step's own.
-    assert result["step"]["ms"] * 0.5 < total < result["step"]["ms"] * 10
 
 
 def test_every_op_is_found_in_its_layer_forward_and_backward(recorded):
@@ -424,3 +423,19 @@ echo '"0","attention_forward_kernel","1234"'"""
     assert why == ""
     (row,) = rows
     assert row == {"kernel": "attention_forward_kernel", "gpu__time_duration.sum [ns]": "1234"}
+
+
+@pytest.mark.parametrize("S", [1, 2, 3, 8, 96])
+def test_sequences_of_any_length_hold_every_token(S):
+    for lengths in ("full", "natural"):
+        found = kernel_timings.filled(lengths, 97, S)
+        assert found.sum() == 97 and found.min() >= 1 and found.max() <= S
+    assert list(kernel_timings.filled("full", 96, S)) == [S] * (96 // S)
+
+
+def test_a_number_of_tokens_without_small_divisors_is_one_sequence_or_refused():
+    sizes = profile_kernel.sizes_of("attention", {"T": 97}, cuda=False)
+    assert (sizes["T"], sizes["S"]) == (97, 97)
+    with pytest.raises(UserError, match="T = 65537 is no multiple of any length of 8 to 512: give"):
+        profile_kernel.sizes_of("attention", {"T": 65537}, cuda=True)
+    assert profile_kernel.sizes_of("bias_gelu", {"T": 65537}, cuda=True)["T"] == 65537
