@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert_kernels import attention_flash
+from fastbert_kernels import attention_flash, checks
 from fastbert_kernels.attention_config import (
     HEAD_SIZES,
     TABLES,
@@ -42,15 +42,6 @@ from fastbert_kernels.attention_kernels import (
     attention_backward_query_kernel,
     attention_delta_kernel,
     attention_forward_kernel,
-)
-from fastbert_kernels.checks import (
-    STORAGE_DTYPES,
-    kernel_signature,
-    require,
-    require_launchable,
-    require_seed,
-    require_tensor,
-    triton_name,
 )
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.philox import keep_threshold
@@ -326,7 +317,7 @@ def _backend(op: str, asked: str, q: Tensor, max_seqlen: int, dropout_p: float) 
         asked, q.dtype, device.type, dropout_p, _capability(device), D, max_seqlen
     )
     if chosen == "triton":
-        require_launchable(op, attention_forward_kernel, device)
+        checks.require_launchable(op, attention_forward_kernel, device)
     return chosen
 
 
@@ -343,19 +334,19 @@ def _check(
 ) -> None:
     """What both ops ask of their arguments."""
     device, A, D = q.device, q.shape[-2], q.shape[-1]
-    require_tensor(op, "cu_seqlens", cu_seqlens, (None,), torch.int32, device)
-    require_seed(op, seed, device, stream)
-    require(D in HEAD_SIZES, f"{op}: head size {D}, expected one of {HEAD_SIZES}")
-    require(tokens > 0 and A > 0, f"{op}: no tokens or no heads: {tokens} tokens, {A} heads")
-    require(cu_seqlens.numel() > 1, f"{op}: cu_seqlens holds no sequence")
-    require(max_seqlen > 0, f"{op}: max_seqlen = {max_seqlen}, expected at least 1")
-    require(
+    checks.require_tensor(op, "cu_seqlens", cu_seqlens, (None,), torch.int32, device)
+    checks.require_seed(op, seed, device, stream)
+    checks.require(D in HEAD_SIZES, f"{op}: head size {D}, expected one of {HEAD_SIZES}")
+    checks.require(tokens > 0 and A > 0, f"{op}: no tokens or no heads: {tokens} tokens, {A} heads")
+    checks.require(cu_seqlens.numel() > 1, f"{op}: cu_seqlens holds no sequence")
+    checks.require(max_seqlen > 0, f"{op}: max_seqlen = {max_seqlen}, expected at least 1")
+    checks.require(
         precision in ("ieee", "tf32"),
         f"{op}: precision = {precision!r}, expected 'ieee' or 'tf32'",
     )
     if qkv_bias is not None:
         size, want = qkv_bias.numel(), 3 * A * D
-        require(size == want, f"{op}: qkv_bias has {size} elements, expected {want}")
+        checks.require(size == want, f"{op}: qkv_bias has {size} elements, expected {want}")
 
 
 def attention(
@@ -396,7 +387,7 @@ def attention(
     """
     op = "attention"
     chosen = _backend(op, backend, qkv, max_seqlen, dropout_p)
-    require_tensor(op, "qkv", qkv, (None, 3, None, None), STORAGE_DTYPES, qkv.device)
+    checks.require_tensor(op, "qkv", qkv, (None, 3, None, None), checks.STORAGE_DTYPES, qkv.device)
     _check(op, qkv, cu_seqlens, len(qkv), max_seqlen, seed, stream, qkv_bias, precision)
     threshold = keep_threshold(dropout_p)
     if check:
@@ -441,10 +432,11 @@ def attention_at(
     """
     op, device = "attention_at", q.device
     chosen = _backend(op, backend, q, max_seqlen, dropout_p)
-    require_tensor(op, "q", q, (None, None, None), STORAGE_DTYPES, device)
-    require_tensor(op, "kv", kv, (None, 2, *q.shape[1:]), q.dtype, device)
-    require_tensor(op, "positions", positions, (len(q),), torch.int64, device)
-    require_tensor(op, "cu_queries", cu_queries, tuple(cu_seqlens.shape), torch.int32, device)
+    checks.require_tensor(op, "q", q, (None, None, None), checks.STORAGE_DTYPES, device)
+    checks.require_tensor(op, "kv", kv, (None, 2, *q.shape[1:]), q.dtype, device)
+    checks.require_tensor(op, "positions", positions, (len(q),), torch.int64, device)
+    shape = tuple(cu_seqlens.shape)
+    checks.require_tensor(op, "cu_queries", cu_queries, shape, torch.int32, device)
     _check(op, q, cu_seqlens, len(kv), max_seqlen, seed, stream, qkv_bias, precision)
     threshold = keep_threshold(dropout_p)
     if chosen != "triton":
@@ -485,7 +477,7 @@ def _case(
         name=fn.__name__,
         configuration=label,
         fn=fn,
-        signature=kernel_signature(fn, constexprs, dtype, positions_ptr="*i64", **types),
+        signature=checks.kernel_signature(fn, constexprs, dtype, positions_ptr="*i64", **types),
         constexprs=constexprs,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -504,7 +496,8 @@ def compile_cases() -> list[CompileCase]:
                 dtype = torch.bfloat16 if half else torch.float32
                 variants = [(230, False)] + [(256, False)] * (D == 64) + [(230, True)] * half
                 for threshold, at in variants:
-                    label = f"{kernel} {triton_name(dtype)} D={D} p={1 - threshold / 256:.1f}"
+                    p = 1 - threshold / 256
+                    label = f"{kernel} {checks.triton_name(dtype)} D={D} p={p:.1f}"
                     cases.append(
                         _case(
                             _KERNELS[kernel], label + " some" * at, dtype, capability, tiles,

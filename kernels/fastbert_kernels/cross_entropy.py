@@ -17,14 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert_kernels.checks import (
-    STORAGE_DTYPES,
-    kernel_signature,
-    require,
-    require_launchable,
-    require_tensor,
-    triton_name,
-)
+from fastbert_kernels import checks
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.main_grad import main_grad_of, with_rows
 from fastbert_kernels.triton_import import tl, triton
@@ -152,14 +145,14 @@ def linear_cross_entropy(
             negative, or there is no GPU.
     """
     op, device = "linear_cross_entropy", x.device
-    require_launchable(op, _softmax_gradient_kernel, device)
-    require_tensor(op, "x", x, (None, None), STORAGE_DTYPES, device)
+    checks.require_launchable(op, _softmax_gradient_kernel, device)
+    checks.require_tensor(op, "x", x, (None, None), checks.STORAGE_DTYPES, device)
     M, H = x.shape
-    require_tensor(op, "weight", weight, (None, H), x.dtype, device)
-    require_tensor(op, "bias", bias, (weight.shape[0],), x.dtype, device)
-    require_tensor(op, "labels", labels, (M,), torch.int64, device)
-    require(M > 0, f"{op}: x has no rows")
-    # Not `require`: torch.compile cannot format a number that it traces as a symbol.
+    checks.require_tensor(op, "weight", weight, (None, H), x.dtype, device)
+    checks.require_tensor(op, "bias", bias, (weight.shape[0],), x.dtype, device)
+    checks.require_tensor(op, "labels", labels, (M,), torch.int64, device)
+    checks.require(M > 0, f"{op}: x has no rows")
+    # Not `checks.require`: torch.compile cannot format a number that it traces as a symbol.
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing = {label_smoothing} is outside [0, 1]")
     if z_loss < 0.0:
@@ -396,14 +389,14 @@ def compile_cases() -> list[CompileCase]:
     sums = {"V_PADDED": _padded(30522), "BLOCK_M": 16, "BLOCK_V": 256}
     V = 30522  # larger vocabularies take the same tiles, and more turns
     block, num_warps = _block(V)
-    for dtype in STORAGE_DTYPES:
-        name = triton_name(dtype)
+    for dtype in checks.STORAGE_DTYPES:
+        name = checks.triton_name(dtype)
         for smoothing, gradient in ((0.0, False), (0.0, True), (0.1, True)):
             constexprs = {
                 "LABEL_SMOOTHING": smoothing, "Z_LOSS": 0.0, "V": V, "V_PADDED": _padded(V),
                 "BLOCK_V": block, "GRADIENT": gradient,
             }  # fmt: skip
-            signature = kernel_signature(
+            signature = checks.kernel_signature(
                 _softmax_gradient_kernel, constexprs, dtype, labels_ptr="*i64", losses_ptr="*fp32"
             )
             label = f"{name} smoothing={smoothing} gradient={gradient}"
@@ -411,7 +404,7 @@ def compile_cases() -> list[CompileCase]:
                 CompileCase("softmax_gradient", label, _softmax_gradient_kernel, signature,
                             constexprs, num_warps)
             )  # fmt: skip
-        signature = kernel_signature(_column_sums_kernel, sums, dtype)
+        signature = checks.kernel_signature(_column_sums_kernel, sums, dtype)
         cases.append(
             CompileCase("column_sums", name, _column_sums_kernel, signature, sums)
         )  # fmt: skip

@@ -16,16 +16,7 @@ atomics: the same bits every run.
 import torch
 from torch import Tensor
 
-from fastbert_kernels import rowwise
-from fastbert_kernels.checks import (
-    STORAGE_DTYPES,
-    kernel_signature,
-    require,
-    require_launchable,
-    require_seed,
-    require_tensor,
-    triton_name,
-)
+from fastbert_kernels import checks, rowwise
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.philox import keep_threshold
 from fastbert_kernels.philox_triton import dropout_key, keep_columns
@@ -418,21 +409,21 @@ def embed_layer_norm(
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous.
     """
     op, device, T = "embed_layer_norm", word.device, input_ids.numel()
-    require_launchable(op, _forward_kernel, device)
-    require_tensor(op, "word", word, (None, None), STORAGE_DTYPES, device)
+    checks.require_launchable(op, _forward_kernel, device)
+    checks.require_tensor(op, "word", word, (None, None), checks.STORAGE_DTYPES, device)
     H = word.shape[1]
     rowwise.require_width(op, H)
-    require(T > 0, f"{op}: input_ids is empty")
+    checks.require(T > 0, f"{op}: input_ids is empty")
     for name, ids in {
         "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids
     }.items():  # fmt: skip
-        require_tensor(op, name, ids, (T,), torch.int64, device)
-    require_tensor(op, "token_type", token_type, (None, H), word.dtype, device)
-    require(token_type.shape[0] in (1, 2), f"{op}: token_type needs 1 or 2 rows")
-    require_tensor(op, "position", position, (None, H), word.dtype, device)
-    require_tensor(op, "weight", weight, (H,), word.dtype, device)
-    require_tensor(op, "beta", beta, (H,), word.dtype, device)
-    require_seed(op, seed, device, stream)
+        checks.require_tensor(op, name, ids, (T,), torch.int64, device)
+    checks.require_tensor(op, "token_type", token_type, (None, H), word.dtype, device)
+    checks.require(token_type.shape[0] in (1, 2), f"{op}: token_type needs 1 or 2 rows")
+    checks.require_tensor(op, "position", position, (None, H), word.dtype, device)
+    checks.require_tensor(op, "weight", weight, (H,), word.dtype, device)
+    checks.require_tensor(op, "beta", beta, (H,), word.dtype, device)
+    checks.require_seed(op, seed, device, stream)
     out: Tensor = _forward(
         input_ids, token_type_ids, position_ids, word, token_type, position, weight, beta,
         pad_token_id, eps, dropout_p, seed, stream,
@@ -467,11 +458,12 @@ def compile_cases() -> list[CompileCase]:
                 (f"embed_layer_norm p={p}", _forward_kernel, front, warps),
                 (f"embed_layer_norm_backward p={p}", _rows_backward_kernel, back, back_warps),
             ]
-        for dtype in STORAGE_DTYPES if H == 768 else (torch.bfloat16,):
+        for dtype in checks.STORAGE_DTYPES if H == 768 else (torch.bfloat16,):
             cases += [
                 CompileCase(
-                    name, f"{triton_name(dtype)} H={H}", kernel,
-                    kernel_signature(kernel, constexprs, dtype, **others), constexprs, num_warps,
+                    name, f"{checks.triton_name(dtype)} H={H}", kernel,
+                    checks.kernel_signature(kernel, constexprs, dtype, **others),
+                    constexprs, num_warps,
                 )
                 for name, kernel, constexprs, num_warps in kernels
             ]  # fmt: skip

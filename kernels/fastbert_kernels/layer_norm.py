@@ -10,13 +10,7 @@ beta do not allow it, by 8 columns, the sum z before the norm is written and rea
 import torch
 from torch import Tensor
 
-from fastbert_kernels import rowwise
-from fastbert_kernels.checks import (
-    kernel_signature,
-    require_seed,
-    require_tensor,
-    triton_name,
-)
+from fastbert_kernels import checks, rowwise
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.philox import keep_threshold
 from fastbert_kernels.philox_triton import dropout_key, keep_columns
@@ -270,11 +264,11 @@ def dropout_add_layer_norm(
     """
     op = "dropout_add_layer_norm"
     rowwise.require_rows(op, _forward_kernel, x, rowwise.MAX_WIDTH)
-    require_tensor(op, "residual", residual, tuple(x.shape), x.dtype, x.device)
+    checks.require_tensor(op, "residual", residual, tuple(x.shape), x.dtype, x.device)
     rowwise.require_parameters(op, x, bias=bias, weight=weight, beta=beta)
-    require_seed(op, seed, x.device, stream)
+    checks.require_seed(op, seed, x.device, stream)
     if rows is not None:
-        require_tensor(op, "rows", rows, (x.shape[0],), torch.int64, x.device)
+        checks.require_tensor(op, "rows", rows, (x.shape[0],), torch.int64, x.device)
     if keep_threshold(dropout_p) == 256:
         rows = None
     out: Tensor = _forward(x, bias, residual, weight, beta, eps, dropout_p, seed, stream, rows)[0]
@@ -303,8 +297,8 @@ def compile_cases() -> list[CompileCase]:
             ("dropout_add_layer_norm", _forward_kernel, row, num_warps, None),
             ("dropout_add_layer_norm_backward", _backward_kernel, back, back_warps, registers),
         ):
-            signature = kernel_signature(kernel, constexprs, dtype, rows_ptr="*i64")
-            label = f"{triton_name(dtype)} H={H} p={dropout_p}" + " rows" * has_rows
+            signature = checks.kernel_signature(kernel, constexprs, dtype, rows_ptr="*i64")
+            label = f"{checks.triton_name(dtype)} H={H} p={dropout_p}" + " rows" * has_rows
             cases.append(
                 CompileCase(name, label, kernel, signature, constexprs, warps, maxnreg=limit)
             )

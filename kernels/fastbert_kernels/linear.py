@@ -17,14 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert_kernels.checks import (
-    STORAGE_DTYPES,
-    kernel_signature,
-    require,
-    require_launchable,
-    require_tensor,
-    triton_name,
-)
+from fastbert_kernels import checks
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.gelu import bias_gelu, gelu, gelu_backward, gelu_slope
 from fastbert_kernels.main_grad import main_grad_of, plus_product
@@ -265,7 +258,7 @@ def _linear_gelu(
     y, pre = (torch.empty(R, F, dtype=x.dtype, device=x.device) for _ in range(2))
     for name, tensor in (("x", x), ("weight", weight)):
         aligned = tensor.data_ptr() % 16 == 0
-        require(aligned, f"linear_gelu: {name} does not start at a multiple of 16 bytes")
+        checks.require(aligned, f"linear_gelu: {name} does not start at a multiple of 16 bytes")
     tiles = _tiles(x.device, x.dtype)
 
     def argument(tensor: Tensor, rows: int, columns: int) -> Any:
@@ -350,10 +343,10 @@ def linear_gelu(
             not aligned to 16 bytes; an unknown backend or approximation; no GPU.
     """
     op = "linear_gelu"
-    require_launchable(op, _linear_gelu_kernel, x.device)
-    require_tensor(op, "x", x, (None, None), STORAGE_DTYPES, x.device)
-    require_tensor(op, "weight", weight, (None, x.shape[1]), x.dtype, x.device)
-    require_tensor(op, "bias", bias, (weight.shape[0],), x.dtype, x.device)
+    checks.require_launchable(op, _linear_gelu_kernel, x.device)
+    checks.require_tensor(op, "x", x, (None, None), checks.STORAGE_DTYPES, x.device)
+    checks.require_tensor(op, "weight", weight, (None, x.shape[1]), x.dtype, x.device)
+    checks.require_tensor(op, "bias", bias, (weight.shape[0],), x.dtype, x.device)
     backend = _chosen(op, weight, approximate, backend)
     y: Tensor = _linear_gelu(x, weight, bias, approximate, backend)[0]
     return y
@@ -371,7 +364,8 @@ def _gelu_linear_backward(
     (R, H), F = dy.shape, x.shape[1]
     for name, tensor in (("dy", dy), ("weight", weight)):
         aligned = tensor.data_ptr() % 16 == 0
-        require(aligned, f"gelu_linear_backward: {name} does not start at a multiple of 16 bytes")
+        why = f"gelu_linear_backward: {name} does not start at a multiple of 16 bytes"
+        checks.require(aligned, why)
     tiles, dx = _tiles(x.device, x.dtype), torch.empty_like(x)
 
     def argument(tensor: Tensor, rows: int, columns: int) -> Any:
@@ -419,15 +413,15 @@ def gelu_linear_backward(
         ValueError: as `linear_gelu`; "triton" where `approximate` is "tanh".
     """
     op = "gelu_linear_backward"
-    require_launchable(
+    checks.require_launchable(
         op, _gelu_linear_backward_kernel, dy.device, "reference.gelu_linear and autograd"
     )
-    require_tensor(op, "x", x, (None, None), STORAGE_DTYPES, dy.device)
+    checks.require_tensor(op, "x", x, (None, None), checks.STORAGE_DTYPES, dy.device)
     F = x.shape[1]
-    require_tensor(op, "weight", weight, (None, F), x.dtype, x.device)
-    require_tensor(op, "dy", dy, (x.shape[0], weight.shape[0]), x.dtype, x.device)
+    checks.require_tensor(op, "weight", weight, (None, F), x.dtype, x.device)
+    checks.require_tensor(op, "dy", dy, (x.shape[0], weight.shape[0]), x.dtype, x.device)
     if bias is not None:
-        require_tensor(op, "bias", bias, (F,), x.dtype, x.device)
+        checks.require_tensor(op, "bias", bias, (F,), x.dtype, x.device)
     backend = _chosen(op, weight, approximate, backend)
     if backend == "triton" and approximate == "tanh":  # with Triton 3.9 it spills
         raise ValueError(f"{op}: backend = 'triton' takes approximate = 'none', not 'tanh'")
@@ -474,18 +468,19 @@ def feed_forward(
     Raises:
         ValueError: as `linear_gelu`; `approximate` is "tanh".
     """
-    require(approximate == "none", f"feed_forward: approximate = {approximate!r}, expected 'none'")
+    why = f"feed_forward: approximate = {approximate!r}, expected 'none'"
+    checks.require(approximate == "none", why)
     main_grads = main_grad_of(up), main_grad_of(down)
     if None in main_grads:
         return linear_gelu(x, up, bias, backend="triton") @ down.t(), x
-    require_launchable("feed_forward", _linear_gelu_kernel, x.device)
+    checks.require_launchable("feed_forward", _linear_gelu_kernel, x.device)
     product, residual = _FeedForward.apply(x, up, bias, down, *main_grads)
     return product, residual
 
 
 def compile_cases() -> list[CompileCase]:
     """Both kernels in every shipped configuration, for the compile report."""
-    kinds = [(dtype, "none") for dtype in STORAGE_DTYPES] + [(torch.bfloat16, "tanh")]
+    kinds = [(dtype, "none") for dtype in checks.STORAGE_DTYPES] + [(torch.bfloat16, "tanh")]
     return [
         _case(backward, dtype, approximate, arch, tiles)
         for backward in (False, True)
@@ -498,7 +493,7 @@ def compile_cases() -> list[CompileCase]:
 def _case(
     backward: bool, dtype: torch.dtype, approximate: str, arch: int, tiles: Tiles
 ) -> CompileCase:
-    t = triton_name(dtype)
+    t = checks.triton_name(dtype)
 
     def argument(rows: int, columns: int) -> str:
         return f"tensordesc<{t}[{rows},{columns}]>" if tiles.tma else f"*{t}"
@@ -518,7 +513,7 @@ def _case(
         name=name,
         configuration=f"{t} {approximate}",
         fn=kernel,
-        signature=kernel_signature(kernel, constexprs, dtype, **tensors),
+        signature=checks.kernel_signature(kernel, constexprs, dtype, **tensors),
         constexprs=constexprs,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

@@ -9,12 +9,7 @@ counts is that it is one launch. T tokens packed, V vocabulary.
 import torch
 from torch import Tensor
 
-from fastbert_kernels.checks import (
-    kernel_signature,
-    require_launchable,
-    require_seed,
-    require_tensor,
-)
+from fastbert_kernels import checks
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.philox_triton import dropout_key, philox_words
 from fastbert_kernels.reference_optimizer import MASK_GROUP, SHARE_KEPT_BELOW, SHARE_MASK, share
@@ -88,10 +83,10 @@ def mask_tokens(
             mask_id outside the vocabulary.
     """
     op, device = "mask_tokens", input_ids.device
-    require_launchable(op, _mask_kernel, device, "reference_optimizer.mask_tokens")
-    require_tensor(op, "input_ids", input_ids, (None,), torch.int64, device)
-    require_tensor(op, "is_special", is_special, (None,), torch.bool, device)
-    require_seed(op, seed, device)
+    checks.require_launchable(op, _mask_kernel, device, "reference_optimizer.mask_tokens")
+    checks.require_tensor(op, "input_ids", input_ids, (None,), torch.int64, device)
+    checks.require_tensor(op, "is_special", is_special, (None,), torch.bool, device)
+    checks.require_seed(op, seed, device)
     V = is_special.numel()
     if not 0.0 <= mlm_probability <= 1.0:
         raise ValueError(f"{op}: mlm_probability = {mlm_probability} is outside [0, 1]")
@@ -112,5 +107,5 @@ def compile_cases() -> list[CompileCase]:
         "GROUP": MASK_GROUP,
         "BLOCK": _BLOCK,
     }
-    signature = kernel_signature(_mask_kernel, constexprs, torch.int64, is_special_ptr="*i1")
+    signature = checks.kernel_signature(_mask_kernel, constexprs, torch.int64, is_special_ptr="*i1")
     return [CompileCase("mask_tokens", "15%", _mask_kernel, signature, constexprs, num_warps=4)]
