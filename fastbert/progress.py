@@ -32,8 +32,7 @@ class _Log(tqdm):
 
     def refresh(self, *args: Any, **options: Any) -> bool:
         """Whoever asks for a line sooner (a postfix, a new description) is seen with the next."""
-        now = self._time()
-        if now - self.last_print_t < EVERY:
+        if self.disable or (now := self._time()) - self.last_print_t < EVERY:
             return False
         self.last_print_t = now
         return bool(super().refresh(*args, **options))

@@ -31,7 +31,9 @@ def test_what_takes_no_time_leaves_one_line(capsys: pytest.CaptureFixture[str]) 
     assert list(progress_bar(range(1000), desc="work")) == list(range(1000))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("work: 100%") and "1000/1000" in line
-    progress_bar(total=3, disable=True).close()
+    with progress_bar(total=3, disable=True) as bar:  # as TQDM_DISABLE=1 does
+        bar.set_postfix_str("loss")
+        bar.update()
     assert capsys.readouterr().err == ""
 
 
