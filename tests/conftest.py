@@ -29,6 +29,7 @@ LONGEST = (
     *("train/test_recipes.py", "test_fuzz.py", "data/test_pack.py"),
     *("bench/test_benchmarks.py", "data/test_tokenizer_export.py", "test_bad_data.py"),
     *("bench/gpu/test_launches.py", "kernels/test_cpu.py", "bench/gpu/test_step.py"),
+    "packaging/test_wheel.py",
     *("bench/profile/test_profile.py", "kernels/test_properties.py", "test_bad_input.py"),
     *("bench/suites/test_kernels.py", "bench/test_host_packages.py"),
 )

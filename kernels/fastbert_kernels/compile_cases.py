@@ -51,5 +51,5 @@ class CompileCase:
 def op_of(kernel: Any) -> str:
     """The module of the op that launches a `triton.jit` function, e.g. "attention": its own, but
     where the op is too long for one file, and its kernels stand beside it (`attention_kernels`)."""
-    module: str = kernel.__module__.rpartition(".")[2]
+    module: str = kernel.fn.__module__.rpartition(".")[2]  # the interpreter's wrapper has another
     return module.removesuffix("_kernels")
