@@ -14,7 +14,7 @@ class _Lines:
     """Takes what tqdm writes over and over in one place, and writes each as a line."""
 
     def write(self, text: str) -> None:
-        line = text.strip("\r\n \x1b[A")
+        line = text.replace("\x1b[A", "").strip()  # where tqdm moves up a line
         if line:
             sys.stderr.write(f"{line}\n")
 

@@ -17,7 +17,7 @@ from fastbert import cli
 from fastbert.commands import doctor
 from fastbert.config import PretrainConfig, model_config
 from fastbert.errors import RunError, UserError
-from fastbert.settings import load_config, settings
+from fastbert.settings import load_config, sealed_toml, settings
 from fastbert_bench.config import StepBenchConfig
 
 ROOT = Path(__file__).parent.parent
@@ -193,6 +193,20 @@ BAD_REQUESTS = [
     ("pretrain --max-seq-length 1024", "max_seq_length = 1024 must be at most 512"),
     (f"pretrain --out {__file__}", f"out = {__file__!r} is a file: give a folder"),
 ]
+
+
+def test_what_is_typed_at_a_resume_is_judged_beside_the_runs_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = PretrainConfig(gradient_accumulation_steps=4, max_seq_length=32, tokens_per_batch=64)
+    (tmp_path / "config.toml").write_text(sealed_toml(config))
+    argv = ["pretrain", "--resume", "auto", "--out", str(tmp_path), "--batch-ramp-steps", "2"]
+    assert cli.main([*argv, "--tokens-per-batch", "32", "--print-config"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "batch_ramp_steps = 2" in lines and "tokens_per_batch = 32" in lines
+    assert "gradient_accumulation_steps = 4" in lines
+    assert cli.main([*argv, "--tokens-per-batch", "16"]) == 2
+    assert "tokens_per_batch = 16 must be at least max_seq_length = 32" in capsys.readouterr().err
 
 
 def test_weights_are_no_model(

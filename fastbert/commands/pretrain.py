@@ -29,9 +29,7 @@ def run(args: Namespace) -> None:
     Raises:
         FastbertError: see `fastbert.train.loop.pretrain`.
     """
-    config = load_config(PretrainConfig, args.config, typed(args))
-    if config.resume and args.config is None:
-        config = _config_of_run(config, typed(args))
+    config = _asked(args.config, typed(args))
     if args.print_config:
         print(to_toml(config), end="")
         return
@@ -43,16 +41,18 @@ def run(args: Namespace) -> None:
     pretrain(config, export=export_run, check_tokenizer=check_tokenizer)
 
 
-def _config_of_run(config: PretrainConfig, overrides: dict[str, Any]) -> PretrainConfig:
-    """A run that goes on keeps its settings; only what was typed changes."""
-    check_path("resume", config.resume, words=("auto",))
-    from fastbert.train.prepare import run_folder
+def _asked(file: str | None, overrides: dict[str, Any]) -> PretrainConfig:
+    """Without a file, a run that goes on keeps its settings: only what was typed changes."""
+    if file is None and overrides.get("resume"):
+        check_path("resume", overrides["resume"], words=("auto",))
+        from fastbert.train.prepare import run_folder
 
-    run = run_folder(config)
-    if not (run / "config.toml").exists():
-        return config
-    overrides = overrides | {"out": str(run)}
-    return load_config(PretrainConfig, run / "config.toml", overrides, sealed=True)
+        where = {name: value for name, value in overrides.items() if name in ("resume", "out")}
+        run = run_folder(load_config(PretrainConfig, None, where))
+        if (run / "config.toml").exists():
+            overrides = overrides | {"out": str(run)}
+            return load_config(PretrainConfig, run / "config.toml", overrides, sealed=True)
+    return load_config(PretrainConfig, file, overrides)
 
 
 def check(config: PretrainConfig) -> None:

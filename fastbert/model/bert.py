@@ -186,18 +186,21 @@ class Bert(nn.Module):
 
     def encode(
         self,
-        *tokens: *Tokens,
+        input_ids: Tensor,  # (T,)
+        token_type_ids: Tensor,  # (T,)
+        position_ids: Tensor,  # (T,)
+        cu_seqlens: Tensor,  # (N + 1,) int32
+        max_seqlen: int,
         rows: Tensor | None = None,  # (R,) tokens wanted from the last layer; None for all
     ) -> Tensor:  # (T or R, H)
         """The last layer's output."""
-        *ids, cu_seqlens, max_seqlen = tokens
         seeds = self.dropout_state.unbind(0)
-        x = self.embeddings(*ids, seeds[0])
+        x = self.embeddings(input_ids, token_type_ids, position_ids, seeds[0])
         for layer, seed in zip(self.layers[:-1], seeds[1:-1], strict=True):
             x = self._run(layer, x, cu_seqlens, max_seqlen, seed)
         queries, inverse = None, rows
         if self.last_layer_masked_only and rows is not None:
-            queries, inverse = distinct(rows, cu_seqlens, len(ids[0]))
+            queries, inverse = distinct(rows, cu_seqlens, input_ids.numel())
         x = self._run(self.layers[-1], x, cu_seqlens, max_seqlen, seeds[-1], queries)
         return x if inverse is None else x.index_select(0, inverse)
 

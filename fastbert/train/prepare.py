@@ -42,6 +42,15 @@ _PREPARED = ("config.toml", "tokenizer", "data", "metrics.jsonl", "tensorboard")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def say_of_warmup(config: PretrainConfig) -> None:
+    """Says so where the learning rate never reaches its peak."""
+    if config.warmup_steps >= config.max_steps:
+        say(
+            f"warmup_steps = {config.warmup_steps} is not less than max_steps = "
+            f"{config.max_steps}: the learning rate never reaches its peak"
+        )
+
+
 def say(line: str) -> None:
     """Prints a line of the log on stderr."""
     print(line, file=sys.stderr)
@@ -83,11 +92,7 @@ def prepare(config: PretrainConfig, run: Path, check_tokenizer: CheckTokenizer |
     sizes = _model_sizes(config, tokenizer)
     execution = choose_execution(config, sizes)
     check_memory(config, sizes, execution.device, execution.dtype)
-    if config.warmup_steps >= config.max_steps:
-        say(
-            f"warmup_steps = {config.warmup_steps} is not less than max_steps = "
-            f"{config.max_steps}: the learning rate never reaches its peak"
-        )
+    say_of_warmup(config)
     for line in execution.reasons:
         say(line)
     return Prepared(sizes, execution, tokenizer, train, validation)

@@ -26,7 +26,6 @@ BEGIN, END = "<!-- python -m fastbert_bench.kernels.costs --readme -->", "<!-- e
 Sizes = Mapping[str, int]
 
 TOKENS, VOCABULARY, POSITIONS = 65_536, 30_522, 512
-MASKED = round(0.15 * TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,14 +204,6 @@ def _figures(row: Row) -> list[str]:
     ]
 
 
-HEADS = "".join(f"{heading:>12}" for heading in _COLUMNS)
-"""Above `cells`."""
-
-
-def cells(row: Row) -> str:
-    return "".join(f"{cell:>12}" for cell in _figures(row))
-
-
 def table(
     result: Mapping[str, Any],
     what: str,

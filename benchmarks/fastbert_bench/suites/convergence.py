@@ -41,7 +41,7 @@ from fastbert.progress import progress_bar
 from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.evaluate import evaluate, unigram_log_probabilities
 from fastbert.train.graph import launcher
-from fastbert.train.prepare import prepare_data, say
+from fastbert.train.prepare import prepare_data, say_of_warmup
 from fastbert.train.schedule import learning_rate
 from fastbert.train.step import TrainStep, compile_model
 from fastbert_bench.config import CONVERGENCE_RIVAL_NAMES, ConvergenceBenchConfig
@@ -115,11 +115,7 @@ class Task:
         shared = {name: vars(config)[name] for name in vars(config) if name in known}
         self.recipe = resolved(PretrainConfig(**shared))
         self.config = config
-        if config.warmup_steps >= config.max_steps:
-            say(
-                f"warmup_steps = {config.warmup_steps} is not less than max_steps = "
-                f"{config.max_steps}: the learning rate never reaches its peak"
-            )
+        say_of_warmup(self.recipe)
         execution = choose_execution(self.recipe, asked)  # a wrong device is told before the work
         if execution.dtype == torch.float16:
             raise UserError("precision = 'auto' is fp16 on this GPU, which has no bf16: use fp32")
