@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastbert.data.batch import Batch
-    from fastbert.hf import BertForMaskedLM, BertForPreTraining, BertModel
+    from fastbert.hf.models import BertForMaskedLM, BertForPreTraining, BertModel
 
 __version__ = "0.1.0"
 
@@ -17,9 +17,9 @@ __all__ = ["Batch", "BertForMaskedLM", "BertForPreTraining", "BertModel", "__ver
 
 _HOME = {
     "Batch": "fastbert.data.batch",
-    "BertForMaskedLM": "fastbert.hf",
-    "BertForPreTraining": "fastbert.hf",
-    "BertModel": "fastbert.hf",
+    "BertForMaskedLM": "fastbert.hf.models",
+    "BertForPreTraining": "fastbert.hf.models",
+    "BertModel": "fastbert.hf.models",
 }
 
 

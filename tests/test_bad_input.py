@@ -403,10 +403,10 @@ def test_a_disk_full_at_the_end(folder: Folder, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.undo()  # the picture is drawn
 
-    from fastbert import hf
+    from fastbert.hf import weights
 
     for target, name, what in [
-        (hf, "save_file", "hf"),
+        (weights, "save_file", "hf"),
         (matplotlib.figure.Figure, "savefig", "loss.png"),
     ]:
         folder.out = folder.path / name

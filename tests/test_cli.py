@@ -53,7 +53,8 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         return module
 
     found.export_run, found.check_tokenizer = object(), object()
-    stand_in("fastbert.hf", export_run=found.export_run, check_tokenizer=found.check_tokenizer)
+    door = {"export_run": found.export_run, "check_tokenizer": found.check_tokenizer}
+    stand_in("fastbert.hf.export", **door)
     stand_in("fastbert.train", __path__=[])
     stand_in("fastbert.train.loop", pretrain=receive)
     stand_in("fastbert_bench.suites.step", main=receive)

@@ -127,7 +127,7 @@ def test_the_law_holds(path: Path) -> None:
         ("fastbert.model.bert", "from ..data.batch import Batch"),
         ("fastbert.model.bert", "from fastbert import BertModel"),
         ("fastbert.data.pack", "from fastbert.train import loop"),
-        ("fastbert.train.loop", "def f():\n    from fastbert.hf import export_run"),
+        ("fastbert.train.loop", "def f():\n    from fastbert.hf.export import export_run"),
         ("fastbert.train.loop", "import importlib; importlib.import_module('fastbert.hf')"),
         ("fastbert.train.loop", "import transformers"),
         ("fastbert.train.loop", "from importlib import import_module as i; i('fastbert.hf')"),
@@ -135,7 +135,7 @@ def test_the_law_holds(path: Path) -> None:
         ("fastbert.train.loop", "runpy.run_module('fastbert_bench.gpu')"),
         ("fastbert.cli", "from transformers import BertConfig"),
         ("fastbert.cli", "import tests"),
-        ("fastbert.hf", "from fastbert_bench.suites import step"),
+        ("fastbert.hf.weights", "from fastbert_bench.suites import step"),
         ("fastbert.cli", "import fastbert_bench.commands"),
         ("fastbert.cli", "import importlib; importlib.import_module('fastbert_bench.commands')"),
         ("fastbert.commands.pretrain", "from fastbert.cli import main"),
@@ -154,7 +154,7 @@ def test_a_breach_is_seen(module: str, source: str) -> None:
         ("fastbert.ops", "from fastbert_kernels import reference"),
         ("fastbert.model.bert", "from . import heads\nfrom fastbert.ops import Ops"),
         ("fastbert.train.loop", "from fastbert.data.batch import Batch"),
-        ("fastbert.hf", "import transformers\nfrom fastbert.model import bert"),
+        ("fastbert.hf.weights", "import transformers\nfrom fastbert.model import bert"),
         ("fastbert.cli", "from fastbert import __version__, commands"),
         ("fastbert.cli", "from fastbert.commands import pretrain"),
         ("fastbert.config", "from fastbert.settings import setting"),
@@ -197,7 +197,7 @@ def test_a_breach_of_the_bench_is_seen() -> None:
         "run = ['-m', 'fastbert_bench.gpu.step']",
     ):
         assert len(bench_breaches(source, "fastbert_bench.estimate.run")) == 1
-    allowed = "from fastbert.hf import to_hf\nfrom fastbert_bench.kernels import costs"
+    allowed = "from fastbert.hf.weights import to_hf\nfrom fastbert_bench.kernels import costs"
     assert bench_breaches(allowed, "fastbert_bench.estimate.run") == []
 
 

@@ -35,7 +35,7 @@ def run(args: Namespace) -> None:
         return
     check(config)
     with held_signals():
-        from fastbert.hf import check_tokenizer, export_run
+        from fastbert.hf.export import check_tokenizer, export_run
         from fastbert.train.loop import pretrain
 
     pretrain(config, export=export_run, check_tokenizer=check_tokenizer)

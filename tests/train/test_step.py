@@ -11,7 +11,7 @@ from transformers import get_linear_schedule_with_warmup
 import fastbert
 from fastbert.config import ModelConfig, PretrainConfig
 from fastbert.data.batch import Batch
-from fastbert.hf import to_hf
+from fastbert.hf.weights import to_hf
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE, Ops, cpu_ops
 from fastbert.train.step import TrainStep

@@ -22,7 +22,7 @@ import torch
 from fastbert.config import ModelConfig
 from fastbert.data.batch import Batch
 from fastbert.errors import RunError
-from fastbert.hf import to_hf
+from fastbert.hf.weights import to_hf
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE, Ops, cpu_ops, triton_ops
 from fastbert.train.device import is_out_of_memory

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastbert.config import ModelConfig, PretrainConfig, to_hf_dict
 from fastbert.data.batch import Batch
 from fastbert.errors import RunError, UserError
-from fastbert.hf import to_hf
+from fastbert.hf.weights import to_hf
 from fastbert.model.bert import Bert
 from fastbert.ops import Ops
 from fastbert.train.device import Execution, can_compile, choose_execution

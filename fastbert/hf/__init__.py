@@ -1,0 +1,1 @@
+"""Hugging Face at the border, and the only room that imports transformers."""
