@@ -9,24 +9,51 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastbert.data.batch import Batch
-    from fastbert.hf.models import BertForMaskedLM, BertForPreTraining, BertModel
+    from fastbert.hf.accelerate import accelerate, decelerate
+    from fastbert.hf.models import (
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForPreTraining,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertModel,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["Batch", "BertForMaskedLM", "BertForPreTraining", "BertModel", "__version__"]
-
 _HOME = {
-    "Batch": "fastbert.data.batch",
-    "BertForMaskedLM": "fastbert.hf.models",
-    "BertForPreTraining": "fastbert.hf.models",
-    "BertModel": "fastbert.hf.models",
+    "fastbert.data.batch": ("Batch",),
+    "fastbert.hf.accelerate": ("accelerate", "decelerate"),
+    "fastbert.hf.models": (
+        *("BertForMaskedLM", "BertForMultipleChoice", "BertForNextSentencePrediction"),
+        *("BertForPreTraining", "BertForQuestionAnswering", "BertForSequenceClassification"),
+        *("BertForTokenClassification", "BertModel"),
+    ),
 }
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Batch",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "__version__",
+    "accelerate",
+    "decelerate",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -1,315 +1,476 @@
-"""Models with Hugging Face's signature."""
+"""transformers' BERT classes: the same names and parameters, and a forward without padding.
 
-import os
-import warnings
-from typing import Any, Self
+`BertModel` leaves the padding out before its first layer and puts it back after its last; heads
+tell it which tokens they read. What cannot be done so takes transformers' own path, and the log
+says once why. Devlin et al. 2019.
+
+B sequences padded to S, T tokens kept, M labelled tokens, V vocabulary, H hidden size.
+"""
+
+import inspect
+from dataclasses import replace
+from functools import wraps
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    MaskedLMOutput,
+)
+from transformers.models.bert import modeling_bert as theirs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
-from fastbert.config import ModelConfig, model_config
-from fastbert.hf.weights import local_folder, read_weights, save_folder, to_hf
-from fastbert.model.bert import Bert
-from fastbert.ops import REFERENCE, Ops
-from fastbert.settings import settings
+from fastbert.hf import layers
+from fastbert.hf.layers import is_plain, is_traced, kernels_for, note
+from fastbert.hf.packing import Plan
 
 
-class _HuggingFaceModel(nn.Module):
-    """What the three models share: a packed `Bert` inside, checkpoints, the padded entrance.
+def own_forward(module: nn.Module) -> bool:
+    """Whether a call ends in the class's forward; accelerate's hooks keep that aside."""
+    if "forward" not in vars(module):
+        return True
+    return getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
 
-    Attributes:
-        config: sizes and dropout.
-        packed: the `Bert` that does the work; call it to train on packed tokens.
-    """
 
-    architecture: str
-    parts: dict[str, bool]
+class _Keywords:
+    """A forward with the signature of transformers', that gets all its arguments by keyword."""
 
-    def __init__(self, config: Any, ops: Ops = REFERENCE) -> None:
-        """Builds the model with fresh weights.
-
-        Args:
-            config: a `ModelConfig`, or anything with BertConfig's attributes.
-            ops: which implementation of the fused ops to use.
-        """
-        super().__init__()
-        if not isinstance(config, ModelConfig):
-            names = [setting.name for setting in settings(ModelConfig)]
-            config = ModelConfig(**{name: getattr(config, name) for name in names})
-        self.config: ModelConfig = config
-        self.packed = Bert(config, ops, **self.parts)
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | os.PathLike[str], ops: Ops = REFERENCE) -> Self:
-        """Loads a Hugging Face BERT checkpoint in fp32, dropout off (`eval()`).
-
-        Args:
-            name_or_folder: a folder holding config.json and weights, or a hub name where
-                transformers can reach a hub or its cache.
-            ops: which implementation of the fused ops to use.
-
-        Raises:
-            UserError: no such folder, unreadable or mis-shapen weights, an encoder weight missing.
-                A missing head is initialised afresh, with a warning that names it.
-        """
-        folder = local_folder(name_or_folder)
-        config = model_config(os.fspath(folder))
-        model = cls(config, ops)
-        parameters = dict(model.packed.named_parameters())
-        state, missing = read_weights(folder, parameters, config)
-        if missing:
-            names = ", ".join(sorted(to_hf({n: parameters[n] for n in missing}, config)))
-            warnings.warn(f"{folder}: not in the checkpoint, set at random: {names}", stacklevel=2)
-        with torch.no_grad():
-            for name, tensor in state.items():
-                parameters[name].copy_(tensor)
-        return model.eval()
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `config.json` and `model.safetensors`, for transformers' class of the same name.
-
-        Raises:
-            RunError: the folder cannot be written.
-        """
-        save_folder(folder, dict(self.packed.named_parameters()), self.config, self.architecture)
-
-    def hf_state_dict(self) -> dict[str, Tensor]:
-        """The weights under transformers' names (those of BertForPreTraining)."""
-        return to_hf(dict(self.packed.named_parameters()), self.config)
-
-    def hf_gradients(self) -> dict[str, Tensor]:
-        """The gradients under transformers' names, to be compared with `named_parameters()`."""
-        gradients = {
-            name: parameter.grad
-            for name, parameter in self.packed.named_parameters()
-            if parameter.grad is not None
-        }
-        return to_hf(gradients, self.config)
-
-    def _unpad(
-        self,
-        input_ids: Tensor,  # (B, S)
-        attention_mask: Tensor | None,  # (B, S)
-        token_type_ids: Tensor | None,  # (B, S)
-        position_ids: Tensor | None,  # (B, S) or (1, S)
-        inputs_embeds: None,
-    ) -> "_Unpadded":
-        if inputs_embeds is not None:
-            raise ValueError("inputs_embeds is not supported: give input_ids")
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids must be (B, S), not {tuple(input_ids.shape)}")
-        B, S = input_ids.shape
-        if S > self.config.max_position_embeddings and position_ids is None:
-            raise ValueError(
-                f"sequences of {S} tokens: the model has "
-                f"{self.config.max_position_embeddings} positions"
-            )
-        device = input_ids.device
-        if attention_mask is None:
-            attention_mask = torch.ones(B, S, dtype=torch.bool, device=device)
-        if attention_mask.shape != (B, S):
-            raise ValueError(
-                f"attention_mask must be (B, S) = {(B, S)}, not {tuple(attention_mask.shape)}"
-            )
-        real = attention_mask != 0
-        lengths = real.sum(1)
-        indices = real.flatten().nonzero().squeeze(1)  # the one synchronisation: T must be known
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(S, device=device).unsqueeze(0)
-        if self.training:
-            # One draw from torch's generator a step, so that torch.manual_seed governs dropout.
-            self.packed.dropout_state[:, 0] = torch.randint(2**31, (), device=device)
-        return _Unpadded(
-            indices,
-            (
-                input_ids.flatten()[indices],
-                token_type_ids.flatten()[indices],
-                position_ids.expand(B, S).flatten()[indices],
-                F.pad(lengths.cumsum(0), (1, 0)).int(),
-                S,
-            ),
-            (B, S),
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        of = next(
+            (base for base in cls.__mro__ if base.__module__.startswith("transformers.")), None
         )
+        if of is None or "forward" in vars(cls):
+            return
+        names = list(inspect.signature(of.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+        @wraps(of.forward)  # type: ignore[attr-defined]
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._forward(**dict(zip(names, args, strict=False)), **kwargs)
+
+        cls.forward = forward  # type: ignore[attr-defined]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        wanted = type(self).config_class  # type: ignore[attr-defined]
+        if not isinstance(config, wanted):
+            kind = f"{type(self).__name__} takes a {wanted.__name__}"
+            raise TypeError(f"{kind}, not a {type(config).__name__}")
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        from fastbert.hf.accelerate import accelerate
+
+        accelerate(self)  # type: ignore[type-var]
 
 
-class _Unpadded:
-    """A padded batch laid end to end, and the way back."""
+# Encoders
 
-    def __init__(
-        self,
-        indices: Tensor,  # (T,) where each token stood in (B * S)
-        packed: tuple[Tensor, Tensor, Tensor, Tensor, int],
-        shape: tuple[int, int],
-    ) -> None:
-        self.indices, self.packed, self.shape = indices, packed, shape
-        cu_seqlens = packed[3]
-        self.first_tokens = cu_seqlens[:-1].long().clamp(max=max(len(indices) - 1, 0))
 
-    def pad(self, rows: Tensor) -> Tensor:  # (T, W) -> (B, S, W), zeros at padding
-        padded = rows.new_zeros(self.shape[0] * self.shape[1], rows.shape[-1])
-        return padded.index_copy(0, self.indices, rows).view(*self.shape, -1)
+class Encoder(_Keywords):
+    """Embeddings, layers and pooler in transformers' module tree."""
 
-    def labelled(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (M,) among the packed tokens and labels (M,) of what is to be predicted.
+    attention_class: ClassVar[type]
+    output_class: ClassVar[type] = BaseModelOutputWithPoolingAndCrossAttentions
+
+    def _forward(
+        self: Any,
+        *,
+        fastbert_plan: Plan | str | None = None,  # made by a head; a text: why there is none
+        fastbert_pooled: bool = False,  # only first tokens are read
+        **given: Any,
+    ) -> Any:
+        plan = self._plan(given) if fastbert_plan is None else fastbert_plan
+        if isinstance(plan, str):
+            note(f"{type(self).__name__}: transformers' own path: {plan}")
+            return super().forward(**given)  # type: ignore[misc]
+        note(f"{type(self).__name__}: no padding is computed, on {plan.cu_seqlens.device.type}")
+        if fastbert_pooled:
+            plan = self._wanting(plan, None, True, given)
+        return self._packed(plan, given)
+
+    def _plan(self: Any, given: dict[str, Any]) -> Plan | str:
+        """How to lay out a batch, or why that cannot be done.
 
         Raises:
-            ValueError: the labels' shape is wrong, or a padding token has a label.
+            ValueError: more tokens than positions, or a mask of another shape.
+            IndexError: a negative id (on a GPU as in transformers: by the device).
         """
-        if labels.shape != self.shape:
-            raise ValueError(f"labels must be (B, S) = {self.shape}, not {tuple(labels.shape)}")
-        packed = labels.flatten()[self.indices]
-        positions = (packed != -100).nonzero().squeeze(1)
-        if positions.numel() != int((labels != -100).sum()):
-            raise ValueError("labels must be -100 wherever attention_mask is 0")
-        return positions, packed[positions]
+        why = self._why_not(given)
+        if why:
+            return why
+        embeds: Any = given.get("inputs_embeds")
+        inputs: Any = given.get("input_ids") if embeds is None else embeds
+        B, S = inputs.shape[:2]
+        positions = self.embeddings.position_embeddings.num_embeddings
+        if given.get("position_ids") is None and S > positions:
+            raise ValueError(f"sequences of {S} tokens: the model has {positions} positions")
+        mask = given.get("attention_mask")
+        if mask is not None and mask.shape != (B, S):
+            raise ValueError(f"attention_mask must be {(B, S)}, not {tuple(mask.shape)}")
+        if inputs.device.type == "cpu":
+            for name in ("input_ids", "token_type_ids", "position_ids"):
+                ids = given.get(name)
+                if ids is not None and bool((ids < 0).any()):
+                    raise IndexError(f"{name} holds {int(ids.min())}: ids begin at 0")
+        return Plan.of(mask, (B, S), inputs.device)
 
+    def _why_not(self: Any, given: dict[str, Any]) -> str:
+        config = self.config
+        if is_traced():
+            return "it is compiled or traced"
+        if torch._C._functorch.maybe_current_level() is not None:
+            return "a transform of torch.func"
+        if config.is_decoder or config.add_cross_attention:
+            return "a decoder"
+        for name in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values"):
+            if given.get(name) is not None:
+                return name
+        if given.get("is_causal", getattr(config, "is_causal", None)):
+            return "is_causal"
+        if given.get("output_attentions", config.output_attentions):
+            return "output_attentions"
+        if config.chunk_size_feed_forward:
+            return "chunk_size_feed_forward"
+        inputs: Any = given.get("input_ids")
+        embeds: Any = given.get("inputs_embeds")
+        if (inputs is None) == (embeds is None):
+            return "both or none of input_ids and inputs_embeds"
+        shape = inputs.shape if embeds is None else embeds.shape[:-1]
+        if len(shape) != 2 or not shape.numel():
+            return f"inputs of shape {tuple(shape)}"
+        mask = given.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            return "an attention_mask that is not (batch, sequence)"
+        for layer in self.encoder.layer:
+            attention = layer.attention.self
+            if type(attention) is not self.attention_class or not own_forward(attention):
+                return f"an attention that is not {self.attention_class.__name__} itself"
+        return ""
 
-class BertModel(_HuggingFaceModel):
-    """The encoder and its pooler, with transformers' BertModel signature.
+    def _wanting(
+        self: Any, plan: Plan, places: Tensor | None, pooled: bool, given: dict[str, Any]
+    ) -> Plan:
+        """The plan where only these tokens' last hidden states are read, if nobody sees others.
 
-    Hidden states at padding positions are zero (transformers leaves meaningless numbers there), and
-    a sequence's pooled output is taken at its first real token.
-    """
+        Args:
+            plan: of the whole batch.
+            places: (M,) in the padded batch (B * S); None for none.
+            pooled: whether the first token of each sequence is read, too.
+            given: the arguments of the forward.
+        """
+        last = self.encoder.layer[-1]
+        seen = (last, last.attention, self.encoder, self)
+        if (
+            given.get("output_hidden_states", self.config.output_hidden_states)
+            or not isinstance(last, layers.Layer)
+            or not all(is_plain(module, type(module)) for module in seen)
+        ):
+            return plan
+        wanted = [] if places is None else [plan.places(places)]
+        wanted += [plan.first] if pooled else []
+        return replace(plan, wanted=torch.cat(wanted), last=last, pooled=pooled)
 
-    architecture = "BertModel"
-    parts = {"pooler": True, "mlm": False, "next_sentence": False}  # noqa: RUF012
+    def _packed(self: Any, plan: Plan, given: dict[str, Any]) -> Any:
+        """The forward over kept tokens.
 
-    def forward(
-        self,
-        input_ids: Tensor,  # (B, S)
-        attention_mask: Tensor | None = None,  # (B, S) 1 for real tokens, 0 for padding
-        token_type_ids: Tensor | None = None,  # (B, S)
-        position_ids: Tensor | None = None,  # (B, S)
-        inputs_embeds: None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
-    ) -> Any:
-        """Returns BaseModelOutputWithPoolingAndCrossAttentions, or a tuple of its fields."""
-        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-
-        batch = self._unpad(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        if output_hidden_states:
-            states = self.packed.hidden_states(*batch.packed)
+        Where only some are wanted, `last_hidden_state` is (1, M, H) of those, or (B, 1, H) of the
+        first tokens where only they are.
+        """
+        B = plan.shape[0]
+        return_dict = given.get("return_dict")
+        flags = {name: value for name, value in given.items() if name.startswith("output_")}
+        output = self._layers(plan, given, return_dict=True, **flags)
+        x = output.last_hidden_state
+        pooler = getattr(self, "pooler", None)
+        if plan.wanted is None:
+            states = plan.pad(x)
+            firsts = states
         else:
-            states = [self.packed.encode(*batch.packed)]
-        assert self.packed.pooler is not None
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=batch.pad(states[-1]),
-            pooler_output=self.packed.pooler(states[-1][batch.first_tokens]),
-            hidden_states=tuple(map(batch.pad, states)) if output_hidden_states else None,
+            states, firsts = x, x
+            if plan.pooled:
+                states, firsts = x.split((x.shape[1] - B, B), dim=1)
+                firsts = firsts.view(B, 1, -1)
+                states = states if states.shape[1] else firsts
+        found: dict[str, Any] = {"last_hidden_state": states}
+        if pooler is not None:
+            found["pooler_output"] = pooler(firsts)
+        if output.hidden_states is not None:
+            found["hidden_states"] = tuple(
+                states if state is x else None if state is None else plan.pad(state)
+                for state in output.hidden_states
+            )
+        output = self.output_class(**found)  # anew, because its order is that of its fields
+        whole = self.config.return_dict if return_dict is None else return_dict
+        return output if whole else output.to_tuple()
+
+    @capture_outputs
+    def _layers(self: Any, plan: Plan, given: dict[str, Any], **_: Any) -> Any:
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        types = given.get("token_type_ids")
+        x = self.embeddings(
+            input_ids=None if ids is None else plan.pack(ids),
+            position_ids=plan.pack(self._positions(plan.shape, given)),
+            token_type_ids=None if types is None else plan.pack(types.expand(plan.shape)),
+            inputs_embeds=None if embeds is None else plan.pack(embeds),
         )
-        return output if return_dict else output.to_tuple()
+        out = self.encoder(x, fastbert_plan=plan).last_hidden_state
+        return self.output_class(last_hidden_state=out.to(x.dtype))
+
+    def _positions(self: Any, shape: tuple[int, int], given: dict[str, Any]) -> Tensor:  # (B, S)
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = self.embeddings.position_ids[:, : shape[1]]
+        return positions.expand(shape)
 
 
-class _MaskedLanguageModel(_HuggingFaceModel):
-    def _heads(
-        self,
-        batch: _Unpadded,
-        labels: Tensor | None,
-        output_logits: bool | None,
-        output_hidden_states: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, ...] | None]:
-        """Mean MLM loss, logits (B, S, V), [CLS] states (B, H), hidden states (B, S, H)."""
-        bert = self.packed
-        assert bert.mlm is not None
-        if output_logits is None:
-            output_logits = labels is None or not self.training
-        word = bert.embeddings.word
-        states = None
-        cls, positions = batch.first_tokens, None
-        if labels is not None:
-            positions, targets = batch.labelled(labels)
-        if output_hidden_states:
-            states = bert.hidden_states(*batch.packed)
-            x = states[-1]
-        elif output_logits or positions is None:
-            x = bert.encode(*batch.packed)
-        else:  # only labelled and [CLS] tokens leave the last layer
-            x = bert.encode(*batch.packed, rows=torch.cat((positions, cls)))
-            cls = torch.arange(len(positions), len(x), device=x.device)
-            positions = torch.arange(len(positions), device=x.device)
-        loss = None
-        if positions is not None:
-            loss = bert.mlm(x[positions], word, targets) / len(targets)
-        logits = batch.pad(bert.mlm.logits(x, word)) if output_logits else None
-        padded = tuple(map(batch.pad, states)) if states is not None else None
-        return loss, logits, x[cls], padded
+# Heads
 
 
-class BertForMaskedLM(_MaskedLanguageModel):
-    """Masked-word prediction, with transformers' BertForMaskedLM signature."""
+def _base(model: Any) -> Any:
+    """A head's encoder, if it takes plans; else None."""
+    base: Any = getattr(model, model.base_model_prefix)
+    knows_plans = isinstance(base, Encoder) and own_forward(base)  # type: ignore[arg-type]
+    return base if knows_plans else None
 
-    architecture = "BertForMaskedLM"
-    parts = {"pooler": False, "mlm": True, "next_sentence": False}  # noqa: RUF012
 
-    def forward(
-        self,
-        input_ids: Tensor,  # (B, S)
-        attention_mask: Tensor | None = None,  # (B, S)
-        token_type_ids: Tensor | None = None,  # (B, S)
-        position_ids: Tensor | None = None,  # (B, S)
-        inputs_embeds: None = None,
-        labels: Tensor | None = None,  # (B, S) -100 where nothing is predicted
+class Pooled(_Keywords):
+    """A head that reads the first token of each sequence."""
+
+    def _forward(self: Any, **given: Any) -> Any:
+        if _base(self) is not None:
+            given["fastbert_pooled"] = True
+        return super().forward(**given)  # type: ignore[misc]
+
+
+def _on_padding(labels: Tensor | None, given: dict[str, Any]) -> bool:
+    """Whether a token is labelled that has no hidden state here, and one in transformers."""
+    mask = given.get("attention_mask")
+    if labels is None or mask is None or mask.shape != labels.shape:
+        return False
+    return bool(((labels != -100) & (mask == 0)).any())
+
+
+_LABELLED_PADDING = "labels on padding"
+
+
+class EveryToken(_Keywords):
+    """A head that reads each token, and may have a label for each."""
+
+    def _forward(self: Any, **given: Any) -> Any:
+        if _base(self) is not None and _on_padding(given.get("labels"), given):
+            given["fastbert_plan"] = _LABELLED_PADDING
+        return super().forward(**given)  # type: ignore[misc]
+
+
+class Span(_Keywords):
+    """Question answering: its softmax runs over all positions, those of padding included."""
+
+    def _forward(self: Any, **given: Any) -> Any:
+        mask = given.get("attention_mask")
+        if _base(self) is not None and mask is not None and not bool((mask != 0).all()):
+            given["fastbert_plan"] = "question answering over padding"
+        return super().forward(**given)  # type: ignore[misc]
+
+
+class MaskedWords(_Keywords):
+    """A head over the vocabulary. Training with labels, it scores the labelled tokens alone.
+
+    `logits` are then None: `output_logits=True` asks for all of them. With `num_items_in_batch` the
+    loss is the sum over labels divided by it: of all batches that are accumulated, as Trainer
+    counts (transformers 5 takes the mean of each, so that n of them count n times).
+    """
+
+    transform_name = "cls.predictions.transform"
+    decoder_name = "cls.predictions.decoder"
+    scores_name = "cls"
+
+    @can_return_tuple
+    def _forward(
+        self: Any,
+        *,
+        labels: Tensor | None = None,  # (B, S), -100 where nothing is predicted
         output_logits: bool | None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        num_items_in_batch: Tensor | int | None = None,
+        **given: Any,
     ) -> Any:
-        """Returns MaskedLMOutput, or a tuple of its fields.
+        if labels is None:
+            return super().forward(**given)  # type: ignore[misc]
+        rows = None
+        if self.training and not output_logits:
+            rows = labelled_rows(self, labels, given, pooled=False)
+        if rows is None:
+            if _base(self) is not None and _on_padding(labels, given):
+                given["fastbert_plan"] = _LABELLED_PADDING
+            given["return_dict"] = True
+            output = super().forward(**given)  # type: ignore[misc]
+            scores = output.logits.flatten(0, -2)
+            loss = _mean(F.cross_entropy, scores, labels.flatten(), num_items_in_batch)
+            return type(output)(loss=loss, **output)
+        x, targets, output = rows
+        return MaskedLMOutput(
+            loss=words_loss(self, x, targets, num_items_in_batch),
+            hidden_states=output.hidden_states,
+        )
 
-        Logits (B, S, V) are zero at padding. `output_logits` = None leaves them out (None) when
-        training with labels, where the loss needs the labelled rows only; True forces them.
 
-        Raises:
-            ValueError: shapes that do not fit, or a label on padding.
-        """
-        from transformers.modeling_outputs import MaskedLMOutput
+class WordsAndNextSentence(_Keywords):
+    """Both heads of pre-training; `logits` as in `MaskedWords`."""
 
-        batch = self._unpad(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        loss, logits, _, states = self._heads(batch, labels, output_logits, output_hidden_states)
-        output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=states)
-        return output if return_dict else output.to_tuple()
+    transform_name = "cls.predictions.transform"
+    decoder_name = "cls.predictions.decoder"
+    scores_name = "cls.predictions"
 
-
-class BertForPreTraining(_MaskedLanguageModel):
-    """MLM and next-sentence prediction, with transformers' BertForPreTraining signature."""
-
-    architecture = "BertForPreTraining"
-    parts = {"pooler": True, "mlm": True, "next_sentence": True}  # noqa: RUF012
-
-    def forward(
-        self,
-        input_ids: Tensor,  # (B, S)
-        attention_mask: Tensor | None = None,  # (B, S)
-        token_type_ids: Tensor | None = None,  # (B, S)
-        position_ids: Tensor | None = None,  # (B, S)
-        inputs_embeds: None = None,
-        labels: Tensor | None = None,  # (B, S) -100 where nothing is predicted
+    @can_return_tuple
+    def _forward(
+        self: Any,
+        *,
+        labels: Tensor | None = None,  # (B, S), -100 where nothing is predicted
         next_sentence_label: Tensor | None = None,  # (B,) 0 = B follows A, 1 = B is random
         output_logits: bool | None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        **given: Any,
     ) -> Any:
-        """Returns BertForPreTrainingOutput, or a tuple of its fields.
-
-        The loss is the sum of the means of the losses whose labels are given. `output_logits` and
-        the errors are those of `BertForMaskedLM`; next-sentence logits are always there.
-        """
-        from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
-
-        batch = self._unpad(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        loss, logits, cls, states = self._heads(batch, labels, output_logits, output_hidden_states)
-        assert self.packed.pooler is not None and self.packed.next_sentence is not None
-        scores = self.packed.next_sentence(self.packed.pooler(cls))
-        if next_sentence_label is not None:
-            next_sentence = F.cross_entropy(scores.float(), next_sentence_label.view(-1))
-            loss = next_sentence if loss is None else loss + next_sentence
-        output = BertForPreTrainingOutput(
-            loss=loss,
-            prediction_logits=logits,
+        rows = None
+        if labels is not None and next_sentence_label is not None:
+            if self.training and not output_logits and is_plain(self.cls, type(self.cls)):
+                rows = labelled_rows(self, labels, given, pooled=True)
+            if rows is None and _base(self) is not None and _on_padding(labels, given):
+                given["fastbert_plan"] = _LABELLED_PADDING
+        if rows is None or next_sentence_label is None:
+            given |= {"labels": labels, "next_sentence_label": next_sentence_label}
+            return super().forward(**given)  # type: ignore[misc]
+        x, targets, output = rows
+        scores = self.cls.seq_relationship(output.pooler_output)
+        next_sentence = F.cross_entropy(scores.view(-1, 2), next_sentence_label.view(-1))
+        return theirs.BertForPreTrainingOutput(
+            loss=words_loss(self, x, targets, None) + next_sentence,
             seq_relationship_logits=scores,
-            hidden_states=states,  # type: ignore[arg-type]  # annotated as a tuple of one
+            hidden_states=output.hidden_states,
         )
-        return output if return_dict else output.to_tuple()
+
+
+def labelled_rows(
+    model: Any, labels: Tensor, given: dict[str, Any], pooled: bool
+) -> tuple[Tensor, Tensor, Any] | None:
+    """Last hidden states (1, M, H) and labels (M,) of labelled tokens, and the encoder's output.
+
+    None where that is not to be had: transformers' path then says why.
+
+    Raises:
+        ValueError: labels of another shape than the inputs.
+    """
+    base = _base(model)
+    plan = base._plan(given) if base is not None else ""
+    if isinstance(plan, str) or _on_padding(labels, given):
+        return None
+    if labels.shape != plan.shape:
+        raise ValueError(f"labels must be {plan.shape}, not {tuple(labels.shape)}")
+    places = (labels.flatten() != -100).nonzero().squeeze(1)
+    plan = base._wanting(plan, places, pooled, given)
+    given = {name: value for name, value in given.items() if value is not None}
+    output = base(**given | {"fastbert_plan": plan, "return_dict": True})
+    x = output.last_hidden_state
+    if plan.wanted is None:
+        x = x.flatten(0, 1).index_select(0, places)[None]
+    elif pooled:
+        x = x[:, : len(places)] if len(places) else x.transpose(0, 1)[:, :0]
+    return x, labels.flatten().index_select(0, places), output
+
+
+def words_loss(
+    model: Any,
+    x: Tensor,  # (1, M, H)
+    targets: Tensor,  # (M,)
+    num_items: Tensor | int | None,
+) -> Tensor:
+    """The loss of labelled tokens: their mean, or their sum divided by `num_items`."""
+    transform = model.get_submodule(model.transform_name)
+    decoder = model.get_submodule(model.decoder_name)
+    scores = model.get_submodule(model.scores_name)
+    ops = kernels_for(x, x.shape[-1])
+    plain = is_plain(decoder, nn.Linear) and decoder.bias is not None
+    parents = (scores, getattr(scores, "predictions", scores))
+    if (
+        ops is None
+        or not len(targets)
+        or not plain
+        or not all(is_plain(p, type(p)) for p in parents)
+    ):
+        return _mean(F.cross_entropy, scores(x).squeeze(0), targets, num_items)
+    features = transform(x).squeeze(0)
+    weight, bias = (one.to(features.dtype) for one in (decoder.weight, decoder.bias))
+    total = ops.linear_cross_entropy(features, weight, bias, targets)
+    return total / (len(targets) if num_items is None else num_items)
+
+
+def _mean(
+    cross_entropy: Any, scores: Tensor, labels: Tensor, num_items: Tensor | int | None
+) -> Tensor:
+    if num_items is None:
+        return cross_entropy(scores, labels)
+    return cross_entropy(scores, labels, reduction="sum") / num_items
+
+
+# BERT
+
+
+class BertSelfAttention(layers.SelfAttention, theirs.BertSelfAttention):
+    """transformers' BertSelfAttention over kept tokens."""
+
+
+class BertSelfOutput(layers.AddNorm, theirs.BertSelfOutput):
+    """transformers' BertSelfOutput, fused on a GPU."""
+
+
+class BertIntermediate(layers.Intermediate, theirs.BertIntermediate):
+    """transformers' BertIntermediate, fused on a GPU."""
+
+
+class BertOutput(layers.AddNorm, theirs.BertOutput):
+    """transformers' BertOutput, fused on a GPU."""
+
+
+class BertLayer(layers.Layer, theirs.BertLayer):
+    """transformers' BertLayer; the last makes only what is read."""
+
+
+class BertPredictionHeadTransform(layers.Transform, theirs.BertPredictionHeadTransform):
+    """transformers' BertPredictionHeadTransform, fused on a GPU."""
+
+
+class BertModel(Encoder, theirs.BertModel):
+    """transformers' BertModel. Hidden states at padding are 0, where those are meaningless."""
+
+    attention_class = BertSelfAttention
+
+
+class BertForPreTraining(WordsAndNextSentence, theirs.BertForPreTraining):
+    """transformers' BertForPreTraining; `output_logits` as in `BertForMaskedLM`."""
+
+
+class BertForMaskedLM(MaskedWords, theirs.BertForMaskedLM):
+    """transformers' BertForMaskedLM.
+
+    In training with labels, `logits` are left out (None) unless `output_logits=True` asks for them.
+    The loss honours `num_items_in_batch`.
+    """
+
+
+class BertForNextSentencePrediction(Pooled, theirs.BertForNextSentencePrediction):
+    """transformers' BertForNextSentencePrediction."""
+
+
+class BertForSequenceClassification(Pooled, theirs.BertForSequenceClassification):
+    """transformers' BertForSequenceClassification."""
+
+
+class BertForMultipleChoice(Pooled, theirs.BertForMultipleChoice):
+    """transformers' BertForMultipleChoice."""
+
+
+class BertForTokenClassification(EveryToken, theirs.BertForTokenClassification):
+    """transformers' BertForTokenClassification."""
+
+
+class BertForQuestionAnswering(Span, theirs.BertForQuestionAnswering):
+    """transformers' BertForQuestionAnswering; with padding, by transformers' own path."""

@@ -110,7 +110,7 @@ def test_hf_folder_loads_and_computes_the_same(pretrain: Run, nsp: bool) -> None
     assert len(tokenizer) == ours.vocab_size == models[trained_as].config.vocab_size
 
     batch = {"input_ids": torch.tensor([ids])}
-    mine = fastbert.BertForMaskedLM.from_pretrained(run / "hf")
+    mine = fastbert.BertForMaskedLM.from_pretrained(run / "hf").eval()
     with torch.no_grad():
         found, want = mine(**batch).logits, models["BertForMaskedLM"](**batch).logits
         assert (found - want).abs().max() < 1e-5

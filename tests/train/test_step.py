@@ -8,10 +8,9 @@ import torch
 from transformers import BertForPreTraining as HFPreTraining
 from transformers import get_linear_schedule_with_warmup
 
-import fastbert
 from fastbert.config import ModelConfig, PretrainConfig
 from fastbert.data.batch import Batch
-from fastbert.hf.weights import to_hf
+from fastbert.hf.weights import save_folder, to_hf
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE, Ops, cpu_ops
 from fastbert.train.step import TrainStep
@@ -110,13 +109,11 @@ def test_accumulation_changes_nothing_but_rounding() -> None:
 
 def test_gradients_are_those_of_hugging_face(tmp_path: object) -> None:
     torch.manual_seed(3)
-    model = fastbert.BertForPreTraining(SIZES)
+    model = Bert(SIZES)
     theirs = _theirs(model, tmp_path)
     generator = torch.Generator().manual_seed(0)
     rows = sequences([24, 3, 17, 9, 1], generator)
-    step = TrainStep(
-        model.packed, PretrainConfig(max_grad_norm=0.0, learning_rate=1e-3), torch.float32
-    )
+    step = TrainStep(model, PretrainConfig(max_grad_norm=0.0, learning_rate=1e-3), torch.float32)
     step([packed(rows, 96, 8, 40)])
     want = theirs(**padded(rows)).loss
     want.backward()
@@ -128,19 +125,19 @@ def test_gradients_are_those_of_hugging_face(tmp_path: object) -> None:
         assert (ours[name] - parameter.grad).abs().max() < 1e-4 * scale, name
 
 
-def _theirs(model: fastbert.BertForPreTraining, tmp_path: object) -> HFPreTraining:
-    model.save_pretrained(f"{tmp_path}/hf")
+def _theirs(model: Bert, tmp_path: object) -> HFPreTraining:
+    save_folder(f"{tmp_path}/hf", dict(model.named_parameters()), SIZES, "BertForPreTraining")
     return HFPreTraining.from_pretrained(f"{tmp_path}/hf").train()
 
 
 def test_100_steps_lie_on_hugging_faces(tmp_path: object) -> None:
     torch.manual_seed(3)
-    model = fastbert.BertForPreTraining(SIZES)
+    model = Bert(SIZES)
     theirs = _theirs(model, tmp_path)
     config = PretrainConfig(
         learning_rate=2e-3, max_steps=100, warmup_steps=10, lr_scheduler_type="linear"
     )
-    step = TrainStep(model.packed, config, torch.float32)
+    step = TrainStep(model, config, torch.float32)
     matrices = [p for p in theirs.parameters() if p.dim() > 1]
     vectors = [p for p in theirs.parameters() if p.dim() < 2]
     rule = torch.optim.AdamW(

@@ -1,0 +1,199 @@
+"""Modules of an encoder layer with transformers' parameters and another forward.
+
+Each is a mixin before transformers' own class, whose forward it calls where it cannot do better:
+where no plan comes, because the model runs as in transformers, and where there is no kernel. A
+module inside that is not plain (LoRA, quantised, with a hook) is called, never read.
+
+T tokens, H hidden size, F intermediate size, A heads, D head dimension.
+"""
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
+
+from fastbert.hf.packing import Plan, attend, attend_with, dropout_seed
+from fastbert.ops import MAX_WIDTH, Ops, triton_ops, why_no_kernels
+from fastbert_kernels.attention_config import HEAD_SIZES
+
+logger = logging.getLogger("fastbert")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+
+
+@torch.compiler.assume_constant_result
+def note(line: str) -> None:
+    """Says something once in a process; while a model is compiled or traced, too."""
+    _say(line)
+
+
+@cache
+def _say(line: str) -> None:
+    logger.warning("%s", line)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether reading a module's parameters does what calling it would do.
+
+    Not so of a subclass (LoRA, quantised, parametrised), with a patched forward (a model spread
+    over devices), or with a hook, save transformers' own that record outputs.
+    """
+    if type(module) is not kind or "forward" in vars(module):
+        return False
+    of_all = torch.nn.modules.module
+    if any(getattr(of_all, name, None) for name in _GLOBAL_HOOKS):
+        return False
+    return not any(
+        hook.__module__ != "transformers.utils.output_capturing"
+        for name in _HOOKS
+        for hook in vars(module)[name].values()
+    )
+
+
+def kernels_for(x: Tensor, *widths: int) -> Ops | None:
+    """Our kernels, for rows of these widths where `x` lies; None: plain PyTorch."""
+    if x.device.type != "cuda" or is_traced() or x.dtype == torch.float64:
+        return None
+    if any(width % 8 or width > MAX_WIDTH for width in widths):
+        return None
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return _kernels(x.device, "tf32" if tf32 else "ieee")
+
+
+@cache
+def _kernels(device: torch.device, precision: str) -> Ops | None:
+    return None if why_no_kernels(device, 8, 8, HEAD_SIZES[0]) else triton_ops(precision=precision)
+
+
+def is_traced() -> bool:
+    """Whether this call is recorded rather than run."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+class SelfAttention:
+    """Attention over a plan's tokens; the projections are called, or joined for a kernel."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,  # (1, T, H) with a plan, else (B, S, H)
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        fastbert_plan: Plan | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if fastbert_plan is None:
+            return super().forward(  # type: ignore[misc]
+                hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        plan = fastbert_plan.to(hidden_states.device)
+        A, D, x = self.num_attention_heads, self.attention_head_size, hidden_states[0]
+        dropout_p = self.dropout.p if self.dropout.training else 0.0
+        projections = (self.query, self.key, self.value)
+        ops = kernels_for(x) if D in HEAD_SIZES and dropout_p < 1.0 else None
+        if ops is None:
+            q, k, v = (project(x) for project in projections)
+            return attend(plan, q, k, v, A, dropout_p, self.scaling)[None], None
+        if all(is_plain(one, nn.Linear) and one.bias is not None for one in projections):
+            weight = torch.cat([one.weight for one in projections])
+            qkv = F.linear(x, weight, torch.cat([one.bias for one in projections]))
+        else:
+            qkv = torch.cat([project(x) for project in projections], dim=1)
+        context = attend_with(ops, plan, qkv.view(-1, 3, A, D), dropout_p)
+        return context.flatten(1)[None], None
+
+
+class AddNorm:
+    """LayerNorm(dropout(x W + b) + residual), the end of both halves of a layer."""
+
+    def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Any:
+        dense, norm, dropout = self.dense, self.LayerNorm, self.dropout
+        plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
+        p = dropout.p if dropout.training else 0.0
+        ops = kernels_for(hidden_states, input_tensor.shape[-1])
+        if ops is None or not plain or not is_plain(dropout, nn.Dropout) or p >= 1.0:
+            return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
+        x = F.linear(hidden_states, dense.weight)
+        rows = x.view(-1, x.shape[-1])
+        out = ops.dropout_add_layer_norm(
+            rows, dense.bias, input_tensor.to(x.dtype).reshape(rows.shape),
+            norm.weight, norm.bias, norm.eps, p, dropout_seed(x.device, p), 1,
+        )  # fmt: skip
+        return out.view(x.shape)
+
+
+class Intermediate:
+    """GELU(x W + b)."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Any:
+        ops = kernels_for(hidden_states, self.dense.out_features)
+        approximate = gelu_of(self.intermediate_act_fn)
+        if ops is None or approximate is None or not is_plain(self.dense, nn.Linear):
+            return super().forward(hidden_states)  # type: ignore[misc]
+        dense, kind = self.dense, product_dtype(hidden_states)
+        rows = hidden_states.to(kind).reshape(-1, dense.in_features)
+        weight, bias = dense.weight.to(kind), dense.bias.to(kind)
+        out, _ = ops.linear_gelu_residual(rows, weight, bias, approximate)
+        return out.view(*hidden_states.shape[:-1], -1)
+
+
+class Transform:
+    """LayerNorm(GELU(x W + b)), where masked words are predicted from."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Any:
+        dense, norm = self.dense, self.LayerNorm
+        ops = kernels_for(hidden_states, dense.out_features)
+        approximate = gelu_of(self.transform_act_fn)
+        plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
+        if ops is None or approximate is None or not plain:
+            return super().forward(hidden_states)  # type: ignore[misc]
+        x = F.linear(hidden_states, dense.weight)
+        out = ops.gelu_layer_norm(
+            x.view(-1, x.shape[-1]), dense.bias, norm.weight, norm.bias, norm.eps, approximate
+        )
+        return out.view(x.shape)
+
+
+class Layer:
+    """A layer that is the last, where not every token's output is read."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        *args: Any,
+        fastbert_plan: Plan | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        plan = fastbert_plan
+        if plan is None or plan.wanted is None or plan.last is not self:
+            if plan is not None:
+                kwargs["fastbert_plan"] = plan
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        wanted = plan.to(hidden_states.device).wanted
+        assert wanted is not None
+        # Of a token that nobody reads, the others need key and value only.
+        context, _ = self.attention.self(hidden_states, fastbert_plan=plan)
+        x = self.attention.output(
+            context.index_select(1, wanted), hidden_states.index_select(1, wanted)
+        )
+        return self.feed_forward_chunk(x)
+
+
+def gelu_of(activation: Any) -> str | None:
+    """How our kernels call an activation of transformers; None: it is none of theirs."""
+    if type(activation) is GELUActivation:
+        return "none" if activation.act is F.gelu else None
+    return "tanh" if type(activation) in (NewGELUActivation, GELUTanh) else None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product of `x` comes in, under autocast or not."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
