@@ -59,7 +59,7 @@ def kernels_for(x: Tensor, *widths: int) -> Ops | None:
     """Our kernels, for rows of these widths where `x` lies; None: plain PyTorch."""
     if x.device.type != "cuda" or is_traced() or x.dtype == torch.float64:
         return None
-    if any(width % 8 or width > MAX_WIDTH for width in widths):
+    if not x.numel() or any(width % 8 or width > MAX_WIDTH for width in widths):
         return None
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return _kernels(x.device, "tf32" if tf32 else "ieee")
@@ -141,7 +141,7 @@ class Intermediate:
         rows = hidden_states.to(kind).reshape(-1, dense.in_features)
         weight, bias = dense.weight.to(kind), dense.bias.to(kind)
         out, _ = ops.linear_gelu_residual(rows, weight, bias, approximate)
-        return out.view(*hidden_states.shape[:-1], -1)
+        return out.view(*hidden_states.shape[:-1], dense.out_features)
 
 
 class Transform:
