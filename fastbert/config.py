@@ -252,16 +252,10 @@ def device_setting(
     return setting("auto", help, group, choices=("auto", "cpu", "cuda"), pattern=pattern)
 
 
-def model_setting(
-    group: Group,
-    default: str,
-    of: str = "",
-    otherwise: str = "",
-    aka: tuple[str, ...] = ("model_name_or_path", "model_name"),
-) -> Any:
+def model_setting(group: Group, default: str, of: str = "") -> Any:
     """A preset's name, or the path of a config.json."""
-    help = f"{of}preset ({', '.join(PRESETS)}) or path of a config.json{otherwise}"
-    return setting(default, help, group, aka=aka)
+    help = f"{of}preset ({', '.join(PRESETS)}) or path of a config.json"
+    return setting(default, help, group, aka=("model_name_or_path", "model_name"))
 
 
 def precision_setting(
@@ -301,10 +295,13 @@ def data_setting(group: Group) -> Any:
     return setting("builtin", "text file or folder of text files, or builtin", group, aka=aka)
 
 
-def tokenizer_setting(group: Group, default: str = "train", otherwise: str = "") -> Any:
+_TOKENIZER_NAMES = ("tokenizer_name", "vocab", "vocab_file")
+
+
+def tokenizer_setting(group: Group) -> Any:
     """A given tokenizer, or one of the data's own."""
-    help = f"path of a tokenizer or its folder, or train = train one on the data{otherwise}"
-    return setting(default, help, group, aka=("tokenizer_name", "vocab", "vocab_file"))
+    help = "path of a tokenizer or its folder, or train = train one on the data"
+    return setting("train", help, group, aka=_TOKENIZER_NAMES)
 
 
 def vocab_size_setting(group: Group) -> Any:
@@ -421,8 +418,11 @@ class PretrainConfig:
         2, "batches that each of them prepares ahead", RUN, at_least=1, at_most=MOST_AHEAD
     )
 
-    model: str = model_setting(
-        MODEL, "auto", "", " (auto = init_from's, else tiny)", ("model_name", "config_name")
+    model: str = setting(
+        "auto",
+        f"preset ({', '.join(PRESETS)}) or config.json (auto: init_from's or tiny)",
+        MODEL,
+        aka=("model_name", "config_name"),
     )
     init_from: str = setting(
         "",
@@ -456,7 +456,12 @@ class PretrainConfig:
         choices=("auto", "line"),
         pattern="[a-z]{2,3}",
     )
-    tokenizer: str = tokenizer_setting(DATA, "auto", " (auto = init_from's, else train)")
+    tokenizer: str = setting(
+        "auto",
+        "a tokenizer's path, or train = train one on the data (auto = init_from's, else train)",
+        DATA,
+        aka=_TOKENIZER_NAMES,
+    )
     vocab_size: int = vocab_size_setting(DATA)
     add_tokens: str = setting(
         "",
