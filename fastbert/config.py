@@ -137,7 +137,7 @@ def model_config(name_or_path: str) -> ModelConfig:
     """
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
-    shown = f"model = {name_or_path!r}"
+    shown = f"model = {show(name_or_path)}"
     if not exists(name_or_path):
         if name_or_path.endswith(".json") or os.path.dirname(name_or_path):
             raise UserError(f"{shown}: no such file or folder (nothing is downloaded)")
