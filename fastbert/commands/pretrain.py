@@ -36,9 +36,10 @@ def run(args: Namespace) -> None:
     check(config)
     with held_signals():
         from fastbert.hf.export import check_tokenizer, export_run
+        from fastbert.hf.initial import read_initial
         from fastbert.train.loop import pretrain
 
-    pretrain(config, export=export_run, check_tokenizer=check_tokenizer)
+    pretrain(config, export=export_run, check_tokenizer=check_tokenizer, read_initial=read_initial)
 
 
 def _asked(file: str | None, overrides: dict[str, Any]) -> PretrainConfig:
@@ -61,9 +62,11 @@ def check(config: PretrainConfig) -> None:
     Raises:
         UserError: a path does not exist, or the model cannot take the sequences.
     """
-    check_positions(config.model, config.max_seq_length)
     check_path("data", config.data, words=("builtin",))
     if not config.resume:  # a run keeps its own
-        check_path("tokenizer", config.tokenizer, words=("train",))
+        check_positions(config.sizes_from, config.max_seq_length)
+        check_path("tokenizer", config.tokenizer, words=("auto", "train"))
+        if not config.add_tokens.isdecimal():
+            check_path("add_tokens", config.add_tokens, words=("",))
     check_path("resume", config.resume, words=("", "auto"))
     check_folder("out", config.out)

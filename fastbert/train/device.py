@@ -243,7 +243,7 @@ def check_memory(
     free = free_memory(device)
     each = 12 + (2 if config.gradient_precision == "bf16" else 4)  # master, two moments; gradient
     each += dtype.itemsize if dtype != torch.float32 else 0
-    state = check_weights(config.model, model, device, each, nsp=config.nsp)
+    state = check_weights(config.sizes_from, model, device, each, nsp=config.nsp)
     T, L = config.tokens_per_batch, model.num_hidden_layers
     batches = (config.gradient_accumulation_steps + 1) * T * _BATCH_BYTES
     step = batches

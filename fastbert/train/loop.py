@@ -33,10 +33,12 @@ from fastbert.train.evaluate import (
     unigram_log_probabilities,
 )
 from fastbert.train.graph import launcher
+from fastbert.train.initial import ReadInitial
 from fastbert.train.interrupts import interruptible, noting_signals
 from fastbert.train.prepare import (
     CheckTokenizer,
     Prepared,
+    begin,
     check_request,
     held_run,
     prepare,
@@ -53,7 +55,10 @@ _MAX_SKIPPED_IN_A_ROW = 3
 
 
 def pretrain(
-    config: PretrainConfig, export: Export, check_tokenizer: CheckTokenizer | None = None
+    config: PretrainConfig,
+    export: Export,
+    check_tokenizer: CheckTokenizer | None = None,
+    read_initial: ReadInitial | None = None,
 ) -> Path:
     """Trains a BERT as `config` says and returns the run's folder.
 
@@ -62,6 +67,7 @@ def pretrain(
         export: writes the `hf/` folder: (folder, weights by name, model sizes, tokenizer folder).
         check_tokenizer: refuses, before the first step, a given tokenizer whose saved form is
             another: (the tokenizer, the folder it is saved in).
+        read_initial: reads the weights of `init_from`; needed where that is set.
 
     Raises:
         UserError: a bad request: missing files, a run already there or at work, a damaged
@@ -74,11 +80,13 @@ def pretrain(
         check_threads(config.num_threads)
         torch.set_num_threads(config.num_threads)
     with interruptible(), held_run(config) as run:
-        config = dataclasses.replace(resolved(config), out=str(run))
+        config = resolved(dataclasses.replace(config, out=str(run)))
         check_request(config)
+        assert read_initial is not None or not config.init_from
         restored = restored_state(config, run)
         with taken_back_on_failure(run):
-            trainer = _Trainer(config, run, prepare(config, run, check_tokenizer), restored)
+            read = read_initial if restored is None else None
+            trainer = _Trainer(config, run, prepare(config, run, check_tokenizer, read), restored)
         with noting_signals() as stop:
             trainer.run(stop)
         trainer.finish(export)
@@ -108,6 +116,8 @@ class _Trainer:
         """The same of the held-out batches, beyond `split`."""
         self.told_skipped = state.get("skipped", 0)
         self.model = self._build_model()
+        if prepared.initial is not None:
+            begin(config, prepared.initial, self.model, self.tokenizer)
         dtype, compiled = self.execution.dtype, self._compiles_model()
         self.train_step = TrainStep(self.model, config, dtype, main_grads=not compiled)
         self.launch = self._launcher()
@@ -223,8 +233,9 @@ class _Trainer:
         for name, value in state["sizes"].items():
             if sizes[name] != value:
                 raise UserError(
-                    f"model = {self.config.model!r} has {name} = {sizes[name]}, but had {value} at "
-                    f"the checkpoint of step {restored.step}: put it back, or start a new run"
+                    f"model = {self.config.sizes_from!r} has {name} = {sizes[name]}, but had "
+                    f"{value} at the checkpoint of step {restored.step}: put it back, or start a "
+                    "new run"
                 )
         try:
             self.train_step.load_state_dict(
@@ -277,6 +288,8 @@ class _Trainer:
         read_every = 1 if self.device.type == "cpu" else config.logging_steps
         started, tokens_before = time.perf_counter(), self.tokens
         rate = loss = None
+        if config.init_from and not self.step:
+            self._save()  # from here on a resume needs nothing but the run's folder
         while self.step < last and not stop_signal():
             self._next_phase()
             self._one_step()
