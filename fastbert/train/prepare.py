@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastbert.config import ModelConfig, PretrainConfig, model_config
 from fastbert.data.corpus import Skipped, corpus_bytes, map_corpus
@@ -33,6 +33,7 @@ from fastbert.errors import RunError, UserError
 from fastbert.progress import progress_bar
 from fastbert.settings import sealed_toml
 from fastbert.train import checkpoint, lock
+from fastbert.train.build import with_dropout
 from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.interrupts import held_signals
 
@@ -137,11 +138,11 @@ def _asked_model(config: PretrainConfig) -> ModelConfig:
 
 
 def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
-    changes: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if getattr(config, name) is not None:
-            changes[name] = getattr(config, name)
-    return dataclasses.replace(_asked_model(config), **changes)
+    return dataclasses.replace(
+        with_dropout(config, _asked_model(config)),
+        vocab_size=tokenizer.vocab_size,
+        pad_token_id=tokenizer.pad_id,
+    )
 
 
 def run_folder(config: PretrainConfig) -> Path:
