@@ -5,6 +5,7 @@ examples are whole sequences with their [CLS] and [SEP]; `pack` lays them end to
 lays those that it plans itself, and masks them by the same rules.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from fastbert.data.pack import LOOKAHEAD, MAX_WASTE, Frame, slots
 from fastbert.data.tokenize import TokenIds, WordPiece
 
 _SAMPLE = 4 * LOOKAHEAD  # examples read ahead to choose N
+_MUCH = 0.1  # of a batch, empty
 _COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
 _LABEL = "next_sentence_label"
 
@@ -67,7 +69,8 @@ def pack(
             tokenizer.
         truncation: whether what is longer than S loses the tokens before its last one, rather than
             being refused.
-        num_slots: N; None chooses it from the first examples.
+        num_slots: N; None chooses it from the first examples. Where later ones are so much shorter
+            that slots run out before tokens, a warning says which number would do.
         drop_last: whether to leave the last batch out where it is not full.
         seed: of the masks.
 
@@ -108,7 +111,7 @@ def pack(
             whole_word_mask=whole_word_mask,
             max_masked=frame.M,
         )
-        made = 0
+        made, told = 0, False
         while True:
             waiting += islice(read, max(0, LOOKAHEAD + N - len(waiting)))
             if not waiting:
@@ -117,6 +120,14 @@ def pack(
             gone = set(taken)
             chosen = [waiting[index] for index in taken]
             waiting = [one for index, one in enumerate(waiting) if index not in gone]
+            if not told and rest > _MUCH * T and any(len(w.input_ids) <= rest for w in waiting):
+                told = True
+                enough = slots([len(one.input_ids) for one in waiting], T)
+                warnings.warn(
+                    f"batch {made}: {rest} of {T} tokens stay empty, as {N} slots for sequences "
+                    f"are too few: shuffle the examples, or give num_slots = {enough}",
+                    stacklevel=2,
+                )
             if drop_last and rest > MAX_WASTE * T and not waiting:
                 return  # nothing is left to read: else as much as fits would wait
             yield _batch(frame, chosen, masker, ids.pad, np.random.default_rng([seed, 2, made]))

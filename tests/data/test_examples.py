@@ -1,5 +1,6 @@
 """Examples of any source as batches: nothing lost, laid and masked as the packer does it."""
 
+import re
 from itertools import islice, pairwise
 from typing import Any
 
@@ -102,6 +103,19 @@ def test_it_reads_no_further_ahead_than_a_window() -> None:
     for made, batch in enumerate(islice(batches, 60), start=1):
         assert batch.num_sequences == 51
         assert read <= max(1024, made * 51 + 256 + 80)
+
+
+def test_slots_that_run_out_are_told_once() -> None:
+    given = [[CLS, *[9] * 28, SEP]] * 1100 + [[CLS, 9, SEP]] * 900
+    told = r"of 256 tokens stay empty, as \d+ slots .* are too few: .* num_slots = (\d+)"
+    with pytest.warns(UserWarning, match=told) as warned:
+        list(fastbert.pack(given, **SHAPES, **IDS))
+    assert len(warned) == 1
+    found = re.search(told, str(warned[0].message))
+    assert found is not None
+    list(fastbert.pack([[CLS, *[9] * 18, SEP]] * 9, **SHAPES | {"tokens_per_batch": 32}, **IDS))
+    batches = list(fastbert.pack(given, num_slots=int(found[1]), **SHAPES, **IDS))  # no warning
+    assert sum(batch.num_tokens for batch in batches) / (256 * len(batches)) > 0.9
 
 
 class Rows:
