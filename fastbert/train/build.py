@@ -65,8 +65,9 @@ def make_step(config: PretrainConfig, model: ModelConfig | Bert | None = None) -
 
     Device, precision, ops, compiling and CUDA graph are chosen as `fastbert pretrain` chooses them,
     by the same settings; `step.notes` says what was chosen and why. Of the other settings it reads
-    those of the model, the optimizer and its schedule, and `seed`; with `nsp`, batches need
-    next-sentence labels. torch's global seed is set, as by a run.
+    those of the model, the optimizer and its schedule, and `seed`; `tokens_per_batch` and
+    `max_seq_length` tell how much memory a step will need. With `nsp`, batches need next-sentence
+    labels. torch's global seed is set, as by a run.
 
     A call of the step takes the micro-batches of one optimizer step, `gradient_accumulation_steps`
     at most, from the CPU or the model's device, and returns without waiting for the device:
@@ -129,14 +130,17 @@ def _check(step: TrainStep, batches: Sequence[Batch]) -> None:
         )
     if step.done >= config.max_steps:
         raise ValueError(f"max_steps = {config.max_steps} steps are done: the schedule ends there")
+    on_host = [batch for batch in batches if batch.input_ids.device.type == "cpu"]
+    labels = [batch.next_sentence_labels for batch in on_host]
+    if config.nsp and step.done == 0 and labels and bool((torch.cat(labels) == -100).all()):
+        raise ValueError("no sequence has a next-sentence label: give some, or nsp = False")
     for batch in batches:
         if batch.max_seqlen > sizes.max_position_embeddings:
             raise ValueError(
                 f"max_seqlen = {batch.max_seqlen} must be at most max_position_embeddings = "
                 f"{sizes.max_position_embeddings}"
             )
-        if batch.input_ids.device.type != "cpu":
-            continue
+    for batch in on_host:
         tables = (
             ("input_ids", sizes.vocab_size),
             ("masked_labels", sizes.vocab_size),

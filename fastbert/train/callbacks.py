@@ -31,7 +31,8 @@ class PretrainResult:
     tokens: int
     """Tokens trained on, [PAD] not counted."""
     loss: float
-    """Training loss, MLM + next-sentence, nats: the mean of the last `logging_steps` steps."""
+    """Training loss, MLM + next-sentence, nats, as logged last: the mean of `logging_steps` steps.
+    NaN where no step was logged."""
     evaluation: "Evaluation | None"
     """Held-out losses in nats beside the unigram baseline, and accuracies; None without a held-out
     part."""

@@ -1,6 +1,9 @@
 """`fastbert.make_step`: the step of a run for a loop of one's own."""
 
+import copy
+import dataclasses
 import gc
+import pickle
 import weakref
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,12 @@ def batches() -> list[Batch]:
         special_token_ids=(1, CLS, SEP),
     )  # fmt: skip
     return list(packed)[:6]
+
+
+def test_settings_are_copied_whole() -> None:
+    config = recipe()
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again == config
 
 
 def test_it_learns_and_counts(batches: list[Batch]) -> None:
@@ -96,8 +105,6 @@ def test_a_recorded_step_is_checked_and_counted_too(
             work()
 
     def recorded(config: Any, model: Any) -> Execution:
-        import dataclasses
-
         return dataclasses.replace(choose_execution(config, model), graph=True)
 
     eager = fastbert.make_step(recipe(gradient_accumulation_steps=2), SIZES)
@@ -174,6 +181,11 @@ def test_what_the_model_cannot_take_is_told(batches: list[Batch]) -> None:
         step(batches[:2])
     with pytest.raises(ValueError, match="0 micro-batches in a step"):
         step([])
+    unlabelled = dataclasses.replace(
+        batch, next_sentence_labels=torch.full_like(batch.next_sentence_labels, -100)
+    )
+    with pytest.raises(ValueError, match=r"no sequence has a next-sentence label: .* nsp = False"):
+        step([unlabelled])
     small = ModelConfig(100, 32, 2, 2, 64, max_position_embeddings=16)
     with pytest.raises(ValueError, match=r"input_ids has 1\d\d, but the model's table has 100"):
         fastbert.make_step(recipe(), small)([batch])
