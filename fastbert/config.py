@@ -9,7 +9,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from fastbert.errors import UserError, did_you_mean
 from fastbert.settings import (
@@ -22,11 +22,13 @@ from fastbert.settings import (
     MOST_TOKENS,
     MOST_WORDS,
     MOST_WORKERS,
+    Config,
     Group,
     check_fields,
     check_not_empty,
     checked,
     exists,
+    load_config,
     read_json,
     setting,
     settings,
@@ -41,7 +43,7 @@ LOGS = Group("logs", "what is reported, evaluated and saved")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config):
     """The shape of a BERT, as transformers' `BertConfig` names it; the defaults are BERT base.
 
     Raises:
@@ -126,15 +128,21 @@ PRESETS = {
 """Sizes of https://github.com/google-research/bert, all with heads 64 wide."""
 
 
-def model_config(name_or_path: str) -> ModelConfig:
+def model_config(name_or_path: str, **changes: Any) -> ModelConfig:
     """Returns the configuration of a preset, or of a Hugging Face config.json.
 
     Args:
         name_or_path: a key of `PRESETS`, the path of a config.json, or a folder that holds one.
+        changes: settings of `ModelConfig` that are to be others, such as `vocab_size`.
 
     Raises:
-        UserError: no such preset or file, or the file describes something other than this BERT.
+        UserError: no such preset or file, the file describes something other than this BERT, or a
+            change is wrong.
     """
+    return replace(_found(name_or_path), **changes)
+
+
+def _found(name_or_path: str) -> ModelConfig:
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
     shown = f"model = {show(name_or_path)}"
@@ -358,7 +366,7 @@ def check_batch_holds_a_sequence(model: str, tokens_per_batch: int, max_seq_leng
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Config):
     """Everything `fastbert pretrain` can be told.
 
     Raises:
@@ -629,6 +637,17 @@ class PretrainConfig:
             return "tiny" if self.model == "auto" else self.model
         kept = os.path.join(self.out, KEPT_SIZES)
         return kept if self.resume and exists(kept) else initial_folder(self.init_from)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **changes: Any) -> Self:
+        """The settings of a TOML file, such as a run's config.toml, but for `changes`.
+
+        `PretrainConfig.load("runs/pretrain-001/config.toml", resume="auto")` goes on with that run.
+
+        Raises:
+            UserError: the file cannot be read, a name is unknown, or a value is wrong.
+        """
+        return load_config(cls, path, changes)
 
     def phases(self) -> tuple[tuple[int, int], ...]:
         """(sequence length, the step it ends before) of each phase of `curriculum`, in order.

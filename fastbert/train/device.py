@@ -59,8 +59,8 @@ def choose_execution(config: PretrainConfig, model: ModelConfig) -> Execution:
     """
     device = choose_device(config.device)
     dtype, precision_reason = choose_dtype(config.precision, device)
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    # The process's, which an earlier run may have set.
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     why_not = _why_no_kernels(config, model, device)
     compiled, compile_reason = _compile(config, model, device, kernels=not why_not)
     if why_not:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastbert.config import (
     KEPT_SIZES,
@@ -46,6 +46,7 @@ from fastbert.model.bert import Bert
 from fastbert.progress import progress_bar
 from fastbert.settings import sealed_toml, settings
 from fastbert.train import checkpoint, lock
+from fastbert.train.build import with_dropout
 from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.initial import Initial, NewTokens, ReadInitial, begin_with
 from fastbert.train.interrupts import held_signals
@@ -138,7 +139,7 @@ def _say_of_weights(model: str) -> None:
         )
 
 
-def begin(config: PretrainConfig, initial: Initial, model: Bert, tokenizer: WordPiece) -> None:
+def begin(config: PretrainConfig, initial: Initial, tokenizer: WordPiece, model: Bert) -> None:
     """Gives a model the weights to begin with, and says which they are.
 
     Raises:
@@ -206,12 +207,11 @@ def _asked_model(config: PretrainConfig) -> ModelConfig:
 def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
     sizes = _asked_model(config)
     rows = sizes.vocab_size if config.init_from else 0  # more of them than tokens may be there
-    V = max(rows, tokenizer.vocab_size)
-    changes: dict[str, Any] = {"vocab_size": V, "pad_token_id": tokenizer.pad_id}
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if getattr(config, name) is not None:
-            changes[name] = getattr(config, name)
-    return dataclasses.replace(sizes, **changes)
+    return dataclasses.replace(
+        with_dropout(config, sizes),
+        vocab_size=max(rows, tokenizer.vocab_size),
+        pad_token_id=tokenizer.pad_id,
+    )
 
 
 def run_folder(config: PretrainConfig) -> Path:
