@@ -1,5 +1,6 @@
 """The command: what it hands over, what it refuses in one line, and how fast it does either."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ from fastbert import cli
 from fastbert.commands import doctor
 from fastbert.config import PretrainConfig, model_config
 from fastbert.errors import RunError, UserError
+from fastbert.ops import REFERENCE
 from fastbert.settings import load_config, sealed_toml, settings
 from fastbert_bench.config import StepBenchConfig
 
@@ -155,6 +157,7 @@ BAD_REQUESTS = [
     ("bench inference --against hf", "against = 'hf' must be one of hf-eager, hf-sdpa,"),
     ("bench convergence --data no/such", "data = 'no/such': no such file or folder"),
     ("bench convergence --png no/such/x.png", "png = 'no/such/x.png': no such folder"),
+    ("bench convergence --png x.json", "png = 'x.json' must end in one of .png, .svg, .pdf,"),
     ("bench convergence --target-loss 0", "target_loss = 0.0 must be more than 0"),
     (
         "bench step --against hf",
@@ -176,6 +179,14 @@ BAD_REQUESTS = [
     ("pretrain --bf16", "unknown option --bf16: did you mean --precision bf16?"),
     ("pretrain --amp", "unknown option --amp: did you mean --precision?"),
     ("bench convergence --lr 1", "unknown option --lr: did you mean --learning-rate?"),
+    ("bench step --lr 1", "unknown option --lr: fastbert bench step has no learning rate"),
+    (
+        "bench step --batch-ramp-steps 1",
+        "unknown option --batch-ramp-steps: fastbert bench step has"
+        " no batch ramp steps: did you mean --batch-size?",
+    ),
+    ("doctor --he", "unknown option --he: did you mean --help?"),
+    ("doctor --lr 1", "unknown option --lr: fastbert doctor has no learning rate"),
     ("pretrain --max-seq-length 100000", "max_seq_length = 100000 must be at most 512, max_posit"),
     ("bench convergence --max-seq-length 100000", "max_seq_length = 100000 must be at most 512,"),
     ("estimate --max-seq-length 9000 --tokens-per-batch 64", "max_seq_length = 9000 must be at m"),
@@ -385,7 +396,9 @@ def test_doctor_answers_one_line_per_item(capsys: pytest.CaptureFixture[str]) ->
     report = json.loads(capsys.readouterr().out)
     expected = {"python", "torch", "triton", "transformers", "flash-attn", "apex", "C++ compiler"}
     assert expected <= set(report)
-    assert [item for item in report if item.startswith("op ")]
+    known = [field.name for field in dataclasses.fields(REFERENCE)]
+    found = [item.removeprefix("op ") for item in report if item.startswith("op ")]
+    assert found == [name for name in known if callable(getattr(REFERENCE, name))]
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == list(report)

@@ -38,7 +38,10 @@ _HINTS = {
     signal.SIGBUS: " (a data file cut short, or no room for shared memory?)",
 }
 _WITHOUT = "go on without workers: --resume auto --dataloader-num-workers 0"
-_SPAWN = get_context("spawn")  # a fork would copy locks that threads of OpenMP or CUDA hold
+# A fork of ours would copy locks that threads of OpenMP or CUDA hold; one of a process that has
+# imported and no more copies none, and is there at once.
+_FORKS = get_context("forkserver")
+_FORKS.set_forkserver_preload([__name__])
 # A packer goes to the workers without its tokens, which each maps for itself.
 ForkingPickler.register(Shards, lambda shards: (Shards.open, (shards.folder, shards.split)))
 
@@ -118,7 +121,7 @@ class BatchLoader(_Stream):
         self._index = 0  # of the workers' next batch
 
     def start(self) -> None:
-        """Starts the workers, which takes them some 2 s; `next` does it where nobody did before."""
+        """Starts the workers; `next` does it where nobody did. The first ones take some 2 s."""
         if self._workers or not self._num_workers:
             return
         self._packer.load_state_dict(self.state_dict())
@@ -281,9 +284,9 @@ class _Worker:
     ) -> None:
         # Memory without a name: the file behind it is unlinked before anybody uses it, so nothing
         # stays in /dev/shm however the processes end.
-        memory: Any = _SPAWN.RawArray(ctypes.c_byte, prefetch_factor * record.itemsize)
-        self.connection, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(
+        memory: Any = _FORKS.RawArray(ctypes.c_byte, prefetch_factor * record.itemsize)
+        self.connection, theirs = _FORKS.Pipe()
+        self._process = _FORKS.Process(
             target=_work,
             args=(theirs, memory, record, packer, turn, prefetch_factor),
             name=f"fastbert-data-{turn[0]}",

@@ -140,7 +140,7 @@ def parts(asked: Asked) -> Iterator[Part]:
         first = names[0]
         if not wanted("step"):
             yield contender(first, gpu_step.OURS, OURS, "rivals")
-        for name in RIVALS if asked.cuda else ("hf-eager",):
+        for name in RIVALS if asked.cuda else ():
             seconds = COMPILED if "compile" in name else THEIRS
             yield contender(first, name, seconds, "rivals")
         chosen = list(gpu_step.ABLATIONS) if asked.cuda else list(gpu_step.ABLATIONS)[1:2]
