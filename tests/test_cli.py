@@ -73,15 +73,12 @@ def test_pretrain_hands_over_the_config_and_the_export(
     argv = ["--config", str(toml), "--seed", "7", "--no-nsp", "--whole-word-mask"]
     argv += ["--hidden-dropout-prob", "none", "--learning-rate", "5e-4", "--model=mini"]
     assert cli.main(["pretrain", *argv]) == 0
-    ((config,), options) = rooms.calls[0]
+    ((config, *handed), options) = rooms.calls[0]
     assert config == PretrainConfig(
         max_steps=500, seed=7, nsp=False, whole_word_mask=True, learning_rate=5e-4, model="mini"
     )
-    assert options == {
-        "export": rooms.export_run,
-        "check_tokenizer": rooms.check_tokenizer,
-        "read_initial": rooms.read_initial,
-    }
+    doors = [rooms.export_run, rooms.check_tokenizer, rooms.read_initial]
+    assert (handed, options) == ([*doors, ()], {})
 
 
 def test_bench_step_hands_over_its_config(rooms: types.SimpleNamespace) -> None:
