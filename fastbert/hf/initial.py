@@ -29,7 +29,7 @@ def read_initial(folder: str | os.PathLike[str], sizes: ModelConfig, nsp: bool) 
         wanted = dict(Bert(sizes).named_parameters())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        weights, _ = read_weights(Path(folder), wanted, sizes)
+        weights, _, others = read_weights(Path(folder), wanted, sizes)
     names = {name: tuple(to_hf({name: parameter}, sizes)) for name, parameter in wanted.items()}
     trained = {
         name: tensor
@@ -41,7 +41,8 @@ def read_initial(folder: str | os.PathLike[str], sizes: ModelConfig, nsp: bool) 
             raise UserError(f"{folder}: {name} holds NaN or infinity: a run cannot begin with it")
     told = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
     notes = [note for note in told if "hold NaN or infinity" not in note]
-    return Initial(os.fspath(folder), weights, names, tuple(f"init: {note}" for note in notes))
+    notes = [f"init: {note}" for note in notes]
+    return Initial(os.fspath(folder), weights, names, tuple(notes), tuple(others))
 
 
 def load_pretrained(name_or_folder: str | os.PathLike[str]) -> Bert:
@@ -58,7 +59,7 @@ def load_pretrained(name_or_folder: str | os.PathLike[str]) -> Bert:
     sizes = model_config(os.fspath(folder))
     with torch.device("meta"):
         wanted = dict(Bert(sizes).named_parameters())
-    weights, _ = read_weights(folder, wanted, sizes)
+    weights, _, _ = read_weights(folder, wanted, sizes)
 
     def has(head: str) -> bool:
         return all(name in weights for name in wanted if name.startswith(f"{head}."))

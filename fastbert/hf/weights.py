@@ -270,8 +270,8 @@ REQUIRED = ("embeddings.", "layers.")
 
 def read_weights(
     folder: Path, wanted: Mapping[str, Tensor], config: ModelConfig
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights of a folder for a `Bert`, and the names of those that it lacks.
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The weights of a folder for a `Bert`, the names of those that it lacks, and of others.
 
     Warns of weights that are not finite, and of two output biases that differ.
 
@@ -281,15 +281,16 @@ def read_weights(
         config: the model's sizes.
 
     Returns:
-        Tensors under the names of `wanted`, of whatever float dtype they have; and the names in
-        `wanted` of the heads that are not there.
+        Tensors under the names of `wanted`, of whatever float dtype they have; the names in
+        `wanted` of the heads that are not there; and what else the folder has, under its names.
 
     Raises:
         UserError: unreadable or mis-shapen weights, or one of the encoder's is missing.
     """
     try:
         theirs, notes = _modern(read_state(folder), mlm="mlm.bias" in wanted)
-        notes += _check_parts(theirs, to_hf(wanted, config))
+        known = to_hf(wanted, config)
+        notes += _check_parts(theirs, known)
     except UserError as error:
         told = str(error).startswith((f"{folder}:", f"{folder}{os.sep}"))
         where = "" if told else f"{folder}: "
@@ -301,4 +302,5 @@ def read_weights(
     lost = [name for name in missing if name.startswith(REQUIRED)]
     if lost:
         raise UserError(f"{folder}: {len(lost)} weights are missing, {lost[0]} first")
-    return {name: tensor for name, tensor in state.items() if name in wanted}, missing
+    others = [name for name, one in theirs.items() if name not in known and one.is_floating_point()]
+    return {name: tensor for name, tensor in state.items() if name in wanted}, missing, others

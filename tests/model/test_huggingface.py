@@ -70,7 +70,7 @@ def test_states_logits_loss_and_every_gradient(tmp_path, lengths, heads, head_si
     theirs.save_pretrained(tmp_path)
     sizes = model_config(str(tmp_path))
     ours = Bert(sizes).eval()
-    state, missing = read_weights(tmp_path, dict(ours.named_parameters()), sizes)
+    state, missing, _ = read_weights(tmp_path, dict(ours.named_parameters()), sizes)
     assert not missing
     ours.load_state_dict(state)
     batch = padded_batch(lengths)

@@ -1,7 +1,9 @@
 """A run that begins with a checkpoint: weights, tokenizer, new words; and how it goes on."""
 
+import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForPreTraining
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+)
 
 from fastbert.cli import main
+from fastbert.config import ModelConfig, model_config
 from fastbert.data.batch import Batch
 from fastbert.data.tokenize import WordPiece
+from fastbert.hf.initial import read_initial
 from fastbert.hf.weights import to_hf
+from fastbert.model.bert import Bert
+from fastbert.train.initial import NewTokens, begin_with
 from fastbert.train.report import read_metrics
 from fastbert.train.step import TrainStep
 
@@ -67,13 +79,13 @@ def test_the_first_loss_is_that_of_the_checkpoint(
     pretrain: Run, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: Texts
 ) -> None:
     seen: list[Batch] = []
-    call = TrainStep.__call__
+    call = TrainStep.eager
 
     def spy(self: TrainStep, batches: Sequence[Batch]) -> None:
         seen.extend(batches)
         call(self, batches)
 
-    monkeypatch.setattr(TrainStep, "__call__", spy)
+    monkeypatch.setattr(TrainStep, "eager", spy)
     run = pretrain("run", f"--init-from {given} --model auto {ONE_STEP} {NO_DROPOUT}")
     shown = capsys.readouterr().err
     assert f"\ninit: 46 weights of {given}; new, set at random: none\n" in shown
@@ -103,8 +115,6 @@ def test_the_first_loss_is_that_of_the_checkpoint(
 
 
 def _layers(count: int) -> Any:
-    from fastbert.config import ModelConfig
-
     return ModelConfig(num_hidden_layers=count)
 
 
@@ -177,6 +187,33 @@ def test_words_are_learnt_and_rows_are_added(
     new = weights(run, 0)["mlm.bias"]
     assert new.shape == (V,) and torch.equal(new[: base.vocab_size], old[: base.vocab_size])
     assert weights(run, 0)["embeddings.word"].shape == (V, 32)
+
+
+def test_weights_that_have_no_place_are_named(given: Path) -> None:
+    config = BertConfig.from_pretrained(given)
+    config.num_labels = 3
+    BertForSequenceClassification(config).save_pretrained(given)
+    fewer = json.loads((given / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (given / "config.json").write_text(json.dumps(fewer))  # than the file has
+    sizes = model_config(str(given))
+    *notes, line = begin_with(read_initial(given, sizes, True), Bert(sizes), NewTokens(0, []))
+    assert not notes and line.startswith(f"init: 23 weights of {given}; new, set at random: cls.")
+    unused = line.split("; not used: ")[1]
+    assert unused.count(".layer.1.") + unused.count("classifier.") == 8
+    assert unused.endswith(" and 10 more")
+
+
+def test_a_hundred_thousand_rows_take_no_minutes(given: Path) -> None:
+    sizes = model_config(str(given))
+    initial = read_initial(given, sizes, False)
+    pieces = [[5 + i % 7, 12, 13][: 1 + i % 3] for i in range(100_000)]
+    model = Bert(dataclasses.replace(sizes, vocab_size=20 + len(pieces)))
+    started = time.process_time()
+    begin_with(initial, model, NewTokens(20, pieces))
+    assert time.process_time() - started < 2
+    old, new = initial.weights["embeddings.word"], model.embeddings.word
+    for i in (0, 1, 2, 99_999):
+        assert torch.allclose(new[20 + i], old[pieces[i]].mean(0), atol=1e-7)
 
 
 def test_what_a_run_cannot_begin_with_is_one_line(
