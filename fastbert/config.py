@@ -475,6 +475,7 @@ class PretrainConfig(Config):
         "",
         "words to add to init_from's vocabulary: a file of them, or how many to learn (empty = 0)",
         DATA,
+        number_too=True,
         aka=("new_tokens", "additional_tokens", "extend_vocab", "vocab_extension"),
     )
     do_lower_case: bool | None = setting(

@@ -66,6 +66,8 @@ class Setting:
     more_than: float | None = None
     at_most: float | None = None
     less_than: float | None = None
+    number_too: bool = False
+    """Whether text may be given as an integer."""
     aka: tuple[str, ...] = ()
     """Names that other programs give it: refused, and answered with ours."""
 
@@ -113,7 +115,9 @@ def _bound(value: float) -> str:
 
 
 def checked(setting: Setting, value: Any, where: str = "") -> Any:
-    """Returns `value` in the setting's type (an int is fine for a float) once it is within bounds.
+    """Returns `value` in the setting's type once it is within bounds.
+
+    An int is fine for a float, and a `pathlib.Path` for text.
 
     Args:
         setting: what the value is for.
@@ -131,6 +135,10 @@ def checked(setting: Setting, value: Any, where: str = "") -> Any:
             value = float(value)
         except OverflowError:
             raise UserError(f"{shown} must be a finite number") from None
+    if setting.type is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if setting.number_too and type(value) is int:
+        value = str(value)
     if type(value) is not setting.type:
         raise UserError(f"{shown} must be {_KINDS[setting.type]}")
     if isinstance(value, str):

@@ -273,10 +273,11 @@ class _Trainer:
         # On a GPU, reading what a step reports would wait for it.
         read_every = 1 if self.device.type == "cpu" else config.logging_steps
         self.callbacks.call(lambda one: one.on_train_begin(config, self.folder))
-        started, tokens_before = time.perf_counter(), self.tokens
-        rate = loss = None
         if config.init_from and not self.step:
             self._save()  # from here on a resume needs nothing but the run's folder
+            saved_at = 0
+        started, tokens_before = time.perf_counter(), self.tokens
+        rate = loss = None
         while self.step < last and not (stop_signal() or self.callbacks.stopped_by):
             self._next_phase()
             self._one_step()
@@ -284,15 +285,14 @@ class _Trainer:
             if logs or self.step % read_every == 0:
                 metrics = self._read()
                 loss = metrics.loss
+            pause = time.perf_counter()
             if logs:
-                now = time.perf_counter()
-                rate = (self.tokens - tokens_before) / (now - started)
+                rate = (self.tokens - tokens_before) / (pause - started)
                 self.timed_tokens += self.tokens - tokens_before
-                self.timed_seconds += now - started
-                started, tokens_before = now, self.tokens
+                self.timed_seconds += pause - started
+                started, tokens_before = pause, self.tokens
                 self._log(metrics, rate)
             self.reporter.advance(loss, rate)
-            pause = time.perf_counter()
             if config.eval_steps and self.step % config.eval_steps == 0 and self.step < last:
                 self._evaluate()
             if config.save_steps and self.step % config.save_steps == 0:

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -146,6 +147,29 @@ def test_it_can_be_stopped_before_it_begins(config: Make) -> None:
     result = fastbert.pretrain(config(), [Recorder(lambda event, step: event == "begin")])
     assert (result.stopped, result.steps, result.tokens) == (True, 0, 0)
     assert result.tokens_per_second == 0 and math.isnan(result.loss)
+
+
+def test_what_a_run_begins_with_is_saved_once(
+    config: Make, whole: tuple[fastbert.PretrainResult, Recorder]
+) -> None:
+    first = whole[0].folder
+    heard = Recorder(lambda event, step: event == "begin")
+    begun = config(model="auto", init_from=first)
+    assert begun.init_from == str(first), "as text"
+    assert config(model="auto", init_from=first, add_tokens=2).add_tokens == "2"
+    result = fastbert.pretrain(begun, [heard])
+    assert (result.stopped, result.steps, heard.steps("save")) == (True, 0, [0])
+
+
+def test_callbacks_take_no_time_of_the_steps(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waited = time.perf_counter, [0.0]
+
+    def wait(event: str, step: int) -> None:
+        waited[0] += 1000 * (event == "log")
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + waited[0])
+    result = fastbert.pretrain(config(max_steps=3, logging_steps=1), [Recorder(wait)])
+    assert waited[0] == 3000 and result.tokens / result.tokens_per_second < 500
 
 
 @pytest.mark.parametrize("event", ["log", "evaluate"])
