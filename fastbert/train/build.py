@@ -14,6 +14,7 @@ from fastbert.config import ModelConfig, PretrainConfig, model_config, resolved
 from fastbert.data.batch import Batch
 from fastbert.errors import UserError
 from fastbert.model.bert import Bert
+from fastbert.settings import show
 from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.graph import launcher
 from fastbert.train.step import TrainStep, compile_model
@@ -95,7 +96,16 @@ def make_step(config: PretrainConfig, model: ModelConfig | Bert | None = None) -
             memory, or a `Bert` lacks a head that the settings train.
         ValueError: raised by the step: more micro-batches or steps than the settings say, or a
             batch that the model cannot take.
+        TypeError: raised by the step: it was given something else than a list of batches, or is to
+            be copied or pickled.
     """
+    if not isinstance(config, PretrainConfig):
+        raise UserError("config must be a fastbert.PretrainConfig")
+    if not isinstance(model, ModelConfig | Bert | None):
+        raise UserError(
+            f"model must be sizes, as model_config(name) gives them, or a Bert, as "
+            f"load_pretrained(folder) does: not {show(model)}"
+        )
     config = resolved(config)
     given = model.config if isinstance(model, Bert) else model
     if given is None and config.init_from:
@@ -113,7 +123,9 @@ def make_step(config: PretrainConfig, model: ModelConfig | Bert | None = None) -
         weights = dict(model.named_parameters())
         lost = [name for name in step.flat.names if name not in weights]
         if lost:
-            raise UserError(f"the model has no {lost[0]}: give one with it, or nsp = False")
+            optional = lost[0].startswith(("pooler.", "next_sentence."))
+            instead = ", or nsp = False" if optional else ""
+            raise UserError(f"the model has no {lost[0]}: give one with it{instead}")
         step.set_weights(weights)
     # What the step holds may not hold it: its memory is free as soon as nobody has it.
     itself: Any = weakref.proxy(step)
@@ -131,6 +143,8 @@ def make_step(config: PretrainConfig, model: ModelConfig | Bert | None = None) -
 
 def _check(step: TrainStep, batches: Sequence[Batch]) -> None:
     """What would otherwise be an index beyond a table; reads only what lies on the host."""
+    if not isinstance(batches, Sequence) or not all(isinstance(one, Batch) for one in batches):
+        raise TypeError("a step takes a list of fastbert.Batch: step([batch])")
     config, sizes = step.config, step.model.config
     most = config.gradient_accumulation_steps
     if not 1 <= len(batches) <= most:

@@ -105,6 +105,9 @@ class TrainStep:
         (self.launch or self.eager)(batches)
         self.done += 1
 
+    def __reduce__(self) -> str:
+        raise TypeError("a TrainStep is neither copied nor pickled: take its state_dict()")
+
     def eager(self, batches: Sequence[Batch]) -> None:
         """One step on batches that lie on the model's device, launched kernel by kernel."""
         self.begin(batches)

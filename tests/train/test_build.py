@@ -183,6 +183,19 @@ def test_what_the_model_cannot_take_is_told(batches: list[Batch]) -> None:
         step(batches[:2])
     with pytest.raises(ValueError, match="0 micro-batches in a step"):
         step([])
+    for wrong in (batch, None, [None], iter([batch])):
+        with pytest.raises(TypeError, match=r"a step takes a list of fastbert\.Batch: step\(\["):
+            step(wrong)  # type: ignore[arg-type]
+    for copied in (copy.deepcopy, pickle.dumps):  # a copy's step would be the original's
+        with pytest.raises(TypeError, match=r"neither copied nor pickled: take its state_dict\(\)"):
+            copied(step)
+    with pytest.raises(UserError, match=r"model must be sizes, as .* not 'tiny'"):
+        fastbert.make_step(recipe(), "tiny")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"config must be a fastbert\.PretrainConfig"):
+        fastbert.make_step({"max_steps": 2})  # type: ignore[arg-type]
+    headless = fastbert.Bert(SIZES, mlm=False)
+    with pytest.raises(UserError, match=r"has no mlm\.transform\.weight: give one with it$"):
+        fastbert.make_step(recipe(nsp=False), headless)
     unlabelled = dataclasses.replace(
         batch, next_sentence_labels=torch.full_like(batch.next_sentence_labels, -100)
     )
