@@ -80,6 +80,15 @@ def pack(
     Raises:
         ValueError: an argument is wrong; or, when its batch is made, an example is: it tells which.
     """
+    for name, number in (
+        *(("tokens_per_batch", tokens_per_batch), ("max_seq_length", max_seq_length)),
+        *(("vocab_size", vocab_size), ("mask_token_id", mask_token_id)),
+        *(("pad_token_id", pad_token_id), ("num_slots", num_slots), ("seed", seed)),
+    ):
+        if number is not None and not isinstance(number, int | np.integer):
+            raise ValueError(f"{name} = {number!r} must be an integer")
+    if seed < 0:
+        raise ValueError(f"seed = {seed} must be at least 0")
     ids = _token_ids(tokenizer, vocab_size, mask_token_id, pad_token_id, special_token_ids)
     if whole_word_mask and tokenizer is None:
         raise ValueError("whole_word_mask needs a tokenizer, which knows the pieces of words")
@@ -95,7 +104,11 @@ def pack(
     least = -(-tokens_per_batch // max_seq_length) + 1
     if num_slots is not None and num_slots < least:
         raise ValueError(f"num_slots = {num_slots} must be at least {least} for these shapes")
-    read = _read(iter(_rows(examples)), ids, max_seq_length, truncation)
+    try:
+        rows = iter(_rows(examples))
+    except TypeError:
+        raise ValueError(f"examples must be an iterable, not {type(examples).__name__}") from None
+    read = _read(rows, ids, max_seq_length, truncation)
 
     def batches() -> Iterator[Batch]:
         waiting = list(islice(read, LOOKAHEAD if num_slots else _SAMPLE))
@@ -259,6 +272,9 @@ def _token_ids(
         return tokenizer.ids
     pieces: list[str] = []
     if tokenizer is not None:
+        if not hasattr(tokenizer, "all_special_ids"):
+            kind = type(tokenizer).__name__
+            raise ValueError(f"tokenizer must be a WordPiece or one of transformers, not {kind}")
         vocab_size, mask_token_id = len(tokenizer), tokenizer.mask_token_id
         pad_token_id, special = tokenizer.pad_token_id, set(tokenizer.all_special_ids)
         pieces = [one or "" for one in tokenizer.convert_ids_to_tokens(list(range(vocab_size)))]

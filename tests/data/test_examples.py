@@ -219,6 +219,9 @@ def test_a_bad_example_is_named(example: Any, told: str) -> None:
         ({"max_seq_length": 2}, "max_seq_length = 2 must be at least 3"),
         ({"mlm_probability": 1}, "mlm_probability = 1 must be more than 0, less than 1"),
         ({"num_slots": 8}, "num_slots = 8 must be at least 9 for these shapes"),
+        ({"tokens_per_batch": 64.0}, r"tokens_per_batch = 64\.0 must be an integer"),
+        ({"seed": -1}, "seed = -1 must be at least 0"),
+        ({"examples": None}, "examples must be an iterable, not NoneType"),
         ({"vocab_size": None}, "give tokenizer, or vocab_size and mask_token_id"),
         ({"vocab_size": 4}, "special tokens 0, 1, 2, 3, 4 must lie in the vocabulary of 4"),
         ({"vocab_size": 5}, "vocab_size = 5 leaves no token beside the special ones"),
@@ -233,3 +236,10 @@ def test_a_bad_example_is_named(example: Any, told: str) -> None:
 def test_a_bad_argument_is_told_at_once(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         fastbert.pack(**{"examples": [], **SHAPES, **IDS, **changes})
+
+
+def test_a_tokenizers_name_is_no_tokenizer() -> None:
+    with pytest.raises(
+        ValueError, match=r"tokenizer must be a WordPiece or one of transf.*not str"
+    ):
+        fastbert.pack([], **SHAPES, tokenizer="bert-base-uncased")
