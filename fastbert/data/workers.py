@@ -45,6 +45,8 @@ _FORKS.set_forkserver_preload([__name__])
 # A packer goes to the workers without its tokens, which each maps for itself.
 ForkingPickler.register(Shards, lambda shards: (Shards.open, (shards.folder, shards.split)))
 
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
 _Made = tuple[int, int, int, bytes]
 """A batch's max_seqlen, num_tokens and num_sequences, and the position after it."""
 
@@ -130,11 +132,10 @@ class BatchLoader(_Stream):
         record = _record(self.T, self.N, self.M)
         # A signal to the process group, as Ctrl-C sends it, is for the caller alone: a mask is
         # inherited. The tracker's start lifts that of the two signals which it ignores.
-        ours = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             with _without_main():
                 for number in range(self._num_workers):
                     turn = (number, self._num_workers)
@@ -380,6 +381,8 @@ def _work(
     prefetch_factor: int,
 ) -> None:
     """A worker's life: it ends with the data, with an error, or with its owner."""
+    # Where the program itself had started the fork server, that one's mask is not ours.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         slots = np.frombuffer(memory, record)
         packer: Packer = pickle.loads(pickled_packer)

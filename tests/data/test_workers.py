@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fastbert.data import workers
 from fastbert.data.pack import Packer
 from fastbert.data.shards import Shards, build_shards
 from fastbert.data.tokenize import WordPiece
@@ -372,3 +375,17 @@ def test_workers_run_no_script_again():
     with _without_main():
         assert not [name for name in get_preparation_data("worker") if "init_main" in name]
     assert sys.modules["__main__"] is __main__
+
+
+def test_a_worker_leaves_signals_to_its_owner():
+    """Even where the program had started the fork server before, with a mask of its own."""
+    masks = []
+
+    def work():
+        workers._work(Pipe()[1], bytearray(8), np.dtype([("a", "i8")]), b"", (0, 1), 1)
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert masks[0] >= {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
