@@ -29,7 +29,7 @@ def with_words_of_file(tokenizer: WordPiece, path: str) -> tuple[WordPiece, str]
     content = read_text(path, "a list of words", 2**26)
     known = {*tokenizer.tokens}
     new: dict[str, tuple[int, str]] = {}  # the line, and the word as it stands there
-    skipped = 0
+    skipped, wrong = 0, list[str]()
     for number, line in enumerate(content.split("\n"), start=1):
         given = line.strip()
         if not given:
@@ -37,20 +37,21 @@ def with_words_of_file(tokenizer: WordPiece, path: str) -> tuple[WordPiece, str]
         words = [given] if given in known else tokenizer.words(given)
         shown = f"{path}:{number}: {show(given)}"
         if len(given.split()) > 1:
-            raise UserError(f"{shown} holds spaces: give a word a line")
-        if not words:
-            raise UserError(f"{shown} is empty once it is normalised: leave it out")
-        if len(words) > 1:
+            wrong.append(f"{shown} holds spaces: give a word a line")
+        elif not words:
+            wrong.append(f"{shown} is empty once it is normalised: leave it out")
+        elif len(words) > 1:
             parts = ", ".join(map(repr, words[:_SHOWN]))
-            raise UserError(f"{shown} is parted into {parts}, which no token can span")
-        (word,) = words
-        if word in known or word in new:
+            wrong.append(f"{shown} is parted into {parts}, which no token can span")
+        elif words[0] in known or words[0] in new:
             skipped += 1
-            continue
-        why = tokenizer.why_no_word(word)
-        if why:
-            raise UserError(f"{shown} {why}")
-        new[word] = number, given
+        elif why := tokenizer.why_no_word(words[0]):
+            wrong.append(f"{shown} {why}")
+        else:
+            new[words[0]] = number, given
+    if wrong:
+        others = f" ({len(wrong) - 1:,} more behind it cannot be added)"
+        raise UserError(wrong[0] + (others if len(wrong) > 1 else ""))
     note = f" ({skipped:,} skipped: in the vocabulary, or there twice)" if skipped else ""
     if not new:
         raise UserError(f"{path}: holds no word that is new to the vocabulary{note}")

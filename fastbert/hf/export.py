@@ -70,8 +70,11 @@ def save_pretrained(
         tokenizer: written beside it: a `WordPiece`, or one of transformers.
 
     Raises:
+        UserError: `model` is neither.
         RunError: the folder cannot be written.
     """
+    if not isinstance(model, TrainStep | Bert):
+        raise UserError(f"a {type(model).__name__} is neither a TrainStep nor a fastbert.Bert")
     bert = model.model if isinstance(model, TrainStep) else model
     weights: Mapping[str, Tensor] = dict(bert.named_parameters())
     if isinstance(model, TrainStep):

@@ -65,6 +65,7 @@ BAD_WORDS = {
     "two words\n": ":1: 'two words' holds spaces: give a word a line",
     "one\n\n\u0301\n": ":3: '\u0301' is empty once it is normalised: leave it out",
     "stem-cell\n": ":1: 'stem-cell' is parted into 'stem', '-', 'cell', which no token can span",
+    "stem-cell\none\nT-cell\n": "no token can span (1 more behind it cannot be added)",
     "\u4e2d\u6587\n": ":1: '\u4e2d\u6587' is parted into '\u4e2d', '\u6587'",
     "x" * 101: " has more than 100 characters",
     "cell\nThe\n\n": ": holds no word that is new to the vocabulary (2 skipped",

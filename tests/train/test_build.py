@@ -172,6 +172,8 @@ def test_weights_come_from_a_folder_and_go_to_one(batches: list[Batch], tmp_path
     transformers.AutoModel.from_pretrained(tmp_path / "encoder")
     again = fastbert.load_pretrained(tmp_path / "encoder")
     assert again.pooler is not None and again.mlm is None
+    with pytest.raises(UserError, match="a str is neither a TrainStep nor a fastbert"):
+        fastbert.save_pretrained("encoder", tmp_path / "no")  # type: ignore[arg-type]
     with pytest.raises(RunError, match="cannot write the model"):
         fastbert.save_pretrained(encoder, tmp_path / "mlm/config.json")
 
