@@ -177,23 +177,27 @@ class WordPiece:
     def with_words(self, words: Iterable[str]) -> "WordPiece":
         """Returns this tokenizer with more whole words; its own ids stay, theirs follow.
 
-        They become part of the WordPiece vocabulary: normalised and cut as all others.
+        They become part of the WordPiece vocabulary: normalised and cut as all others. Added tokens
+        that stand behind it, as `[E1]` may, become part of it as well, where no word can be one.
 
         Args:
             words: as `words` gives them, none of them a token yet.
 
         Raises:
-            UserError: added tokens stand behind the WordPiece vocabulary, where theirs would be.
+            UserError: an added token that could be a word stands behind the WordPiece vocabulary,
+                where theirs would be.
         """
-        vocab = self._state["model"]["vocab"]
-        if len(vocab) != self.vocab_size:
-            first = next(token for token in self.tokens if token not in vocab)
-            raise UserError(
-                f"the tokenizer has {self.vocab_size - len(vocab)} added tokens, {first[:50]!r} "
-                "first, behind its WordPiece vocabulary, so that no word can follow there"
-            )
+        vocab = dict(self._state["model"]["vocab"])
+        for index, token in enumerate(self.tokens):
+            if token not in vocab:
+                if self.words(token) in ([], [token]):  # text would be cut otherwise than before
+                    raise UserError(
+                        f"the tokenizer has {token[:50]!r}, a word, as an added token behind its "
+                        "WordPiece vocabulary, so that no other word can follow there"
+                    )
+                vocab[token] = index
         more = {word: self.vocab_size + index for index, word in enumerate(words)}
-        model = {**self._state["model"], "vocab": {**vocab, **more}}
+        model = {**self._state["model"], "vocab": vocab | more}
         return WordPiece(Description({**self._state, "model": model}, self._roles, self.notes))
 
     def decode(self, ids: Iterable[int]) -> str:

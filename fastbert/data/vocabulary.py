@@ -88,7 +88,13 @@ def with_words_of_text(
         before += times * len(pieces)
         if len(pieces) > 1 and word not in known and not tokenizer.why_no_word(word):
             saved[word] = times * (len(pieces) - 1)
-    chosen = sorted(saved, key=lambda word: (-saved[word], word))[:count]
+    best, chosen = sorted(saved, key=lambda word: (-saved[word], word)), list[str]()
+    while best and len(chosen) < count:
+        some, best = best[: count + _AT_ONCE], best[count + _AT_ONCE :]
+        # Where an added token of the tokenizer stands in the way, the word would never be met.
+        both = zip(some, tokenizer.pieces(some), tokenizer.encode_batch(some), strict=True)
+        chosen += [word for word, pieces, found in both if pieces == found]
+    chosen = chosen[:count]
     if not chosen:
         raise UserError(f"add_tokens = {count}: every word of the data is one token already")
     extended = tokenizer.with_words(chosen)

@@ -113,12 +113,27 @@ def test_capitals_stay_where_the_tokenizer_keeps_them(tmp_path):
     assert with_words_of_file(base, str(path))[0].tokens[-1] == "DNAse"
 
 
-def test_tokens_behind_the_vocabulary_are_refused(tmp_path):
+@pytest.mark.parametrize("special", [True, False])
+def test_tokens_behind_the_vocabulary_keep_their_ids(tmp_path, special):
     wordpiece(tmp_path).save(tmp_path)
     raw = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    raw.add_tokens([AddedToken("<user>")])
+    (raw.add_special_tokens if special else raw.add_tokens)([AddedToken("[User]")])
     raw.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="has 1 added tokens, '<user>' first, behind its WordPiece"):
+    base = WordPiece.load(tmp_path)
+    extended, _ = with_words_of_text(base, {"ribosome": 1}, 1)
+    assert extended.tokens == [*base.tokens, "ribosome"] and base.tokens[-1] == "[User]"
+    text = f"{OLD} [User]user [user] [MASK] [u"
+    assert extended.encode_batch([text]) == base.encode_batch([text])
+    ids = auto(tmp_path, extended)("A [User] ribosome")
+    assert ids == [BASE.index("a"), len(BASE), len(BASE) + 1]
+
+
+def test_a_word_behind_the_vocabulary_is_refused(tmp_path):
+    wordpiece(tmp_path).save(tmp_path)
+    raw = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    raw.add_tokens([AddedToken("user", single_word=True)])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="has 'user', a word, as an added token behind its WordP"):
         with_words_of_text(WordPiece.load(tmp_path), {"ribosome": 1}, 1)
 
 
@@ -129,5 +144,7 @@ def test_a_word_that_begins_with_an_added_token_is_refused(tmp_path):
     raw.save(str(tmp_path / "tokenizer.json"))
     path = tmp_path / "words.txt"
     path.write_text("axon\ncellulose\n")
+    learnt, _ = with_words_of_text(WordPiece.load(tmp_path), {"cellulose": 9, "axon": 1}, 2)
+    assert learnt.tokens[-2:] == [".", "axon"]
     with pytest.raises(UserError, match=r":2: 'cellulose' does not become one token: an added"):
         with_words_of_file(WordPiece.load(tmp_path), str(path))
