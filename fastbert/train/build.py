@@ -165,12 +165,22 @@ def _check(step: TrainStep, batches: Sequence[Batch]) -> None:
                 f"{sizes.max_position_embeddings}"
             )
     for batch in on_host:
+        T, S, starts = len(batch.input_ids), batch.max_seqlen, batch.cu_seqlens
+        lengths = starts.diff()
+        if starts[0] != 0 or starts[-1] != T or lengths.min() < 0 or lengths.max() > S:
+            raise ValueError(f"cu_seqlens must rise from 0 to {T}, by max_seqlen = {S} at most")
         tables = (
             ("input_ids", sizes.vocab_size),
             ("masked_labels", sizes.vocab_size),
             ("token_type_ids", sizes.type_vocab_size),
+            ("position_ids", sizes.max_position_embeddings),
+            ("masked_positions", T),
+            ("next_sentence_labels", 2),
         )
         for name, size in tables:
-            highest = int(getattr(batch, name).max())
-            if highest >= size:
-                raise ValueError(f"{name} has {highest}, but the model's table has {size} rows")
+            values = getattr(batch, name)
+            values = values[values != -100] if name.endswith("labels") else values
+            lowest, highest = values.aminmax() if len(values) else (0, 0)
+            wrong = int(lowest if lowest < 0 else highest)
+            if not 0 <= wrong < size:
+                raise ValueError(f"{name} has {wrong}: it must be 0 to {size - 1} in this model")

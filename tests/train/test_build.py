@@ -204,8 +204,18 @@ def test_what_the_model_cannot_take_is_told(batches: list[Batch]) -> None:
     with pytest.raises(ValueError, match=r"no sequence has a next-sentence label: .* nsp = False"):
         step([unlabelled])
     small = ModelConfig(100, 32, 2, 2, 64, max_position_embeddings=16)
-    with pytest.raises(ValueError, match=r"input_ids has 1\d\d, but the model's table has 100"):
+    with pytest.raises(ValueError, match=r"input_ids has 1\d\d: it must be 0 to 99 in"):
         fastbert.make_step(recipe(), small)([batch])
+    for name, value in (
+        *(("input_ids", -1), ("masked_labels", -5), ("next_sentence_labels", 2)),
+        *(("masked_positions", len(batch.input_ids)), ("token_type_ids", 2), ("position_ids", 512)),
+    ):
+        changed = getattr(batch, name).clone()
+        changed[0] = value
+        with pytest.raises(ValueError, match=f"{name} has {value}: it must be 0 to "):
+            step([dataclasses.replace(batch, **{name: changed})])
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to \d+, by max_seqlen = 1 "):
+        step([dataclasses.replace(batch, max_seqlen=1)])
     short = ModelConfig(V, 32, 2, 2, 64, max_position_embeddings=8)
     with pytest.raises(ValueError, match="max_seqlen = 16 must be at most max_position_embeddings"):
         fastbert.make_step(recipe(), short)([batch])
