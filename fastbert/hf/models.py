@@ -23,6 +23,7 @@ from transformers.models.bert import modeling_bert as theirs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+import fastbert.hf.attention  # noqa: F401  attn_implementation="fastbert"
 from fastbert.hf import layers
 from fastbert.hf.layers import is_plain, is_traced, kernels_for, note
 from fastbert.hf.packing import Plan
