@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
 from fastbert.hf import models, relatives
+from fastbert.hf.attention import asks_itself
 from fastbert.hf.models import Encoder
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,8 +71,10 @@ def _refusal(model: nn.Module) -> str:
         near = next((base for base in kind.__mro__ if base in known), None)
         if near is not None:
             return f"{names}: {takes}, but no subclass such as {kind.__name__} of {near.__name__}"
-    causal = any(getattr(module, "is_causal", False) for module in model.modules())
-    if not causal and all(module._supports_attention_backend for module in found):
+    attentions: list[Any] = [module for module in model.modules() if hasattr(module, "is_causal")]
+    own = any(one.is_causal or not asks_itself(type(one)) for one in attentions)
+    reads = all(m._supports_attention_backend and m.main_input_name == "input_ids" for m in found)
+    if attentions and reads and not own:
         takes += '; attn_implementation="fastbert" leaves the padding out of attention here, too'
     return f"{names} cannot be accelerated: {takes}"
 

@@ -136,7 +136,7 @@ def _why_not(
     if dropout >= 1.0:
         return "dropout of everything"
     kind: Any = type(module)
-    if not _asks_itself(kind):
+    if not asks_itself(kind):
         return "cross attention or convolutions, or it cannot be told"
     return ""
 
@@ -147,7 +147,7 @@ _CROSS = re.compile(r"cross_?att|encoder_(hidden_states|attention_mask)|key_valu
 
 
 @cache
-def _asks_itself(kind: Any) -> bool:
+def asks_itself(kind: Any) -> bool:
     """Whether a class attends from a sequence to itself, and nothing reads what padding gives.
 
     Its source says so: of the class if that is called self attention, else of the whole file.

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import fastbert
 from fastbert.hf import attention as ours
 from fastbert.hf.layers import _say
 from fastbert.hf.packing import Plan
+from fastbert.ops import REFERENCE
 
 B, S, V = 3, 10, 31
 SIZES = {
@@ -81,6 +83,22 @@ def test_encoders_leave_padding_out_by_one_plan(kind: str, served: list[Plan]) -
     same(theirs, mine, None)
     same(theirs, mine, torch.ones(B, S))
     assert not served, "nothing is padded"
+
+
+def test_where_there_is_a_kernel_it_gets_the_tokens_that_are_kept(
+    monkeypatch: pytest.MonkeyPatch, served: list[Plan]
+) -> None:
+    tokens: list[int] = []
+
+    def attention(qkv: Tensor, *args: Any) -> Tensor:
+        tokens.append(len(qkv))
+        return REFERENCE.attention(qkv, *args)
+
+    ops = replace(REFERENCE, attention=attention)
+    monkeypatch.setattr(ours, "kernels_for", lambda *_: ops)
+    theirs, mine = pair(transformers.BertModel, hidden_size=64)
+    same(theirs, mine, RIGHT)
+    assert tokens == [int(RIGHT.sum())] * 3 and not served
 
 
 def test_a_layer_with_a_window_is_sdpas_and_a_global_one_ours(served: list[Plan]) -> None:
@@ -213,13 +231,13 @@ def test_only_self_attention_is_trusted() -> None:
     bert = transformers.models.bert.modeling_bert
     bart = transformers.models.bart.modeling_bart
     conformer = transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer
-    assert ours._asks_itself(bert.BertSelfAttention)
-    assert ours._asks_itself(transformers.models.modernbert.modeling_modernbert.ModernBertAttention)
+    assert ours.asks_itself(bert.BertSelfAttention)
+    assert ours.asks_itself(transformers.models.modernbert.modeling_modernbert.ModernBertAttention)
     refused = [bert.BertCrossAttention, bart.BartAttention, CrossMine, type("New", (), {})]
     refused += [transformers.models.esm.modeling_esm.EsmSelfAttention]  # asks itself and others
     refused += [conformer.Wav2Vec2ConformerSelfAttention]
     for kind in refused:
-        assert not ours._asks_itself(kind), kind.__name__
+        assert not ours.asks_itself(kind), kind.__name__
 
 
 @pytest.mark.parametrize("kind", ["MPNetModel", "BlipTextModel"])
