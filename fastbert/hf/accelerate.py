@@ -71,8 +71,12 @@ def _refusal(model: nn.Module) -> str:
         near = next((base for base in kind.__mro__ if base in known), None)
         if near is not None:
             return f"{names}: {takes}, but no subclass such as {kind.__name__} of {near.__name__}"
-    attentions: list[Any] = [module for module in model.modules() if hasattr(module, "is_causal")]
-    own = any(one.is_causal or not asks_itself(type(one)) for one in attentions)
+    attentions: set[tuple[Any, bool]] = {
+        (type(module), bool(module.is_causal))
+        for module in model.modules()
+        if hasattr(module, "is_causal")
+    }
+    own = any(causal or not asks_itself(kind) for kind, causal in attentions)
     reads = all(m._supports_attention_backend and m.main_input_name == "input_ids" for m in found)
     if attentions and reads and not own:
         takes += '; attn_implementation="fastbert" leaves the padding out of attention here, too'

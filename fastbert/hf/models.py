@@ -233,10 +233,13 @@ class Encoder(_Keywords):
         """The position of each token; ValueError: more tokens than positions."""
         positions = given.get("position_ids")
         if positions is None:
-            most = self.embeddings.position_embeddings.num_embeddings
+            positions = self.embeddings.position_ids[:, : shape[1]]
+            most = min(
+                self.embeddings.position_embeddings.num_embeddings,
+                self.embeddings.position_ids.shape[1],
+            )
             if shape[1] > most:
                 raise ValueError(f"sequences of {shape[1]} tokens: the model has {most} positions")
-            positions = self.embeddings.position_ids[:, : shape[1]]
         return positions.expand(shape)
 
 
