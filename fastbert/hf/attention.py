@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from fastbert.hf.layers import is_traced, kernels_for, note
-from fastbert.hf.packing import Plan, attend, attend_with
+from fastbert.hf.packing import Plan, attend_padded, attend_with
 from fastbert_kernels.attention_config import HEAD_SIZES
 
 NAME = "fastbert"
@@ -95,14 +95,14 @@ def attention(
     note(f"{type(module).__name__}: attention leaves the padding out, on {query.device.type}")
     B, A, S, D = query.shape
     plan = _plan(attention_mask).to(query.device)
-    q, k, v = (plan.pack(x.transpose(1, 2).reshape(B, S, -1))[0] for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2).reshape(B * S, -1) for x in (query, key, value))
     scale = D**-0.5 if scaling is None else scaling
     ops = kernels_for(q) if D in HEAD_SIZES and scale == D**-0.5 else None
     if ops is None:
-        context = attend(plan, q, k, v, A, dropout, scale)
-    else:
-        qkv = torch.stack([x.view(-1, A, D) for x in (q, k, v)], dim=1)
-        context = attend_with(ops, plan, qkv, dropout).flatten(1)
+        return attend_padded(plan, q, k, v, A, dropout, scale).view(B, S, A, D), None
+    rows = [x if plan.slots is None else plan.slots.collect(x) for x in (q, k, v)]
+    qkv = torch.stack([x.view(-1, A, D) for x in rows], dim=1)
+    context = attend_with(ops, plan, qkv, dropout).flatten(1)
     return plan.pad(context[None]).view(B, S, A, D), None
 
 

@@ -31,13 +31,13 @@ RIGHT = torch.arange(S) < torch.tensor([S, 4, 1])[:, None]
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """A plan for each attention that left padding out."""
     plans: list[Plan] = []
-    real = ours.attend
+    real = ours.attend_padded
 
     def attend(plan: Plan, *args: Any) -> Tensor:
         plans.append(plan)
         return real(plan, *args)
 
-    monkeypatch.setattr(ours, "attend", attend)
+    monkeypatch.setattr(ours, "attend_padded", attend)
     return plans
 
 
@@ -173,9 +173,11 @@ def test_scaling_bias_and_other_masks(served: list[Plan]) -> None:
     for mask in (causal[None, None].expand(B, -1, -1, -1), RIGHT[:, None, :, None] & causal):
         got, wanted = call(mask)
         assert torch.equal(got, wanted)
+    got, wanted = call(torch.ones(B, S))  # a mask that nobody looked at
+    torch.testing.assert_close(got, wanted)
     got, wanted = call(RIGHT, position_bias=torch.randn(1, 2, S, S))
     torch.testing.assert_close(got[RIGHT], wanted[RIGHT])
-    assert len(served) == 2
+    assert len(served) == 3
 
 
 def make(mask: Tensor, function: Any = bidirectional_mask_function, **changes: Any) -> Any:
