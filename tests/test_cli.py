@@ -55,6 +55,8 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     found.export_run, found.check_tokenizer = object(), object()
     door = {"export_run": found.export_run, "check_tokenizer": found.check_tokenizer}
     stand_in("fastbert.hf.export", **door)
+    found.read_initial = object()
+    stand_in("fastbert.hf.initial", read_initial=found.read_initial)
     stand_in("fastbert.train", __path__=[])
     stand_in("fastbert.train.loop", pretrain=receive)
     stand_in("fastbert_bench.suites.step", main=receive)
@@ -73,7 +75,11 @@ def test_pretrain_hands_over_the_config_and_the_export(
     assert config == PretrainConfig(
         max_steps=500, seed=7, nsp=False, whole_word_mask=True, learning_rate=5e-4, model="mini"
     )
-    assert options == {"export": rooms.export_run, "check_tokenizer": rooms.check_tokenizer}
+    assert options == {
+        "export": rooms.export_run,
+        "check_tokenizer": rooms.check_tokenizer,
+        "read_initial": rooms.read_initial,
+    }
 
 
 def test_bench_step_hands_over_its_config(rooms: types.SimpleNamespace) -> None:

@@ -21,10 +21,11 @@ PROFILE = Group("profile", "what is recorded, and where it is written")
 STEP_RIVAL_NAMES = (
     *("hf-eager", "hf-sdpa", "hf-sdpa-cudnn", "hf-flash", "hf-flash-flat", "hf-eager-compile"),
     *("hf-sdpa-compile", "hf-flash-compile", "hf-sdpa-compile-max"),
-    *("torch-encoder", "modernbert", "liger"),
+    *("torch-encoder", "modernbert", "liger", "fastbert.accelerate"),
 )
 STEP_RIVALS = {
-    "cpu": "hf-eager,hf-sdpa,hf-sdpa-compile,torch-encoder,hf-sdpa+malloc,hf-sdpa-compile+malloc",
+    "cpu": "hf-eager,hf-sdpa,hf-sdpa-compile,torch-encoder,hf-sdpa+malloc,hf-sdpa-compile+malloc,"
+    "fastbert.accelerate",
     "cuda": ",".join(STEP_RIVAL_NAMES),
 }
 """What `against = auto` means on each type of device."""

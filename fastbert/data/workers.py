@@ -9,15 +9,17 @@ import ctypes
 import json
 import pickle
 import signal
+import sys
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
+from types import ModuleType
 from typing import Any, Self
 
 import numpy as np
@@ -130,9 +132,10 @@ class BatchLoader(_Stream):
         try:
             resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, ours)
-            for number in range(self._num_workers):
-                turn = (number, self._num_workers)
-                self._workers.append(_Worker(packer, turn, record, self._prefetch_factor))
+            with _without_main():
+                for number in range(self._num_workers):
+                    turn = (number, self._num_workers)
+                    self._workers.append(_Worker(packer, turn, record, self._prefetch_factor))
         except OSError as error:
             self.close()
             raise RunError(
@@ -328,6 +331,20 @@ class _Worker:
             return f"ended with exit code {code}"
         number = signal.Signals(-code)
         return f"was ended by {number.name}{_HINTS.get(number, '')}"
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes spawned inside do not run the user's script again, of which they need nothing.
+
+    Else one without `if __name__ == "__main__":` would begin another run in each worker.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _end(process: Any, connection: Connection) -> None:

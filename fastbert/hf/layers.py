@@ -59,7 +59,7 @@ def kernels_for(x: Tensor, *widths: int) -> Ops | None:
     """Our kernels, for rows of these widths where `x` lies; None: plain PyTorch."""
     if x.device.type != "cuda" or is_traced() or x.dtype == torch.float64:
         return None
-    if any(width % 8 or width > MAX_WIDTH for width in widths):
+    if not x.numel() or any(width % 8 or width > MAX_WIDTH for width in widths):
         return None
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return _kernels(x.device, "tf32" if tf32 else "ieee")
@@ -186,7 +186,7 @@ def linear_gelu(x: Tensor, dense: Any, activation: Any) -> Tensor:
     kind = product_dtype(x)
     rows = x.to(kind).reshape(-1, dense.in_features)
     out, _ = ops.linear_gelu_residual(rows, dense.weight.to(kind), dense.bias.to(kind), approximate)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], dense.out_features)
 
 
 def gelu_norm(x: Tensor, dense: Any, activation: Any, norm: Any) -> Tensor:

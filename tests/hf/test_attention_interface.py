@@ -97,8 +97,9 @@ def test_where_there_is_a_kernel_it_gets_the_tokens_that_are_kept(
     ops = replace(REFERENCE, attention=attention)
     monkeypatch.setattr(ours, "kernels_for", lambda *_: ops)
     theirs, mine = pair(transformers.BertModel, hidden_size=64)
-    same(theirs, mine, RIGHT)
-    assert tokens == [int(RIGHT.sum())] * 3 and not served
+    for mask in (RIGHT, RIGHT.flip(1)):
+        same(theirs, mine, mask)
+    assert tokens == [int(RIGHT.sum())] * 6 and not served
 
 
 def test_a_layer_with_a_window_is_sdpas_and_a_global_one_ours(served: list[Plan]) -> None:
