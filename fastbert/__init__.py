@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastbert.data.tokenize import WordPiece
     from fastbert.errors import FastbertError, RunError, UserError
     from fastbert.hf.accelerate import accelerate, decelerate
+    from fastbert.hf.attention import register_attention
     from fastbert.hf.export import save_pretrained
     from fastbert.hf.initial import load_pretrained
     from fastbert.hf.models import (
@@ -65,6 +66,7 @@ __all__ = [
     "model_config",
     "pack",
     "pretrain",
+    "register_attention",
     "save_pretrained",
 ]
 
@@ -76,6 +78,7 @@ _HOME = {
     "data.tokenize": ("WordPiece",),
     "errors": ("FastbertError", "RunError", "UserError"),
     "hf.accelerate": ("accelerate", "decelerate"),
+    "hf.attention": ("register_attention",),
     "hf.export": ("save_pretrained",),
     "hf.initial": ("load_pretrained",),
     "hf.models": (

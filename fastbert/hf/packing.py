@@ -26,7 +26,8 @@ class Slots:
 
     source: Tensor  # (P,) int64, the row of each slot; any row where it holds none
     pads: Tensor | None  # (P, 1) bool, the slots that hold none
-    target: Tensor  # (T,) int64, the slot of each row
+    target: Tensor  # (T,) int64, the slot of each row; any slot for one that has none
+    missing: Tensor | None = None  # (T, 1) bool, the rows that have none
 
     def spread(self, rows: Tensor) -> Tensor:  # (T, W) -> (P, W), zeros in empty slots
         """Each slot its row."""
@@ -34,7 +35,7 @@ class Slots:
         return out
 
     def collect(self, slots: Tensor) -> Tensor:  # (P, W) -> (T, W)
-        """Each row out of its slot."""
+        """Each row out of its slot, zeros for one that has none."""
         out: Tensor = _Collect.apply(slots, self)
         return out
 
@@ -57,7 +58,8 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slots: Tensor, layout: Slots) -> Tensor:
         ctx.slots = layout
-        return slots.index_select(0, layout.target)
+        rows = slots.index_select(0, layout.target)
+        return rows if layout.missing is None else rows.masked_fill_(layout.missing, 0.0)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
@@ -205,6 +207,15 @@ class Plan:
         pads = None if bool(filled.all()) else ~filled[:, None]
         return parts, Slots(source, pads, target)
 
+    @cached_property
+    def padded_groups(self) -> tuple[list["_Group"], Slots]:
+        """`groups` whose rows are those of the padded batch (B * S)."""
+        parts, slots = self.groups
+        if self.slots is None:
+            return parts, slots
+        source, target = self.slots.target[slots.source], slots.target[self.slots.source]
+        return parts, Slots(source, slots.pads, target, self.slots.pads)
+
 
 class _Askers(NamedTuple):
     keys: Tensor  # (K,) int64, which tokens are keys
@@ -232,7 +243,32 @@ def attend(
     """
     if plan.slots is None:
         return _sdpa(q, k, v, (*plan.shape, None), heads, dropout_p, scale)
-    parts, slots = plan.groups
+    return _attend_groups(*plan.groups, q, k, v, heads, dropout_p, scale)
+
+
+def attend_padded(
+    plan: Plan,
+    q: Tensor,  # (B S, A D)
+    k: Tensor,  # (B S, A D)
+    v: Tensor,  # (B S, A D)
+    heads: int,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:  # (B S, A D), zeros where no token is kept
+    """The same of rows that lie padded."""
+    return _attend_groups(*plan.padded_groups, q, k, v, heads, dropout_p, scale)
+
+
+def _attend_groups(
+    parts: list["_Group"],
+    slots: Slots,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
     q, k, v = (slots.spread(x) for x in (q, k, v))
     if len(parts) == 1:
         return slots.collect(_sdpa(q, k, v, parts[0], heads, dropout_p, scale))
