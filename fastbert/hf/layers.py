@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 
 from fastbert.hf.packing import Plan, attend, attend_with, dropout_seed
@@ -73,6 +74,11 @@ def _kernels(device: torch.device, precision: str) -> Ops | None:
 def is_traced() -> bool:
     """Whether this call is recorded rather than run."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def without_values(x: Tensor) -> bool:
+    """Whether a tensor has a shape only: sizes are estimated, or a graph is made."""
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 class SelfAttention:

@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from fastbert.hf import layers
-from fastbert.hf.layers import is_plain, is_traced, kernels_for, note
+from fastbert.hf.layers import is_plain, is_traced, kernels_for, note, without_values
 from fastbert.hf.packing import Plan
 
 
@@ -121,6 +121,8 @@ class Encoder(_Keywords):
             return "it is compiled or traced"
         if torch._C._functorch.maybe_current_level() is not None:
             return "a transform of torch.func"
+        if any(without_values(x) for x in given.values() if isinstance(x, Tensor)):
+            return "tensors without values"
         if config.is_decoder or config.add_cross_attention:
             return "a decoder"
         for name in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values"):
