@@ -1,5 +1,6 @@
 """One line for a model of transformers that is there already: its classes are swapped in place."""
 
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -7,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
 from fastbert.hf import models
+from fastbert.hf.layers import note
 from fastbert.hf.models import Encoder
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,10 +66,23 @@ def decelerate(model: Model) -> Model:
 def _swap(model: nn.Module, table: dict[type, type]) -> None:
     for module in model.modules():
         other = table.get(type(module))
-        if other is not None:
+        if other is not None and _follows(module, other):
             module.__class__ = other
         if isinstance(module, PreTrainedModel):
             # transformers looks up by the class's name what a model can record.
             registry: Any = output_capturing._CAN_RECORD_REGISTRY
             key = str(type(module)) if type(registry) is dict else module
             registry[key] = module._can_record_outputs
+
+
+def _follows(module: nn.Module, other: type) -> bool:
+    """Whether a call of a module will end in its new class's forward."""
+    kept: Any = vars(module).get("_old_forward")  # by a hook of accelerate, for whole modules
+    if "forward" not in vars(module):
+        return True
+    if getattr(kept, "__func__", None) is type(module).forward:
+        vars(module)["_old_forward"] = MethodType(other.forward, module)  # type: ignore[attr-defined]
+        return True
+    whose = "fastbert's" if other in TABLE else "transformers' own"
+    note(f"{type(module).__name__}: its forward was replaced: it stays {whose}")
+    return False
