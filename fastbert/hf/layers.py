@@ -76,9 +76,15 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
-def without_values(x: Tensor) -> bool:
-    """Whether a tensor has a shape only: sizes are estimated, or a graph is made."""
-    return x.is_meta or isinstance(x, FakeTensor)
+def unreadable(given: dict[str, Any]) -> str:
+    """Why nothing can be decided by the values of arguments; empty where it can."""
+    if is_traced():
+        return "it is compiled or traced"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a transform of torch.func"
+    if any(isinstance(x, Tensor) and (x.is_meta or type(x) is FakeTensor) for x in given.values()):
+        return "tensors without values"
+    return ""
 
 
 class SelfAttention:

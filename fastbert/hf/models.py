@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from fastbert.hf import layers
-from fastbert.hf.layers import is_plain, is_traced, kernels_for, note, without_values
+from fastbert.hf.layers import is_plain, kernels_for, note, unreadable
 from fastbert.hf.packing import Plan
 
 
@@ -117,12 +117,9 @@ class Encoder(_Keywords):
 
     def _why_not(self: Any, given: dict[str, Any]) -> str:
         config = self.config
-        if is_traced():
-            return "it is compiled or traced"
-        if torch._C._functorch.maybe_current_level() is not None:
-            return "a transform of torch.func"
-        if any(without_values(x) for x in given.values() if isinstance(x, Tensor)):
-            return "tensors without values"
+        unread = unreadable(given)
+        if unread:
+            return unread
         if config.is_decoder or config.add_cross_attention:
             return "a decoder"
         for name in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values"):
@@ -229,18 +226,18 @@ class Encoder(_Keywords):
 # Heads
 
 
-def _base(model: Any) -> Any:
-    """A head's encoder, if it takes plans; else None."""
+def _base(model: Any, given: dict[str, Any]) -> Any:
+    """A head's encoder, if it takes plans and one can be made; else None."""
     base: Any = getattr(model, model.base_model_prefix)
     knows_plans = isinstance(base, Encoder) and own_forward(base)  # type: ignore[arg-type]
-    return base if knows_plans else None
+    return base if knows_plans and not unreadable(given) else None
 
 
 class Pooled(_Keywords):
     """A head that reads the first token of each sequence."""
 
     def _forward(self: Any, **given: Any) -> Any:
-        if _base(self) is not None:
+        if _base(self, given) is not None:
             given["fastbert_pooled"] = True
         return super().forward(**given)  # type: ignore[misc]
 
@@ -260,7 +257,7 @@ class EveryToken(_Keywords):
     """A head that reads each token, and may have a label for each."""
 
     def _forward(self: Any, **given: Any) -> Any:
-        if _base(self) is not None and _on_padding(given.get("labels"), given):
+        if _base(self, given) is not None and _on_padding(given.get("labels"), given):
             given["fastbert_plan"] = _LABELLED_PADDING
         return super().forward(**given)  # type: ignore[misc]
 
@@ -270,7 +267,7 @@ class Span(_Keywords):
 
     def _forward(self: Any, **given: Any) -> Any:
         mask = given.get("attention_mask")
-        if _base(self) is not None and mask is not None and not bool((mask != 0).all()):
+        if _base(self, given) is not None and mask is not None and not bool((mask != 0).all()):
             given["fastbert_plan"] = "question answering over padding"
         return super().forward(**given)  # type: ignore[misc]
 
@@ -302,7 +299,7 @@ class MaskedWords(_Keywords):
         if self.training and not output_logits:
             rows = labelled_rows(self, labels, given, pooled=False)
         if rows is None:
-            if _base(self) is not None and _on_padding(labels, given):
+            if _base(self, given) is not None and _on_padding(labels, given):
                 given["fastbert_plan"] = _LABELLED_PADDING
             given["return_dict"] = True
             output = super().forward(**given)  # type: ignore[misc]
@@ -336,7 +333,7 @@ class WordsAndNextSentence(_Keywords):
         if labels is not None and next_sentence_label is not None:
             if self.training and not output_logits and is_plain(self.cls, type(self.cls)):
                 rows = labelled_rows(self, labels, given, pooled=True)
-            if rows is None and _base(self) is not None and _on_padding(labels, given):
+            if rows is None and _base(self, given) is not None and _on_padding(labels, given):
                 given["fastbert_plan"] = _LABELLED_PADDING
         if rows is None or next_sentence_label is None:
             given |= {"labels": labels, "next_sentence_label": next_sentence_label}
@@ -361,7 +358,7 @@ def labelled_rows(
     Raises:
         ValueError: labels of another shape than the inputs.
     """
-    base = _base(model)
+    base = _base(model, given)
     plan = base._plan(given) if base is not None else ""
     if isinstance(plan, str) or _on_padding(labels, given):
         return None

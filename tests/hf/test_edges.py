@@ -20,7 +20,6 @@ from fastbert.hf import layers
 
 from .berts import (
     HEADS,
-    VOCAB,
     assert_close,
     assert_same_training,
     batch,
@@ -349,13 +348,11 @@ def test_checkpointing_draws_the_same_dropout_again(reentrant):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_compiled_traced_and_exported_it_is_transformers_own(said):
+def test_exported_and_traced_it_is_transformers_own(said):
     theirs, ours = (model.eval() for model in pair("BertForSequenceClassification"))
     given = batch("BertForSequenceClassification", labels=False)
     with torch.no_grad():
         want = theirs(**given).logits
-        compiled = torch.compile(ours, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(**given).logits, want)
         exported = torch.export.export(ours, (), given).module()
         torch.testing.assert_close(exported(**given).logits, want)
         ours.config.return_dict = False
@@ -367,16 +364,30 @@ def test_compiled_traced_and_exported_it_is_transformers_own(said):
     assert "transformers' own path: it is compiled or traced" in " ".join(said)
 
 
-def test_tensors_without_values(said):
+@pytest.mark.parametrize("head", HEADS)
+def test_tensors_without_values(said, head):
     """As where memory is estimated before anything is loaded."""
-    _, ours = pair("BertForMaskedLM")
+    theirs, ours = pair(head)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        given = {name: mode.from_tensor(x) for name, x in batch(labels=False).items()}
-        assert ours(**given).logits.shape == (4, 12, VOCAB)
-    logits = ours.to("meta")(given["input_ids"].to("meta")).logits
-    assert logits.is_meta
-    assert logits.shape == (4, 12, VOCAB)
+        given = {name: mode.from_tensor(x) for name, x in batch(head).items()}
+        want, found = theirs(**given), ours(**given)
+    assert {n: x.shape for n, x in want.items()} == {n: x.shape for n, x in found.items()}
     assert "transformers' own path: tensors without values" in " ".join(said)
+    states = ours.to("meta").base_model(torch.ones(2, 3).long().to("meta"))[0]
+    assert states.is_meta
+    assert states.shape == (2, 3, 32)
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForQuestionAnswering"])
+def test_training_compiled_whole(head):
+    theirs, ours = pair(head)
+    given = batch(head)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    a, b = theirs(**given).loss, compiled(**given).loss
+    torch.testing.assert_close(b, a)
+    a.backward()
+    b.backward()
+    assert_close(gradients(theirs), gradients(ours))
 
 
 # Hooks
