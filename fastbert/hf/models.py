@@ -19,6 +19,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     MaskedLMOutput,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as theirs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -141,8 +142,12 @@ class Encoder(_Keywords):
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             return "an attention_mask that is not (batch, sequence)"
+        # Who registers an attention wants that one. "eager" is not in the register.
+        registered = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+        if registered is not None and not registered.__module__.startswith("transformers."):
+            return f"attn_implementation {config._attn_implementation!r}"
         for layer in self.encoder.layer:
-            attention = layer.attention.self
+            attention = getattr(getattr(layer, "attention", None), "self", None)
             if type(attention) is not self.attention_class or not own_forward(attention):
                 return f"an attention that is not {self.attention_class.__name__} itself"
         return ""
@@ -158,7 +163,9 @@ class Encoder(_Keywords):
             pooled: whether the first token of each sequence is read, too.
             given: the arguments of the forward.
         """
-        last = self.encoder.layer[-1]
+        *before, last = self.encoder.layer or [None]
+        if last is None or any(layer is last for layer in before):
+            return plan
         seen = (last, last.attention, self.encoder, self)
         if (
             given.get("output_hidden_states", self.config.output_hidden_states)
