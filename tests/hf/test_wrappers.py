@@ -11,6 +11,8 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertTokenizer, pipeline
 
@@ -261,6 +263,13 @@ def _in_one_of_two(rank: int, folder: str) -> None:
         parallel = DistributedDataParallel(model)
         loss_of(parallel, _half(head, rank)).backward()
         found[head] = gradients(model)
+    model = fastbert.accelerate(bert("BertForMaskedLM"))
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss_of(model, _half("BertForMaskedLM", rank)).backward()
+    found["sharded"] = {name: grad.full_tensor() for name, grad in gradients(model).items()}
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -270,7 +279,7 @@ def _half(head: str, rank: int) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    """Their mean; `find_unused_parameters` is not needed for any head."""
+    """Their mean, by DDP and FSDP2; `find_unused_parameters` is not needed for any head."""
     # A fork has imported everything already; autograd forbids it only where there is a GPU.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     both = [context.Process(target=_in_one_of_two, args=(i, str(tmp_path))) for i in range(2)]
@@ -287,3 +296,4 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         assert_close(gradients(model), first[head])
         for name, gradient in second[head].items():
             assert torch.equal(gradient, first[head][name])
+    assert_close(first["BertForMaskedLM"], first["sharded"])
