@@ -56,6 +56,24 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def own_forward(module: nn.Module) -> bool:
+    """Whether a call ends in the class's forward; accelerate's hooks keep that aside."""
+    if "forward" not in vars(module):
+        return True
+    return getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
+
+
+def is_known(module: nn.Module | None) -> bool:
+    """Whether a part treats each token by itself: it is transformers' own, or wrapped by torch.
+
+    One that somebody wrote may look at `x[:, 0]`, or at a token's neighbours.
+    """
+    if module is None:
+        return True
+    origin = type(module).forward.__module__.partition(".")[0]
+    return origin in ("transformers", "fastbert", "torch") and own_forward(module)
+
+
 def kernels_for(x: Tensor, *widths: int) -> Ops | None:
     """Our kernels, for rows of these widths where `x` lies; None: plain PyTorch."""
     if x.device.type != "cuda" or is_traced() or x.dtype == torch.float64:
@@ -107,7 +125,7 @@ class SelfAttention:
             )
         plan = fastbert_plan.to(hidden_states.device)
         A, D, x = self.num_attention_heads, self.attention_head_size, hidden_states[0]
-        dropout_p = self.dropout.p if self.dropout.training else 0.0
+        dropout_p = self.dropout.p if self.training else 0.0
         projections = (self.query, self.key, self.value)
         ops = kernels_for(x) if D in HEAD_SIZES and dropout_p < 1.0 else None
         if ops is None:
@@ -127,11 +145,11 @@ class AddNorm:
 
     def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Any:
         dense, norm, dropout = self.dense, self.LayerNorm, self.dropout
-        plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
-        p = dropout.p if dropout.training else 0.0
         ops = kernels_for(hidden_states, input_tensor.shape[-1])
-        if ops is None or not plain or not is_plain(dropout, nn.Dropout) or p >= 1.0:
+        plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
+        if ops is None or not plain or not is_plain(dropout, nn.Dropout) or dropout.p >= 1.0:
             return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
+        p = dropout.p if dropout.training else 0.0
         x = F.linear(hidden_states, dense.weight)
         rows = x.view(-1, x.shape[-1])
         out = ops.dropout_add_layer_norm(
@@ -145,11 +163,12 @@ class Intermediate:
     """GELU(x W + b)."""
 
     def forward(self: Any, hidden_states: Tensor) -> Any:
-        ops = kernels_for(hidden_states, self.dense.out_features)
-        approximate = gelu_of(self.intermediate_act_fn)
-        if ops is None or approximate is None or not is_plain(self.dense, nn.Linear):
+        dense, approximate = self.dense, gelu_of(self.intermediate_act_fn)
+        plain = is_plain(dense, nn.Linear)
+        ops = kernels_for(hidden_states, dense.out_features) if plain else None
+        if ops is None or approximate is None:
             return super().forward(hidden_states)  # type: ignore[misc]
-        dense, kind = self.dense, product_dtype(hidden_states)
+        kind = product_dtype(hidden_states)
         rows = hidden_states.to(kind).reshape(-1, dense.in_features)
         weight, bias = dense.weight.to(kind), dense.bias.to(kind)
         out, _ = ops.linear_gelu_residual(rows, weight, bias, approximate)
@@ -161,10 +180,10 @@ class Transform:
 
     def forward(self: Any, hidden_states: Tensor) -> Any:
         dense, norm = self.dense, self.LayerNorm
-        ops = kernels_for(hidden_states, dense.out_features)
         approximate = gelu_of(self.transform_act_fn)
         plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
-        if ops is None or approximate is None or not plain:
+        ops = kernels_for(hidden_states, dense.out_features) if plain else None
+        if ops is None or approximate is None:
             return super().forward(hidden_states)  # type: ignore[misc]
         x = F.linear(hidden_states, dense.weight)
         out = ops.gelu_layer_norm(

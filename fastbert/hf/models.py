@@ -10,6 +10,7 @@ B sequences padded to S, T tokens kept, M labelled tokens, V vocabulary, H hidde
 import inspect
 from dataclasses import replace
 from functools import wraps
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -25,15 +26,8 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from fastbert.hf import layers
-from fastbert.hf.layers import is_plain, kernels_for, note, unreadable
+from fastbert.hf.layers import is_known, is_plain, kernels_for, note, own_forward, unreadable
 from fastbert.hf.packing import Plan
-
-
-def own_forward(module: nn.Module) -> bool:
-    """Whether a call ends in the class's forward; accelerate's hooks keep that aside."""
-    if "forward" not in vars(module):
-        return True
-    return getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
 
 
 class _Keywords:
@@ -72,6 +66,10 @@ class Encoder(_Keywords):
     """Embeddings, layers and pooler in transformers' module tree."""
 
     attention_class: ClassVar[type]
+    # A layer's attention, and what else is called with all its tokens.
+    parts_of: ClassVar[Any] = attrgetter(
+        "attention.self", "attention", "attention.output", "intermediate", "output"
+    )
     output_class: ClassVar[type] = BaseModelOutputWithPoolingAndCrossAttentions
 
     def _forward(
@@ -103,7 +101,7 @@ class Encoder(_Keywords):
         embeds: Any = given.get("inputs_embeds")
         inputs: Any = given.get("input_ids") if embeds is None else embeds
         B, S = inputs.shape[:2]
-        positions = self.embeddings.position_embeddings.num_embeddings
+        positions = getattr(self.embeddings.position_embeddings, "num_embeddings", S)
         if given.get("position_ids") is None and S > positions:
             raise ValueError(f"sequences of {S} tokens: the model has {positions} positions")
         mask = given.get("attention_mask")
@@ -146,10 +144,19 @@ class Encoder(_Keywords):
         registered = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
         if registered is not None and not registered.__module__.startswith("transformers."):
             return f"attn_implementation {config._attn_implementation!r}"
+        for part in (self.embeddings, self.encoder):
+            if not is_known(part):
+                return f"a {type(part).__name__} of another make"
         for layer in self.encoder.layer:
-            attention = getattr(getattr(layer, "attention", None), "self", None)
+            try:
+                attention, *others = self.parts_of(layer)
+            except AttributeError:
+                return f"a {type(layer).__name__} among its layers"
             if type(attention) is not self.attention_class or not own_forward(attention):
                 return f"an attention that is not {self.attention_class.__name__} itself"
+            for part in (layer, *others):
+                if not is_known(part):
+                    return f"a {type(part).__name__} of another make"
         return ""
 
     def _wanting(
@@ -165,6 +172,8 @@ class Encoder(_Keywords):
         """
         *before, last = self.encoder.layer or [None]
         if last is None or any(layer is last for layer in before):
+            return plan
+        if pooled and not is_known(getattr(self, "pooler", None)):
             return plan
         seen = (last, last.attention, self.encoder, self)
         if (
@@ -369,6 +378,11 @@ def labelled_rows(
     plan = base._plan(given) if base is not None else ""
     if isinstance(plan, str) or _on_padding(labels, given):
         return None
+    scores = model.get_submodule(model.scores_name)
+    for part in (scores, getattr(scores, "predictions", scores)):
+        if not is_known(part) or isinstance(part, nn.Linear):
+            note(f"{type(model).__name__}: every token is scored: a {type(part).__name__} does it")
+            return None
     if labels.shape != plan.shape:
         raise ValueError(f"labels must be {plan.shape}, not {tuple(labels.shape)}")
     places = (labels.flatten() != -100).nonzero().squeeze(1)
@@ -390,18 +404,15 @@ def words_loss(
     num_items: Tensor | int | None,
 ) -> Tensor:
     """The loss of labelled tokens: their mean, or their sum divided by `num_items`."""
-    transform = model.get_submodule(model.transform_name)
-    decoder = model.get_submodule(model.decoder_name)
     scores = model.get_submodule(model.scores_name)
     ops = kernels_for(x, x.shape[-1])
+    if ops is None:
+        return _mean(F.cross_entropy, scores(x).squeeze(0), targets, num_items)
+    transform = model.get_submodule(model.transform_name)
+    decoder = model.get_submodule(model.decoder_name)
     plain = is_plain(decoder, nn.Linear) and decoder.bias is not None
     parents = (scores, getattr(scores, "predictions", scores))
-    if (
-        ops is None
-        or not len(targets)
-        or not plain
-        or not all(is_plain(p, type(p)) for p in parents)
-    ):
+    if not len(targets) or not plain or not all(is_plain(p, type(p)) for p in parents):
         return _mean(F.cross_entropy, scores(x).squeeze(0), targets, num_items)
     features = transform(x).squeeze(0)
     weight, bias = (one.to(features.dtype) for one in (decoder.weight, decoder.bias))

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import fastbert
 from fastbert.hf import layers
 
-from .berts import assert_close, assert_same_training, batch, bert, config, gradients, pair
+from .berts import VOCAB, assert_close, assert_same_training, batch, bert, config, gradients, pair
 
 
 @pytest.fixture
@@ -60,7 +60,8 @@ def test_layers_in_a_module_of_ones_own(where, said):
 def test_a_layer_of_ones_own_class():
     class Louder(transformers.models.bert.modeling_bert.BertLayer):
         def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs) * 1.5
+            x = super().forward(*args, **kwargs)
+            return x + x[:, :1]
 
     theirs, ours = pair("BertForMaskedLM")
     for model in (theirs, ours):
@@ -69,6 +70,99 @@ def test_a_layer_of_ones_own_class():
         model.bert.encoder.layer[1] = layer
     fastbert.accelerate(ours)
     assert_same_training(theirs, ours, batch("BertForMaskedLM"))
+
+
+class Mixing(nn.Module):
+    """Before what a module did, each token gets some of its sequence's first."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, *args):
+        return self.inner(x + x[:, :1], *args)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["encoder.layer.0.output", "encoder.layer.1.attention.output", "encoder.layer.1.intermediate"],
+)
+def test_modules_that_look_at_other_tokens(path):
+    theirs, ours = pair("BertForMaskedLM")
+    for model in (theirs, ours):
+        model.bert.set_submodule(path, Mixing(model.bert.get_submodule(path)))
+    assert_same_training(theirs, ours, batch("BertForMaskedLM"))
+
+
+def test_embeddings_of_ones_own():
+    class Shifted(transformers.models.bert.modeling_bert.BertEmbeddings):
+        def forward(self, *args, **kwargs):
+            x = super().forward(*args, **kwargs)
+            return x + x.roll(1, 1)
+
+    theirs, ours = pair("BertForMaskedLM")
+    for model in (theirs, ours):
+        model.bert.embeddings.__class__ = Shifted
+    assert_same_training(theirs, ours, batch("BertForMaskedLM"))
+
+
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForPreTraining"])
+def test_a_pooler_of_ones_own(head):
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x[:, :3].mean(1)
+
+    theirs, ours = pair(head)
+    for model in (theirs, ours):
+        model.bert.pooler = Mean()
+    assert_same_training(theirs, ours, batch(head))
+
+
+def test_scores_of_ones_own(said):
+    class Neighbours(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x + x[:, :1])
+
+    theirs, ours = pair("BertForMaskedLM")
+    for model in (theirs, ours):
+        model.cls = Neighbours(model.cls)
+    assert_same_training(theirs, ours, batch("BertForMaskedLM"))
+    assert "BertForMaskedLM: every token is scored: a Neighbours does it" in said
+    for model in (theirs, ours):
+        model.zero_grad()
+        torch.manual_seed(4)
+        model.cls = nn.Linear(32, VOCAB)
+    assert_same_training(theirs, ours, batch("BertForMaskedLM"))
+
+
+def test_modules_that_have_other_attributes():
+    theirs, ours = pair("BertForMaskedLM")
+    for model in (theirs, ours):
+        layer = model.bert.encoder.layer[1]
+        layer.output.dropout = layer.attention.output.dropout = nn.Identity()
+        layer.intermediate.dense = Wrapped(layer.intermediate.dense)
+        layer.attention.output.LayerNorm = Wrapped(layer.attention.output.LayerNorm)
+        predictions = model.cls.predictions
+        predictions.transform.dense = Wrapped(predictions.transform.dense)
+        predictions.decoder = Wrapped(predictions.decoder)
+        embeddings = model.bert.embeddings
+        embeddings.position_embeddings = Wrapped(embeddings.position_embeddings)
+    assert_same_training(theirs, ours, batch("BertForMaskedLM"))
+
+
+def test_dropout_of_attention_is_on_where_transformers_has_it_on():
+    _, ours = pair("BertModel", attention_probs_dropout_prob=0.5)
+    ours.eval()
+    for module in ours.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert torch.equal(*(ours(**batch()).last_hidden_state for _ in range(2)))
+    ours.encoder.layer[0].attention.self.train()
+    assert not torch.equal(*(ours(**batch()).last_hidden_state for _ in range(2)))
 
 
 def test_an_attention_that_somebody_registered(said):
