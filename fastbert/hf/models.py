@@ -40,10 +40,14 @@ class _Keywords:
         )
         if of is None or "forward" in vars(cls):
             return
-        names = list(inspect.signature(of.forward).parameters)[1:]  # type: ignore[attr-defined]
+        parameters = inspect.signature(of.forward).parameters.values()  # type: ignore[attr-defined]
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
         @wraps(of.forward)  # type: ignore[attr-defined]
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(names):
+                takes = f"{type(self).__name__}.forward() takes {len(names)} positional arguments"
+                raise TypeError(f"{takes}, not {len(args)}")
             return self._forward(**dict(zip(names, args, strict=False)), **kwargs)
 
         cls.forward = forward  # type: ignore[attr-defined]
