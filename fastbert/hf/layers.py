@@ -70,8 +70,13 @@ def is_known(module: nn.Module | None) -> bool:
     """
     if module is None:
         return True
-    origin = type(module).forward.__module__.partition(".")[0]
-    return origin in ("transformers", "fastbert", "torch") and own_forward(module)
+    known = _of_known_make(type(module).forward)
+    return known and ("forward" not in vars(module) or own_forward(module))
+
+
+@cache
+def _of_known_make(forward: Any) -> bool:
+    return forward.__module__.partition(".")[0] in ("transformers", "fastbert", "torch")
 
 
 def kernels_for(x: Tensor, *widths: int) -> Ops | None:

@@ -71,9 +71,8 @@ class Encoder(_Keywords):
 
     attention_class: ClassVar[type]
     # A layer's attention, and what else is called with all its tokens.
-    parts_of: ClassVar[Any] = attrgetter(
-        "attention.self", "attention", "attention.output", "intermediate", "output"
-    )
+    parts_of: ClassVar[Any] = attrgetter("attention", "intermediate", "output")
+    parts_of_attention: ClassVar[Any] = attrgetter("self", "output")
     output_class: ClassVar[type] = BaseModelOutputWithPoolingAndCrossAttentions
 
     def _forward(
@@ -153,12 +152,13 @@ class Encoder(_Keywords):
                 return f"a {type(part).__name__} of another make"
         for layer in self.encoder.layer:
             try:
-                attention, *others = self.parts_of(layer)
+                parts = self.parts_of(layer)
+                attention, output = self.parts_of_attention(parts[0])
             except AttributeError:
                 return f"a {type(layer).__name__} among its layers"
             if type(attention) is not self.attention_class or not own_forward(attention):
                 return f"an attention that is not {self.attention_class.__name__} itself"
-            for part in (layer, *others):
+            for part in (layer, output, *parts):
                 if not is_known(part):
                     return f"a {type(part).__name__} of another make"
         return ""
