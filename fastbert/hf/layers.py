@@ -79,6 +79,18 @@ def _of_known_make(forward: Any) -> bool:
     return forward.__module__.partition(".")[0] in ("transformers", "fastbert", "torch")
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hook sees what goes in or out; torch's and transformers' own do not count.
+
+    It would look for (batch, sequence, width).
+    """
+    kept = vars(module)
+    if not any(kept[name] for name in _HOOKS):
+        return False
+    hooks = [hook for name in _HOOKS for hook in kept[name].values()]
+    return any(h.__module__.partition(".")[0] not in ("torch", "transformers") for h in hooks)
+
+
 def kernels_for(x: Tensor, *widths: int) -> Ops | None:
     """Our kernels, for rows of these widths where `x` lies; None: plain PyTorch."""
     if x.device.type != "cuda" or is_traced() or x.dtype == torch.float64:

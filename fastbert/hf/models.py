@@ -26,7 +26,15 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from fastbert.hf import layers
-from fastbert.hf.layers import is_known, is_plain, kernels_for, note, own_forward, unreadable
+from fastbert.hf.layers import (
+    is_known,
+    is_plain,
+    is_watched,
+    kernels_for,
+    note,
+    own_forward,
+    unreadable,
+)
 from fastbert.hf.packing import Plan
 
 
@@ -150,6 +158,8 @@ class Encoder(_Keywords):
         for part in (self.embeddings, self.encoder):
             if not is_known(part):
                 return f"a {type(part).__name__} of another make"
+            if is_watched(part):
+                return f"a hook on {type(part).__name__}"
         for layer in self.encoder.layer:
             try:
                 parts = self.parts_of(layer)
@@ -158,9 +168,11 @@ class Encoder(_Keywords):
                 return f"a {type(layer).__name__} among its layers"
             if type(attention) is not self.attention_class or not own_forward(attention):
                 return f"an attention that is not {self.attention_class.__name__} itself"
-            for part in (layer, output, *parts):
+            for part in (layer, attention, output, *parts):
                 if not is_known(part):
                     return f"a {type(part).__name__} of another make"
+                if is_watched(part):
+                    return f"a hook on {type(part).__name__}"
         return ""
 
     def _wanting(
