@@ -24,6 +24,7 @@ from fastbert_kernels.attention_config import HEAD_SIZES
 logger = logging.getLogger("fastbert")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
 
@@ -70,8 +71,25 @@ def is_known(module: nn.Module | None) -> bool:
     """
     if module is None:
         return True
-    origin = type(module).forward.__module__.partition(".")[0]
-    return origin in ("transformers", "fastbert", "torch") and own_forward(module)
+    known = _of_known_make(type(module).forward)
+    return known and ("forward" not in vars(module) or own_forward(module))
+
+
+@cache
+def _of_known_make(forward: Any) -> bool:
+    return forward.__module__.partition(".")[0] in ("transformers", "fastbert", "torch")
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hook sees what goes in or out, expecting (batch, sequence, width).
+
+    Hooks of libraries, which bring parameters or record outputs, do not count.
+    """
+    kept = vars(module)
+    if not any(kept[name] for name in _HOOKS):
+        return False
+    hooks = [hook for name in _HOOKS for hook in kept[name].values()]
+    return any(hook.__module__.partition(".")[0] not in _LIBRARIES for hook in hooks)
 
 
 def kernels_for(x: Tensor, *widths: int) -> Ops | None:

@@ -10,7 +10,6 @@ B sequences padded to S, T tokens kept, M labelled tokens, V vocabulary, H hidde
 import inspect
 from dataclasses import replace
 from functools import wraps
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +26,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 import fastbert.hf.attention  # noqa: F401  attn_implementation="fastbert"
 from fastbert.hf import layers
-from fastbert.hf.layers import is_known, is_plain, kernels_for, note, own_forward, unreadable
+from fastbert.hf.layers import (
+    is_known,
+    is_plain,
+    is_watched,
+    kernels_for,
+    note,
+    own_forward,
+    unreadable,
+)
 from fastbert.hf.packing import Plan
 
 
@@ -41,10 +48,14 @@ class _Keywords:
         )
         if of is None or "forward" in vars(cls):
             return
-        names = list(inspect.signature(of.forward).parameters)[1:]  # type: ignore[attr-defined]
+        parameters = inspect.signature(of.forward).parameters.values()  # type: ignore[attr-defined]
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
         @wraps(of.forward)  # type: ignore[attr-defined]
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(names):
+                takes = f"{type(self).__name__}.forward() takes {len(names)} positional arguments"
+                raise TypeError(f"{takes}, not {len(args)}")
             return self._forward(**dict(zip(names, args, strict=False)), **kwargs)
 
         cls.forward = forward  # type: ignore[attr-defined]
@@ -67,10 +78,6 @@ class Encoder(_Keywords):
     """Embeddings, layers and pooler in transformers' module tree."""
 
     attention_class: ClassVar[type]
-    # A layer's attention, and what else is called with all its tokens.
-    parts_of: ClassVar[Any] = attrgetter(
-        "attention.self", "attention", "attention.output", "intermediate", "output"
-    )
     output_class: ClassVar[type] = BaseModelOutputWithPoolingAndCrossAttentions
 
     def _forward(
@@ -147,16 +154,20 @@ class Encoder(_Keywords):
         for part in (self.embeddings, self._stack()):
             if not is_known(part):
                 return f"a {type(part).__name__} of another make"
+            if is_watched(part):
+                return f"a hook on {type(part).__name__}"
         for layer in self._stack().layer:
             try:
-                attention, *others = self.parts_of(layer)
+                attention, *others = self._parts(layer)
             except AttributeError:
                 return f"a {type(layer).__name__} among its layers"
             if type(attention) is not self.attention_class or not own_forward(attention):
                 return f"an attention that is not {self.attention_class.__name__} itself"
-            for part in (layer, *others):
+            for part in (layer, attention, *others):
                 if not is_known(part):
                     return f"a {type(part).__name__} of another make"
+                if is_watched(part):
+                    return f"a hook on {type(part).__name__}"
         return ""
 
     def _wanting(
@@ -238,6 +249,11 @@ class Encoder(_Keywords):
     def _stack(self: Any) -> Any:
         """The module whose `layer` holds the layers."""
         return self.encoder
+
+    def _parts(self: Any, layer: Any) -> tuple[Any, ...]:
+        """A layer's self attention, and what else is called with all its tokens."""
+        attention = layer.attention
+        return attention.self, attention, attention.output, layer.intermediate, layer.output
 
     def _embed(self: Any, **packed: Tensor | None) -> Tensor:  # (1, T, H)
         """What the first layer gets, of packed inputs by transformers' names."""

@@ -11,7 +11,6 @@ B sequences padded to S, T tokens kept, M labelled tokens, H hidden size, V voca
 import sys
 from dataclasses import dataclass
 from importlib import import_module
-from operator import attrgetter
 from threading import RLock
 from typing import Any
 
@@ -144,10 +143,12 @@ class _Summary(_Keywords):
 
 class _DistilEncoder(Encoder):
     output_class = BaseModelOutput
-    parts_of = attrgetter("attention", "ffn")
 
     def _stack(self: Any) -> Any:
         return self.transformer
+
+    def _parts(self: Any, layer: Any) -> tuple[Any, ...]:
+        return layer.attention, layer.attention.out_lin, layer.ffn
 
     def _embed(self: Any, **packed: Tensor | None) -> Tensor:
         del packed["token_type_ids"]  # transformers takes and ignores them, too

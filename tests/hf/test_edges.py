@@ -231,6 +231,27 @@ def test_gradients_of_gradients(implementation):
     assert_close(*found)
 
 
+def test_gradients_of_gradients_that_torch_does_not_have_are_an_error():
+    _, ours = pair("BertForSequenceClassification", attn_implementation="eager")
+    loss = ours(**batch("BertForSequenceClassification")).loss
+    slopes = torch.autograd.grad(loss, ours.bert.encoder.parameters(), create_graph=True)
+    with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
+        sum(slope.square().sum() for slope in slopes).backward()
+
+
+def test_arguments_by_position():
+    theirs, ours = (model.eval() for model in pair("BertForMaskedLM"))
+    given = batch("BertForMaskedLM")
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+    names += ("encoder_hidden_states", "encoder_attention_mask", "labels")
+    args = [given.get(name) for name in names]
+    torch.testing.assert_close(ours(*args).loss, theirs(*args).loss)
+    with pytest.raises(TypeError, match=r"takes 8 positional arguments, not 9"):
+        ours(*args, None)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'input_ids'"):
+        ours(args[0], input_ids=args[0])
+
+
 def test_nothing_labelled_is_nan_as_in_transformers():
     theirs, ours = pair("BertForMaskedLM")
     given = batch("BertForMaskedLM")

@@ -146,8 +146,8 @@ def test_padding_is_left_out_of_each_layer(name: str) -> None:
     model = accelerate(model_of(name)).train()
     base = getattr(model, model.base_model_prefix, model)
     seen: list[int] = []
-    layer = base._stack().layer[0]
-    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    norm = next(m for m in base._stack().layer[0].modules() if isinstance(m, torch.nn.LayerNorm))
+    norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     mask = masks()["right"]
     model(**inputs_of(name, mask))
     assert seen == [int(mask.sum())]  # type: ignore[union-attr]

@@ -95,6 +95,16 @@ def test_the_same_losses_with_the_line_and_without(tmp_path, head, settings):
         assert a.max() > a.min() + 0.05  # something was learnt
 
 
+def test_the_line_after_the_trainer_was_made(tmp_path):
+    found = []
+    for model in (fastbert.accelerate(bert("BertForMaskedLM")), bert("BertForMaskedLM")):
+        made = trainer(model, tmp_path, max_steps=3, bf16=True)
+        fastbert.accelerate(model)
+        made.train()
+        found.append(losses(made))
+    assert torch.equal(*found)
+
+
 def test_accumulated_batches_count_as_one(tmp_path):
     """Labels divided by their number in all of them: transformers 5 adds up means."""
     found = {}

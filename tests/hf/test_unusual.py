@@ -235,3 +235,27 @@ def test_an_encoder_and_a_decoder(said):
     assert_close(gradients(theirs), gradients(ours))
     assert any("no padding is computed" in line for line in said)
     assert "BertModel: transformers' own path: a decoder" in said
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("embeddings", "encoder", "encoder.layer.0", "encoder.layer.1.attention"),
+        *("encoder.layer.0.attention.self", "encoder.layer.0.attention.output"),
+        *("encoder.layer.1.intermediate", "encoder.layer.1.output"),
+    ],
+)
+def test_a_hook_that_takes_a_token_away(path, said):
+    def without_first(_module, _given, out):
+        if isinstance(out, torch.Tensor):
+            return out * (torch.arange(out.shape[1]) > 0)[None, :, None]
+        if isinstance(out, tuple):
+            return (without_first(_module, _given, out[0]), *out[1:])
+        out.last_hidden_state = without_first(_module, _given, out.last_hidden_state)
+        return out
+
+    theirs, ours = pair("BertForMaskedLM")
+    for model in (theirs, ours):
+        model.bert.get_submodule(path).register_forward_hook(without_first)
+    assert_same_training(theirs, ours, batch("BertForMaskedLM"))
+    assert any("transformers' own path: a hook on Bert" in line for line in said)
