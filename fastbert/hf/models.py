@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from fastbert.hf import layers
 from fastbert.hf.layers import is_plain, is_traced, kernels_for, note
 from fastbert.hf.packing import Plan
+from fastbert.hf.stack import Stack
 
 
 def own_forward(module: nn.Module) -> bool:
@@ -108,12 +109,13 @@ class Encoder(_Keywords):
         mask = given.get("attention_mask")
         if mask is not None and mask.shape != (B, S):
             raise ValueError(f"attention_mask must be {(B, S)}, not {tuple(mask.shape)}")
-        if inputs.device.type == "cpu":
+        plan = Plan.of(mask, (B, S), inputs.device)
+        if plan.slots is not None and inputs.device.type == "cpu":  # else each id is looked up
             for name in ("input_ids", "token_type_ids", "position_ids"):
                 ids = given.get(name)
                 if ids is not None and bool((ids < 0).any()):
                     raise IndexError(f"{name} holds {int(ids.min())}: ids begin at 0")
-        return Plan.of(mask, (B, S), inputs.device)
+        return plan
 
     def _why_not(self: Any, given: dict[str, Any]) -> str:
         config = self.config
@@ -179,9 +181,13 @@ class Encoder(_Keywords):
         """
         B = plan.shape[0]
         return_dict = given.get("return_dict")
-        flags = {name: value for name, value in given.items() if name.startswith("output_")}
-        output = self._layers(plan, given, return_dict=True, **flags)
-        x = output.last_hidden_state
+        hidden_states = None
+        if given.get("output_hidden_states", self.config.output_hidden_states):
+            flags = {name: value for name, value in given.items() if name.startswith("output_")}
+            output = self._captured(plan, given, return_dict=True, **flags)
+            x, hidden_states = output.last_hidden_state, output.hidden_states
+        else:
+            x = self._layers(plan, given)
         pooler = getattr(self, "pooler", None)
         if plan.wanted is None:
             states = plan.pad(x)
@@ -195,17 +201,22 @@ class Encoder(_Keywords):
         found: dict[str, Any] = {"last_hidden_state": states}
         if pooler is not None:
             found["pooler_output"] = pooler(firsts)
-        if output.hidden_states is not None:
+        if hidden_states is not None:
             found["hidden_states"] = tuple(
                 states if state is x else None if state is None else plan.pad(state)
-                for state in output.hidden_states
+                for state in hidden_states
             )
         output = self.output_class(**found)  # anew, because its order is that of its fields
         whole = self.config.return_dict if return_dict is None else return_dict
         return output if whole else output.to_tuple()
 
     @capture_outputs
-    def _layers(self: Any, plan: Plan, given: dict[str, Any], **_: Any) -> Any:
+    def _captured(self: Any, plan: Plan, given: dict[str, Any], **_: Any) -> Any:
+        """What transformers' hooks find is added to this."""
+        return self.output_class(last_hidden_state=self._layers(plan, given))
+
+    def _layers(self: Any, plan: Plan, given: dict[str, Any]) -> Tensor:
+        """The last hidden states: (1, T, H), or (1, R, H) of those wanted."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         types = given.get("token_type_ids")
         x = self.embeddings(
@@ -214,8 +225,12 @@ class Encoder(_Keywords):
             token_type_ids=None if types is None else plan.pack(types.expand(plan.shape)),
             inputs_embeds=None if embeds is None else plan.pack(embeds),
         )
-        out = self.encoder(x, fastbert_plan=plan).last_hidden_state
-        return self.output_class(last_hidden_state=out.to(x.dtype))
+        read = Stack.of(self, self.encoder, x.device)
+        if read is None:
+            out = self.encoder(x, fastbert_plan=plan).last_hidden_state
+        else:
+            out = read(x.squeeze(0), plan)[None]
+        return out.to(x.dtype)
 
     def _positions(self: Any, shape: tuple[int, int], given: dict[str, Any]) -> Tensor:  # (B, S)
         positions = given.get("position_ids")
