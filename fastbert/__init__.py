@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastbert.data.batch import Batch
     from fastbert.hf.accelerate import accelerate, decelerate
+    from fastbert.hf.encode import encode
     from fastbert.hf.models import (
         BertForMaskedLM,
         BertForMultipleChoice,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOME = {
     "fastbert.data.batch": ("Batch",),
     "fastbert.hf.accelerate": ("accelerate", "decelerate"),
+    "fastbert.hf.encode": ("encode",),
     "fastbert.hf.models": (
         *("BertForMaskedLM", "BertForMultipleChoice", "BertForNextSentencePrediction"),
         *("BertForPreTraining", "BertForQuestionAnswering", "BertForSequenceClassification"),
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "decelerate",
+    "encode",
 ]
 
 

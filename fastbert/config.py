@@ -48,21 +48,13 @@ class ModelConfig:
         UserError: a value is out of bounds, or two do not fit together.
     """
 
-    vocab_size: int = setting(
-        30522, "tokens in the vocabulary", MODEL, at_least=1, at_most=2**24
-    )
-    hidden_size: int = setting(
-        768, "width of the hidden states", MODEL, at_least=1, at_most=2**16
-    )
-    num_hidden_layers: int = setting(
-        12, "layers of the encoder", MODEL, at_least=1, at_most=1000
-    )
+    vocab_size: int = setting(30522, "tokens in the vocabulary", MODEL, at_least=1, at_most=2**24)
+    hidden_size: int = setting(768, "width of the hidden states", MODEL, at_least=1, at_most=2**16)
+    num_hidden_layers: int = setting(12, "layers of the encoder", MODEL, at_least=1, at_most=1000)
     num_attention_heads: int = setting(
         12, "attention heads per layer", MODEL, at_least=1, at_most=2**16
     )
-    intermediate_size: int = setting(
-        3072, "width inside the MLP", MODEL, at_least=1, at_most=2**18
-    )
+    intermediate_size: int = setting(3072, "width inside the MLP", MODEL, at_least=1, at_most=2**18)
     hidden_act: str = setting(
         "gelu",
         "activation of the MLP: gelu is exact (erf), the other two are its tanh form",
@@ -525,9 +517,7 @@ class PretrainConfig:
     save_steps: int = setting(
         250, "steps between checkpoints (0 = only at the end)", LOGS, at_least=0, at_most=MOST
     )
-    save_total_limit: int = setting(
-        3, "newest checkpoints kept", LOGS, at_least=1, at_most=MOST
-    )
+    save_total_limit: int = setting(3, "newest checkpoints kept", LOGS, at_least=1, at_most=MOST)
     max_eval_batches: int = max_eval_batches_setting(LOGS, 32)
     report_to: str = setting(
         "tensorboard", "where curves go beside the log", LOGS, choices=("tensorboard", "none")
@@ -598,5 +588,3 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
     if config.learning_rate is not None:
         return config
     return replace(config, learning_rate=peak_learning_rate(model_config(config.model)))
-
-

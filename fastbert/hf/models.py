@@ -232,6 +232,33 @@ class Encoder(_Keywords):
             out = read(x.squeeze(0), plan)[None]
         return out.to(x.dtype)
 
+    def last_states(
+        self: Any, plan: Plan, given: dict[str, Any], wanted: Tensor | None = None
+    ) -> Tensor:  # (T, H), or (M, H)
+        """Last hidden states of sequences that lie end to end.
+
+        Args:
+            plan: `Plan.of_lengths`.
+            given: `input_ids` and `position_ids`, (1, T).
+            wanted: (M,) tokens that are read; None: all.
+
+        Raises:
+            ValueError: the model is set up so that they cannot lie so.
+        """
+        why = self._why_not(given)
+        if why:
+            raise ValueError(f"{type(self).__name__} cannot take texts end to end: {why}")
+        if wanted is not None:
+            plan = self._wanting(plan, wanted, False, given)
+        x: Tensor = self._layers(plan, given).squeeze(0)
+        return x if wanted is None or plan.wanted is not None else x.index_select(0, wanted)
+
+    def positions(self: Any) -> int:
+        """Tokens of a sequence at most; families that count from their padding id have fewer."""
+        table = self.embeddings.position_embeddings
+        unused = 0 if table.padding_idx is None else table.padding_idx + 1
+        return table.num_embeddings - unused
+
     def _positions(self: Any, shape: tuple[int, int], given: dict[str, Any]) -> Tensor:  # (B, S)
         positions = given.get("position_ids")
         if positions is None:
@@ -299,6 +326,10 @@ class MaskedWords(_Keywords):
     transform_name = "cls.predictions.transform"
     decoder_name = "cls.predictions.decoder"
     scores_name = "cls"
+
+    def scores(self: Any, x: Tensor) -> Tensor:  # (..., H) -> (..., V)
+        """Logits of hidden states."""
+        return self.get_submodule(self.scores_name)(x)
 
     @can_return_tuple
     def _forward(

@@ -1,9 +1,9 @@
 """An encoder's layers evaluated by reading their parameters instead of calling their modules.
 
-Of a short text, half the time on a CPU is Python's: 20 modules a layer, each called through torch's
-and transformers' wrappers. Here a layer is 16 calls of torch. What was found of the modules is kept,
-and looked at again before every use: a module that was exchanged, subclassed, patched, hooked or put
-into training sends the whole to the modules themselves.
+Of a short text, a third of the time on a CPU is Python's: 20 modules a layer, each called through
+torch's and transformers' wrappers. Here a layer is 16 calls of torch. What was found of the modules
+is kept, and looked at again before every use: a module that was exchanged, subclassed, patched,
+hooked or put into training sends the whole to the modules themselves.
 
 T tokens, H hidden size.
 """
