@@ -230,17 +230,21 @@ class _Encode:
         yield order[begin:]
 
     def _vectors(self, encoder: Any, tokens: list[list[int]]) -> Tensor:  # (n, H)
-        lengths = [len(ids) for ids in tokens]
-        plan = Plan.of_lengths(lengths, self.device)
-        ids = torch.tensor([list(chain.from_iterable(tokens))])
-        inputs = {"input_ids": ids, "position_ids": _positions(encoder, ids, lengths)}
-        states = encoder.last_states(
-            plan,
-            {name: value.to(self.device) for name, value in inputs.items()},
-            plan.first if self.pooling == "cls" else None,
-        )
-        vectors = states if self.pooling == "cls" else _means(states, plan)
+        plan, given = end_to_end(encoder, tokens)
+        only_first = self.pooling == "cls"
+        states = encoder.last_states(plan, given, plan.first if only_first else None)
+        vectors = states if only_first else _means(states, plan)
         return F.normalize(vectors.float(), dim=1) if self.normalize else vectors
+
+
+def end_to_end(encoder: Any, tokens: list[list[int]]) -> tuple[Plan, dict[str, Tensor]]:
+    """A plan and the inputs of an encoder, where it lies, for texts of at least one token."""
+    device = next(encoder.parameters()).device
+    lengths = [len(ids) for ids in tokens]
+    ids = torch.tensor([list(chain.from_iterable(tokens))])
+    given = {"input_ids": ids, "position_ids": _positions(encoder, ids, lengths)}
+    there = {name: value.to(device) for name, value in given.items()}
+    return Plan.of_lengths(lengths, device), there
 
 
 def _positions(encoder: Any, ids: Tensor, lengths: list[int]) -> Tensor:  # (1, T)
