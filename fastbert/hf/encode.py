@@ -142,6 +142,7 @@ class _Encode:
         max_length: int | None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.modules = list(model.modules())  # once: of a short text it is 5% of the time
         self.pooling, self.normalize = pooling, normalize
         with self._ready() as encoder:
             self.device, self.width = next(encoder.parameters()).device, encoder.config.hidden_size
@@ -156,17 +157,20 @@ class _Encode:
     @contextmanager
     def _ready(self) -> Iterator[Any]:
         """The encoder, accelerated and in evaluation."""
-        training = [module for module in self.model.modules() if module.training]
-        ours = any(isinstance(module, Encoder) for module in self.model.modules())
-        accelerate(self.model)
+        training = [module for module in self.modules if module.training]
+        encoders = [module for module in self.modules if isinstance(module, Encoder)]
+        swapped = not encoders
+        if swapped:
+            accelerate(self.model)
+            encoders = [module for module in self.modules if isinstance(module, Encoder)]
         try:
-            self.model.eval()
-            encoders = [module for module in self.model.modules() if isinstance(module, Encoder)]
+            for module in training:
+                module.training = False
             if len(encoders) > 1:
                 raise ValueError(f"{type(self.model).__name__} holds {len(encoders)} encoders")
             yield encoders[0]
         finally:
-            if not ours:
+            if swapped:
                 decelerate(self.model)
             for module in training:
                 module.training = True
@@ -174,7 +178,7 @@ class _Encode:
     def windows(self, texts: Iterable[str], total: int | None, show: bool) -> Iterator[np.ndarray]:
         """(n, H) float32 of each window in turn."""
         texts = iter(texts)
-        bar = progress_bar(total=total, desc="encode", unit="text", disable=not show)
+        bar = progress_bar(total=total, desc="encode", unit="text") if show else None
         begin = 0
         try:
             while window := list(islice(texts, WINDOW)):
@@ -184,7 +188,8 @@ class _Encode:
                 yield self._window(window, bar)
                 begin += len(window)
         finally:
-            bar.close()
+            if bar is not None:
+                bar.close()
             if self.cut:
                 logger.warning(
                     "%d of %d texts were cut to %d tokens", self.cut, begin, self.longest
@@ -200,7 +205,8 @@ class _Encode:
             for rows in self._batches(order, lengths):
                 vectors = self._vectors(encoder, [tokens[row] for row in rows])
                 out[torch.from_numpy(rows)] = vectors.to("cpu", torch.float32)
-                bar.update(len(rows))
+                if bar is not None:
+                    bar.update(len(rows))
         return out.numpy()
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
@@ -261,11 +267,10 @@ def _positions(encoder: Any, ids: Tensor, lengths: list[int]) -> Tensor:  # (1, 
 
 def _means(states: Tensor, plan: Plan) -> Tensor:  # (T, H) -> (N, H)
     """Means of each sequence's tokens, summed up in fp32."""
-    lengths = plan.cu_seqlens.diff().long()
     if plan.even is not None:
         return states.view(*plan.even, -1).float().mean(1)
-    of_token = torch.arange(len(lengths), device=states.device).repeat_interleave(
-        lengths, output_size=len(states)
-    )
+    lengths = plan.cu_seqlens.diff().long()
+    texts = torch.arange(len(lengths), device=states.device)
+    of_token = texts.repeat_interleave(lengths, output_size=len(states))
     sums = torch.zeros(len(lengths), states.shape[1], device=states.device)
     return sums.index_add_(0, of_token, states.float()) / lengths[:, None]
