@@ -8,9 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastbert.commands.pretrain import pretrain
+    from fastbert.config import ModelConfig, PretrainConfig, model_config
     from fastbert.data.batch import Batch
+    from fastbert.data.examples import pack
+    from fastbert.data.tokenize import WordPiece
+    from fastbert.errors import FastbertError, RunError, UserError
     from fastbert.hf.accelerate import accelerate, decelerate
+    from fastbert.hf.attention import register_attention
     from fastbert.hf.encode import encode
+    from fastbert.hf.export import save_pretrained
+    from fastbert.hf.initial import load_pretrained
     from fastbert.hf.models import (
         BertForMaskedLM,
         BertForMultipleChoice,
@@ -21,23 +29,17 @@ if TYPE_CHECKING:
         BertForTokenClassification,
         BertModel,
     )
+    from fastbert.model.bert import Bert
+    from fastbert.train.build import make_step
+    from fastbert.train.callbacks import Callback, PretrainResult
+    from fastbert.train.evaluate import Evaluation
+    from fastbert.train.step import Metrics, TrainStep
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "fastbert.data.batch": ("Batch",),
-    "fastbert.hf.accelerate": ("accelerate", "decelerate"),
-    "fastbert.hf.encode": ("encode",),
-    "fastbert.hf.models": (
-        *("BertForMaskedLM", "BertForMultipleChoice", "BertForNextSentencePrediction"),
-        *("BertForPreTraining", "BertForQuestionAnswering", "BertForSequenceClassification"),
-        *("BertForTokenClassification", "BertModel"),
-    ),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-
 __all__ = [
     "Batch",
+    "Bert",
     "BertForMaskedLM",
     "BertForMultipleChoice",
     "BertForNextSentencePrediction",
@@ -46,17 +48,60 @@ __all__ = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
+    "Callback",
+    "Evaluation",
+    "FastbertError",
+    "Metrics",
+    "ModelConfig",
+    "PretrainConfig",
+    "PretrainResult",
+    "RunError",
+    "TrainStep",
+    "UserError",
+    "WordPiece",
     "__version__",
     "accelerate",
     "decelerate",
     "encode",
+    "load_pretrained",
+    "make_step",
+    "model_config",
+    "pack",
+    "pretrain",
+    "register_attention",
+    "save_pretrained",
 ]
+
+_HOME = {
+    "commands.pretrain": ("pretrain",),
+    "config": ("ModelConfig", "PretrainConfig", "model_config"),
+    "data.batch": ("Batch",),
+    "data.examples": ("pack",),
+    "data.tokenize": ("WordPiece",),
+    "errors": ("FastbertError", "RunError", "UserError"),
+    "hf.accelerate": ("accelerate", "decelerate"),
+    "hf.attention": ("register_attention",),
+    "hf.encode": ("encode",),
+    "hf.export": ("save_pretrained",),
+    "hf.initial": ("load_pretrained",),
+    "hf.models": (
+        *("BertForMaskedLM", "BertForMultipleChoice", "BertForNextSentencePrediction"),
+        *("BertForPreTraining", "BertForQuestionAnswering", "BertForSequenceClassification"),
+        *("BertForTokenClassification", "BertModel"),
+    ),
+    "model.bert": ("Bert",),
+    "train.build": ("make_step",),
+    "train.callbacks": ("Callback", "PretrainResult"),
+    "train.evaluate": ("Evaluation",),
+    "train.step": ("Metrics", "TrainStep"),
+}
+_ROOM_OF = {name: room for room, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in _ROOM_OF:
         raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
-    value = getattr(import_module(_MODULE_OF[name]), name)
+    value = getattr(import_module(f"fastbert.{_ROOM_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from fastbert.errors import UserError, did_you_mean
 from fastbert.settings import (
@@ -22,11 +22,13 @@ from fastbert.settings import (
     MOST_TOKENS,
     MOST_WORDS,
     MOST_WORKERS,
+    Config,
     Group,
     check_fields,
     check_not_empty,
     checked,
     exists,
+    load_config,
     read_json,
     setting,
     settings,
@@ -41,7 +43,7 @@ LOGS = Group("logs", "what is reported, evaluated and saved")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config):
     """The shape of a BERT, as transformers' `BertConfig` names it; the defaults are BERT base.
 
     Raises:
@@ -126,18 +128,24 @@ PRESETS = {
 """Sizes of https://github.com/google-research/bert, all with heads 64 wide."""
 
 
-def model_config(name_or_path: str) -> ModelConfig:
+def model_config(name_or_path: str, **changes: Any) -> ModelConfig:
     """Returns the configuration of a preset, or of a Hugging Face config.json.
 
     Args:
         name_or_path: a key of `PRESETS`, the path of a config.json, or a folder that holds one.
+        changes: settings of `ModelConfig` that are to be others, such as `vocab_size`.
 
     Raises:
-        UserError: no such preset or file, or the file describes something other than this BERT.
+        UserError: no such preset or file, the file describes something other than this BERT, or a
+            change is wrong.
     """
+    return replace(_found(name_or_path), **changes)
+
+
+def _found(name_or_path: str) -> ModelConfig:
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
-    shown = f"model = {name_or_path!r}"
+    shown = f"model = {show(name_or_path)}"
     if not exists(name_or_path):
         if name_or_path.endswith(".json") or os.path.dirname(name_or_path):
             raise UserError(f"{shown}: no such file or folder (nothing is downloaded)")
@@ -202,6 +210,45 @@ def to_hf_dict(config: ModelConfig, architecture: str) -> dict[str, Any]:
     }
 
 
+# Checkpoints to begin with
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Weights in a Hugging Face folder; where they are in parts, NAME.index.json names these."""
+KEPT_SIZES = "model.json"
+"""In the folder of a run that began with a checkpoint: that one's sizes."""
+
+
+def holds_weights(folder: str) -> bool:
+    """Whether a Hugging Face folder holds weights, whole or in parts."""
+    names = (name + end for name in WEIGHTS for end in ("", ".index.json"))
+    return any(exists(os.path.join(folder, name)) for name in names)
+
+
+def initial_folder(init_from: str) -> str:
+    """Returns the Hugging Face folder that is meant: the one named, or `hf/` of a run.
+
+    Raises:
+        UserError: there is none, or it lacks config.json or weights.
+    """
+    shown = f"init_from = {show(init_from)}"
+    if not exists(init_from):
+        raise UserError(f"{shown}: no such folder (nothing is downloaded)")
+    if not os.path.isdir(init_from):
+        folder = os.path.dirname(init_from) or "."
+        raise UserError(f"{shown} is a file: give its folder, {folder!r}")
+    if exists(os.path.join(init_from, "config.json")):
+        folder = init_from
+    elif exists(os.path.join(init_from, "hf", "config.json")):
+        folder = os.path.join(init_from, "hf")
+    elif exists(os.path.join(init_from, "checkpoints")):
+        raise UserError(f"{shown} is a run without hf/, which is there once the run has ended")
+    else:
+        raise UserError(f"{shown}: the folder holds no config.json")
+    if not holds_weights(folder):
+        raise UserError(f"{shown}: the folder holds neither {' nor '.join(WEIGHTS)}")
+    return folder
+
+
 # Settings that more than one command has.
 
 
@@ -256,10 +303,13 @@ def data_setting(group: Group) -> Any:
     return setting("builtin", "text file or folder of text files, or builtin", group, aka=aka)
 
 
+_TOKENIZER_NAMES = ("tokenizer_name", "vocab", "vocab_file")
+
+
 def tokenizer_setting(group: Group) -> Any:
     """A given tokenizer, or one of the data's own."""
     help = "path of a tokenizer or its folder, or train = train one on the data"
-    return setting("train", help, group, aka=("tokenizer_name", "vocab", "vocab_file"))
+    return setting("train", help, group, aka=_TOKENIZER_NAMES)
 
 
 def vocab_size_setting(group: Group) -> Any:
@@ -316,7 +366,7 @@ def check_batch_holds_a_sequence(model: str, tokens_per_batch: int, max_seq_leng
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Config):
     """Everything `fastbert pretrain` can be told.
 
     Raises:
@@ -376,7 +426,21 @@ class PretrainConfig:
         2, "batches that each of them prepares ahead", RUN, at_least=1, at_most=MOST_AHEAD
     )
 
-    model: str = model_setting(MODEL, "tiny")
+    model: str = setting(
+        "auto",
+        f"preset ({', '.join(PRESETS)}) or config.json (auto: init_from's or tiny)",
+        MODEL,
+        aka=("model_name", "config_name"),
+    )
+    init_from: str = setting(
+        "",
+        "checkpoint whose weights to begin with: a Hugging Face folder or a run (empty = none)",
+        MODEL,
+        aka=(
+            *("model_name_or_path", "init_checkpoint", "init_from_checkpoint"),
+            *("from_pretrained", "pretrained_model", "load_weights"),
+        ),
+    )
     hidden_dropout_prob: float | None = setting(
         None,
         "dropout of hidden states (none = the model's own)",
@@ -400,8 +464,19 @@ class PretrainConfig:
         choices=("auto", "line"),
         pattern="[a-z]{2,3}",
     )
-    tokenizer: str = tokenizer_setting(DATA)
+    tokenizer: str = setting(
+        "auto",
+        "a tokenizer's path, or train = train one on the data (auto = init_from's, else train)",
+        DATA,
+        aka=_TOKENIZER_NAMES,
+    )
     vocab_size: int = vocab_size_setting(DATA)
+    add_tokens: str = setting(
+        "",
+        "words to add to init_from's vocabulary: a file of them, or how many to learn (empty = 0)",
+        DATA,
+        aka=("new_tokens", "additional_tokens", "extend_vocab", "vocab_extension"),
+    )
     do_lower_case: bool | None = setting(
         None, "lower-case the text (unset = as the tokenizer's files say, else yes)", DATA
     )
@@ -526,7 +601,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_not_empty(self, "out", "model", "data", "tokenizer")
-        check_batch_holds_a_sequence(self.model, self.tokens_per_batch, self.max_seq_length)
+        self._check_beginning()
+        if self.tokens_per_batch < self.max_seq_length:  # else init_from needs not be there yet
+            check_batch_holds_a_sequence(
+                self.sizes_from, self.tokens_per_batch, self.max_seq_length
+            )
         self.phases()
         if self.batch_ramp_steps and self.gradient_accumulation_steps == 1:
             raise UserError(
@@ -538,6 +617,37 @@ class PretrainConfig:
                 f"decay_steps = {self.decay_steps} belongs to lr_scheduler_type = "
                 f"'warmup_stable_decay': it must be 0 with {self.lr_scheduler_type!r}"
             )
+
+    def _check_beginning(self) -> None:
+        shown = f"add_tokens = {show(self.add_tokens)}"
+        if self.init_from and self.tokenizer == "train":
+            raise UserError(
+                f"init_from = {show(self.init_from)} has word embeddings of a vocabulary of its "
+                "own: leave tokenizer = 'train' out; add_tokens adds words of the data"
+            )
+        if self.add_tokens and not self.init_from:
+            raise UserError(f"{shown} needs init_from: a vocabulary learnt from data needs none")
+        if self.add_tokens.isdecimal() and not 1 <= int(self.add_tokens[:9]) <= MOST_WORDS:
+            raise UserError(f"{shown} must be at least 1 and at most {MOST_WORDS}, or a file")
+
+    @property
+    def sizes_from(self) -> str:
+        """What `model_config` reads the model's sizes from; a run that goes on has kept them."""
+        if not self.init_from:
+            return "tiny" if self.model == "auto" else self.model
+        kept = os.path.join(self.out, KEPT_SIZES)
+        return kept if self.resume and exists(kept) else initial_folder(self.init_from)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **changes: Any) -> Self:
+        """The settings of a TOML file, such as a run's config.toml, but for `changes`.
+
+        `PretrainConfig.load("runs/pretrain-001/config.toml", resume="auto")` goes on with that run.
+
+        Raises:
+            UserError: the file cannot be read, a name is unknown, or a value is wrong.
+        """
+        return load_config(cls, path, changes)
 
     def phases(self) -> tuple[tuple[int, int], ...]:
         """(sequence length, the step it ends before) of each phase of `curriculum`, in order.
@@ -580,11 +690,14 @@ def peak_learning_rate(model: ModelConfig) -> float:
 
 
 def resolved(config: PretrainConfig) -> PretrainConfig:
-    """Returns the configuration with the settings filled in that depend on the model.
+    """Returns the configuration with the settings filled in that depend on others.
 
     Raises:
         UserError: the model does not exist.
     """
+    if not config.init_from:
+        tokenizer = "train" if config.tokenizer == "auto" else config.tokenizer
+        config = replace(config, model=config.sizes_from, tokenizer=tokenizer)
     if config.learning_rate is not None:
         return config
-    return replace(config, learning_rate=peak_learning_rate(model_config(config.model)))
+    return replace(config, learning_rate=peak_learning_rate(model_config(config.sizes_from)))

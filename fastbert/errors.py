@@ -36,9 +36,12 @@ class RunError(FastbertError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns ": did you mean 'x'?" for the nearest of `known`, or "" where none is near.
 
-    An option keeps its dashes and gets no quotes: ": did you mean --learning-rate?".
+    An option keeps its dashes, which make it no nearer, and gets no quotes: ": did you mean
+    --learning-rate?".
     """
-    near = get_close_matches(word[:100], list(known), n=1, cutoff=0.6)
+    names = {one.lstrip("-"): one for one in known}
+    near = get_close_matches(word.lstrip("-")[:100], names, n=1, cutoff=0.6)
     if not near:
         return ""
-    return f": did you mean {near[0] if near[0].startswith('-') else repr(near[0])}?"
+    meant = names[near[0]]
+    return f": did you mean {meant if meant.startswith('-') else repr(meant)}?"

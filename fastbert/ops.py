@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache, partial
 from typing import Any
 
@@ -62,15 +62,13 @@ class Ops:
         return self.linear(hidden, down), residual
 
 
-REFERENCE = Ops(
-    name="plain PyTorch",
-    attention=reference.attention,
-    attention_at=reference.attention_at,
-    dropout_add_layer_norm=reference.dropout_add_layer_norm,
-    gelu_layer_norm=reference.gelu_layer_norm,
-    embed_layer_norm=reference.embed_layer_norm,
-    linear_cross_entropy=reference.linear_cross_entropy,
-)
+def _ops_of(home: Any, name: str) -> Ops:
+    """The ops that have no default, each by its name from a module or an object."""
+    needed = [field.name for field in fields(Ops)[1:] if field.default is MISSING]
+    return Ops(name, *(getattr(home, op) for op in needed))
+
+
+REFERENCE = _ops_of(reference, "plain PyTorch")
 
 
 def cpu_ops(compiled: bool) -> Ops:
@@ -79,16 +77,8 @@ def cpu_ops(compiled: bool) -> Ops:
     Args:
         compiled: fuse pointwise chains with torch.compile (needs a C++ compiler).
     """
-    ops = CpuOps(compiled)
-    return Ops(
-        name="plain PyTorch for a CPU" + (", pointwise chains compiled" if compiled else ""),
-        attention=ops.attention,
-        attention_at=ops.attention_at,
-        dropout_add_layer_norm=ops.dropout_add_layer_norm,
-        gelu_layer_norm=ops.gelu_layer_norm,
-        embed_layer_norm=ops.embed_layer_norm,
-        linear_cross_entropy=ops.linear_cross_entropy,
-    )
+    name = "plain PyTorch for a CPU" + (", pointwise chains compiled" if compiled else "")
+    return _ops_of(CpuOps(compiled), name)
 
 
 def triton_ops(

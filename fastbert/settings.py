@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import NoneType
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, Self, TypeVar, get_args
 
 from fastbert.errors import UserError, did_you_mean
 
@@ -255,16 +255,30 @@ def read_json(path: str) -> dict[str, Any]:
     return content
 
 
-Config = TypeVar("Config")
+class Config:
+    """Base of configurations made by keywords, which answers one that is no setting."""
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Looks at the names only.
+
+        Raises:
+            UserError: there is no such setting; it says which one was meant.
+        """
+        if not given.keys() <= {one.name for one in fields(cls)}:  # type: ignore[arg-type]
+            _known_values(cls, given, "")
+        return super().__new__(cls)
+
+
+Loaded = TypeVar("Loaded")
 
 
 def load_config(
-    config_class: type[Config],
+    config_class: type[Loaded],
     toml_path: str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
     *,
     sealed: bool = False,
-) -> Config:
+) -> Loaded:
     """Returns the defaults, overridden by a TOML file, overridden by the command line.
 
     Args:

@@ -1,5 +1,6 @@
 """The command: what it hands over, what it refuses in one line, and how fast it does either."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ from fastbert import cli
 from fastbert.commands import doctor
 from fastbert.config import PretrainConfig, model_config
 from fastbert.errors import RunError, UserError
+from fastbert.ops import REFERENCE
 from fastbert.settings import load_config, sealed_toml, settings
 from fastbert_bench.config import StepBenchConfig
 
@@ -55,6 +57,8 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     found.export_run, found.check_tokenizer = object(), object()
     door = {"export_run": found.export_run, "check_tokenizer": found.check_tokenizer}
     stand_in("fastbert.hf.export", **door)
+    found.read_initial = object()
+    stand_in("fastbert.hf.initial", read_initial=found.read_initial)
     stand_in("fastbert.train", __path__=[])
     stand_in("fastbert.train.loop", pretrain=receive)
     stand_in("fastbert_bench.suites.step", main=receive)
@@ -69,11 +73,12 @@ def test_pretrain_hands_over_the_config_and_the_export(
     argv = ["--config", str(toml), "--seed", "7", "--no-nsp", "--whole-word-mask"]
     argv += ["--hidden-dropout-prob", "none", "--learning-rate", "5e-4", "--model=mini"]
     assert cli.main(["pretrain", *argv]) == 0
-    ((config,), options) = rooms.calls[0]
+    ((config, *handed), options) = rooms.calls[0]
     assert config == PretrainConfig(
         max_steps=500, seed=7, nsp=False, whole_word_mask=True, learning_rate=5e-4, model="mini"
     )
-    assert options == {"export": rooms.export_run, "check_tokenizer": rooms.check_tokenizer}
+    doors = [rooms.export_run, rooms.check_tokenizer, rooms.read_initial]
+    assert (handed, options) == ([*doors, ()], {})
 
 
 def test_bench_step_hands_over_its_config(rooms: types.SimpleNamespace) -> None:
@@ -149,6 +154,7 @@ BAD_REQUESTS = [
     ("bench inference --against hf", "against = 'hf' must be one of hf-eager, hf-sdpa,"),
     ("bench convergence --data no/such", "data = 'no/such': no such file or folder"),
     ("bench convergence --png no/such/x.png", "png = 'no/such/x.png': no such folder"),
+    ("bench convergence --png x.json", "png = 'x.json' must end in one of .png, .svg, .pdf,"),
     ("bench convergence --target-loss 0", "target_loss = 0.0 must be more than 0"),
     (
         "bench step --against hf",
@@ -170,6 +176,14 @@ BAD_REQUESTS = [
     ("pretrain --bf16", "unknown option --bf16: did you mean --precision bf16?"),
     ("pretrain --amp", "unknown option --amp: did you mean --precision?"),
     ("bench convergence --lr 1", "unknown option --lr: did you mean --learning-rate?"),
+    ("bench step --lr 1", "unknown option --lr: fastbert bench step has no learning rate"),
+    (
+        "bench step --batch-ramp-steps 1",
+        "unknown option --batch-ramp-steps: fastbert bench step has"
+        " no batch ramp steps: did you mean --batch-size?",
+    ),
+    ("doctor --he", "unknown option --he: did you mean --help?"),
+    ("doctor --lr 1", "unknown option --lr: fastbert doctor has no learning rate"),
     ("pretrain --max-seq-length 100000", "max_seq_length = 100000 must be at most 512, max_posit"),
     ("bench convergence --max-seq-length 100000", "max_seq_length = 100000 must be at most 512,"),
     ("estimate --max-seq-length 9000 --tokens-per-batch 64", "max_seq_length = 9000 must be at m"),
@@ -379,7 +393,9 @@ def test_doctor_answers_one_line_per_item(capsys: pytest.CaptureFixture[str]) ->
     report = json.loads(capsys.readouterr().out)
     expected = {"python", "torch", "triton", "transformers", "flash-attn", "apex", "C++ compiler"}
     assert expected <= set(report)
-    assert [item for item in report if item.startswith("op ")]
+    known = [field.name for field in dataclasses.fields(REFERENCE)]
+    found = [item.removeprefix("op ") for item in report if item.startswith("op ")]
+    assert found == [name for name in known if callable(getattr(REFERENCE, name))]
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == list(report)

@@ -28,6 +28,7 @@ from fastbert.settings import Setting, settings
 from fastbert.train import checkpoint
 
 pytestmark = pytest.mark.usefixtures("undrawn")
+PATHS = ("out", "data", "model", "tokenizer", "resume", "device", "init_from", "add_tokens")
 CASES = range(int(os.environ.get("FASTBERT_FUZZ", "20")))
 SECONDS = 60
 TEXT = "\n\n".join(
@@ -272,7 +273,7 @@ def test_settings(place: Place, case: int) -> None:
     typed: dict[str, Any] = {}
     written: dict[str, Any] = {}
     for name in rng.sample(sorted(known), rng.randrange(1, 5)):
-        if name in ("out", "data", "model", "tokenizer", "resume", "device"):
+        if name in PATHS:
             value = rng.choice([text(rng), number(rng)])
         else:
             value = rng.choice([edge(rng, known[name]), edge(rng, known[name]), number(rng)])

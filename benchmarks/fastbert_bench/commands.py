@@ -14,7 +14,7 @@ from typing import Any
 from fastbert.commands.checks import check_folder, check_output, check_path
 from fastbert.commands.options import Commands, given
 from fastbert.config import check_positions
-from fastbert.errors import UserError, did_you_mean
+from fastbert.errors import UserError
 from fastbert.train.interrupts import held_signals
 from fastbert_bench.config import (
     ConvergenceBenchConfig,
@@ -26,6 +26,7 @@ from fastbert_bench.config import (
     ProfileStepConfig,
     ReportConfig,
     StepBenchConfig,
+    check_kernel,
 )
 
 _COMMANDS: dict[str, dict[str, tuple[str, type]]] = {
@@ -63,7 +64,7 @@ def add(commands: Commands) -> None:
 
     help = "one op alone: time over sizes, roofline, registers and occupancy"
     kernel = profile.add("kernel", help, _profile_kernel, ProfileKernelConfig, "NAME")
-    kernel.add_argument("name", nargs="?", metavar="NAME", help="the op, e.g. attention")
+    kernel.add_argument("name", nargs="?", default="", metavar="NAME", help="e.g. attention")
 
     help = "result files as one page with pictures"
     report = bench.add("report", help, _report, ReportConfig, "[FILE_OR_FOLDER ...]")
@@ -117,16 +118,9 @@ def _estimate(args: Namespace) -> None:
 
 
 def _profile_kernel(args: Namespace) -> None:
-    from fastbert_bench.kernels.costs import OPS  # a table: imports nothing slow
-
-    known = ", ".join(OPS)
-    if args.name is None:
-        raise UserError(f"profile kernel needs one of {known}: fastbert profile kernel {OPS[0]}")
-    if args.name not in OPS:
-        raise UserError(f"unknown kernel {args.name!r}{did_you_mean(args.name, OPS)} ({known})")
-    config = given(args)
+    name, config = check_kernel(args.name), given(args)
     _check(config)
-    _room("profile.kernel").main(args.name, config)
+    _room("profile.kernel").main(name, config)
 
 
 def _report(args: Namespace) -> None:

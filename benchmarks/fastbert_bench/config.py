@@ -3,6 +3,7 @@
 Standard library only, so that a mistake is told at once: the suites themselves import torch.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ PROFILE = Group("profile", "what is recorded, and where it is written")
 STEP_RIVAL_NAMES = (
     *("hf-eager", "hf-sdpa", "hf-sdpa-cudnn", "hf-flash", "hf-flash-flat", "hf-eager-compile"),
     *("hf-sdpa-compile", "hf-flash-compile", "hf-sdpa-compile-max"),
-    *("torch-encoder", "modernbert", "liger"),
+    *("torch-encoder", "modernbert", "liger", "fastbert.accelerate"),
 )
 STEP_RIVALS = {
-    "cpu": "hf-eager,hf-sdpa,hf-sdpa-compile,torch-encoder,hf-sdpa+malloc,hf-sdpa-compile+malloc",
+    "cpu": "hf-eager,hf-sdpa,hf-sdpa-compile,torch-encoder,hf-sdpa+malloc,hf-sdpa-compile+malloc,"
+    "fastbert.accelerate",
     "cuda": ",".join(STEP_RIVAL_NAMES),
 }
 """What `against = auto` means on each type of device."""
@@ -41,6 +43,7 @@ KERNEL_PEER_NAMES = (
     *("reference", "eager", "compile", "fa2", "fa3", "fa4", "cudnn", "liger", "torch-own"),
     *("bare-gemm", "bare-gemms", "torch-fused", "torch-foreach", "adamw"),
 )
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 ESTIMATE_GPUS = ("h100", "h200", "a100-80gb", "a100-40gb", "cpu")
 
 _bench = partial(setting, group=BENCH)
@@ -72,6 +75,30 @@ def _against(rivals: str = "rivals", more: str = "none = no rival") -> Any:
 
 def _json(group: Group, of: str = "measurements") -> Any:
     return setting("", f"file to write the {of} to", group)
+
+
+def _png(group: Group, of: str) -> Any:
+    return setting("", f"file to draw {of} into", group)
+
+
+def _check_picture(png: str) -> None:
+    if png and os.path.splitext(png)[1].lower() not in PICTURES:
+        raise UserError(f"png = {png!r} must end in one of {', '.join(PICTURES)}")
+
+
+def check_kernel(name: str) -> str:
+    """The name of an op that `profile kernel` was given.
+
+    Raises:
+        UserError: there is none, or no such op.
+    """
+    known = ", ".join(KERNEL_OPS)
+    if not name:
+        first = KERNEL_OPS[0]
+        raise UserError(f"profile kernel needs one of {known}: fastbert profile kernel {first}")
+    if name not in KERNEL_OPS:
+        raise UserError(f"unknown kernel {name!r}{did_you_mean(name, KERNEL_OPS)} ({known})")
+    return name
 
 
 def _check_names(
@@ -264,13 +291,14 @@ class ConvergenceBenchConfig:
     )
     against: str = _against(more="none = no rival; hf-trainer needs accelerate")
     json: str = _json(BENCH)
-    png: str = _bench("", "file to draw loss over wall time into")
+    png: str = _png(BENCH, "loss over wall time")
     seed: int = engine.seed_setting(BENCH, "weights, batches and dropout")
     precision: str = engine.precision_setting(BENCH, ("auto", "fp32", "bf16"))
 
     def __post_init__(self) -> None:
         settings.check_fields(self)
         _check_names("against", self.against, CONVERGENCE_RIVAL_NAMES)
+        _check_picture(self.png)
         if self.lengths not in ("natural", "full"):
             raise UserError(
                 f"lengths = {self.lengths!r} must be natural or full: the text decides the lengths"
@@ -424,10 +452,11 @@ class ProfileKernelConfig:
         choices=("auto", "sm_80", "sm_90"),
     )
     json: str = _json(PROFILE)
-    png: str = _profile("", "file to draw the roofline into")
+    png: str = _png(PROFILE, "the roofline")
 
     def __post_init__(self) -> None:
         settings.check_fields(self)
+        _check_picture(self.png)
         self.sizes()
 
     def sizes(self) -> dict[str, int]:

@@ -4,6 +4,7 @@ import os
 from contextlib import suppress
 
 from fastbert.errors import UserError, did_you_mean
+from fastbert.settings import show
 
 
 def check_path(name: str, value: str, words: tuple[str, ...]) -> None:
@@ -14,7 +15,7 @@ def check_path(name: str, value: str, words: tuple[str, ...]) -> None:
     """
     if value not in words and not os.path.exists(value):
         meant = did_you_mean(value, filter(None, words))
-        raise UserError(f"{name} = {value!r}: no such file or folder{meant}")
+        raise UserError(f"{name} = {show(value)}: no such file or folder{meant}")
 
 
 def check_folder(name: str, path: str) -> None:

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+from fastbert.config import PretrainConfig
 from fastbert.errors import UserError, did_you_mean
 from fastbert.settings import Setting, known_as, load_config, pattern_text, settings
 
@@ -173,7 +174,12 @@ def refuse(argument: str, args: Namespace) -> NoReturn:
         value = f" {name}" if name in meant.choices else ""
         raise UserError(f"unknown option {option}: did you mean {meant.flag}{value}?")
     flags = dict.fromkeys(re.findall(r"--[a-z][a-z0-9-]+", args.parser.format_help()))
-    raise UserError(f"unknown option {option}{did_you_mean(option, flags)}")
+    pretrains = settings(PretrainConfig)
+    other = known_as(name, pretrains) or next((one for one in pretrains if one.name == name), None)
+    none = ""
+    if other and other.flag not in flags:
+        none = f": {args.parser.prog} has no {other.name.replace('_', ' ')}"
+    raise UserError(f"unknown option {option}{none}{did_you_mean(option, flags)}")
 
 
 def join_negative_numbers(argv: list[str]) -> list[str]:

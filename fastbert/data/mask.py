@@ -55,6 +55,7 @@ class Masker:
         input_ids: NDArray[np.int64],  # (T,), changed in place
         cu_seqlens: NDArray[np.int32],  # (N+1,)
         rng: np.random.Generator,
+        never: NDArray[np.bool_] | None = None,  # (T,) no candidates, beside the special tokens
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Masks a batch in place.
 
@@ -66,7 +67,8 @@ class Masker:
             positions (M,), ascending, and their original tokens (M,); unused entries at the end
             are 0 and -100.
         """
-        candidates = np.flatnonzero(~self._is_special[input_ids])
+        excluded = self._is_special[input_ids]
+        candidates = np.flatnonzero(~(excluded if never is None else excluded | never))
         lengths = np.diff(cu_seqlens)
         sequence = np.repeat(np.arange(len(lengths)), lengths)[candidates]
         count = np.bincount(sequence, minlength=len(lengths))

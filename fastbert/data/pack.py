@@ -53,6 +53,116 @@ class Spans(NamedTuple):
         return text + (3 if self.b_end > self.b_start else 2)
 
 
+class Frame(NamedTuple):
+    """The constant shapes of batches, and how whole sequences are laid into them."""
+
+    T: int
+    N: int
+    M: int
+    S: int
+
+    def holds(self, sequences: int, rest: int) -> bool:
+        """Whether there are slots for so many sequences and the [PAD] after them."""
+        return sequences + -(-rest // self.S) <= self.N
+
+    def choose(self, lengths: NDArray[np.int64]) -> tuple[list[int], int]:
+        """Returns which of the sequences that wait, oldest first, go into the next batch.
+
+        The oldest always does, so that none waits for ever.
+
+        Returns:
+            their indices, and how many tokens they leave.
+        """
+        taken, rest = self._fit(lengths, np.arange(len(lengths)))
+        if rest > MAX_WASTE * self.T and not self.holds(len(taken) + 2, rest):
+            # slots are running out: long ones first
+            longest = np.argsort(-lengths, kind="stable")
+            longest_taken, longest_rest = self._fit(lengths, longest)
+            if longest_rest < rest:
+                taken, rest = longest_taken, longest_rest
+        return taken, rest
+
+    def _fit(self, lengths: NDArray[np.int64], order: NDArray[np.int64]) -> tuple[list[int], int]:
+        """Returns sequences that fill a batch best, and how many tokens they leave.
+
+        Takes them in `order` down to a room of about two sequences, then the one or two that
+        leave least. The order's first is always taken.
+        """
+        bulk = max(self.T - 2 * self.S, 1)
+        count = int(np.searchsorted(np.cumsum(lengths[order]), bulk, side="right"))
+        count = min(max(count, 1), self.N, len(order))
+        while count and not self.holds(count, self.T - int(lengths[order[:count]].sum())):
+            count -= 1  # slots for [PAD] are needed as well
+        taken: list[int] = order[:count].tolist()
+        rest = self.T - int(lengths[order[:count]].sum())
+        waiting = order[count:]
+        waiting = waiting[np.argsort(lengths[waiting], kind="stable")]
+        while len(waiting):
+            found = _best_fit(lengths[waiting], rest)
+            after = rest - int(lengths[waiting[found]].sum())
+            if not found or not self.holds(len(taken) + len(found), after):
+                break
+            taken += waiting[found].tolist()
+            rest = after
+            waiting = np.delete(waiting, found)
+        return taken, rest
+
+    def empty(self, pad: int) -> "Laid":
+        """Returns a batch's worth of [PAD], to lay sequences into from the front."""
+        return Laid(
+            np.full(self.T, pad, dtype=np.int64),
+            np.zeros(self.T, dtype=np.int64),
+            np.full(self.N + 1, self.T, dtype=np.int32),
+            np.full(self.N, IGNORE, dtype=np.int64),
+        )
+
+    def finished(
+        self,
+        laid: "Laid",
+        sequences: int,
+        end: int,
+        masker: Masker,
+        rng: np.random.Generator,
+        never: NDArray[np.bool_] | None = None,
+    ) -> Batch:
+        """Returns the batch of so many sequences, which end at token `end`: masked.
+
+        Args:
+            laid: where they lie; masked in place.
+            sequences: how many.
+            end: tokens of all of them.
+            masker: masks them.
+            rng: of the masks.
+            never: (T,) tokens that are not to be predicted, beside the special ones.
+        """
+        pads = range(end, self.T, self.S)
+        cu_seqlens = laid.cu_seqlens
+        cu_seqlens[sequences : sequences + len(pads)] = pads
+        position_ids = np.arange(self.T) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+        masked_positions, masked_labels = masker(laid.input_ids, cu_seqlens, rng, never)
+        return Batch(
+            input_ids=torch.from_numpy(laid.input_ids),
+            token_type_ids=torch.from_numpy(laid.token_type_ids),
+            position_ids=torch.from_numpy(position_ids),
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            masked_positions=torch.from_numpy(masked_positions),
+            masked_labels=torch.from_numpy(masked_labels),
+            next_sentence_labels=torch.from_numpy(laid.next_sentence_labels),
+            max_seqlen=self.S,
+            num_tokens=end,
+            num_sequences=sequences,
+        )
+
+
+class Laid(NamedTuple):
+    """A batch in the making."""
+
+    input_ids: NDArray[np.int64]  # (T,)
+    token_type_ids: NDArray[np.int64]  # (T,)
+    cu_seqlens: NDArray[np.int32]  # (N+1,)
+    next_sentence_labels: NDArray[np.int64]  # (N,)
+
+
 class _Planner:
     """Plans sequences without end: documents in seeded order, epoch after epoch.
 
@@ -288,13 +398,18 @@ def _sample(shards: Shards, planner: _Planner) -> list[Spans]:
     return sample
 
 
-def _slots(sample: list[Spans], T: int) -> int:
+def slots(lengths: Sequence[int], T: int) -> int:
     """Returns N, so that batches run out of tokens before they run out of sequences.
 
     Takes the shortest mean over a look-ahead's worth, with a margin of a quarter.
+
+    Args:
+        lengths: of a sample, not empty.
+        T: tokens of a batch.
     """
-    total = np.concatenate([[0], np.cumsum([spans.length for spans in sample])])
-    mean = float((total[LOOKAHEAD:] - total[:-LOOKAHEAD]).min()) / LOOKAHEAD
+    total = np.concatenate([[0], np.cumsum(lengths)])
+    window = min(LOOKAHEAD, len(lengths))
+    mean = float((total[window:] - total[:-window]).min()) / window
     return math.ceil(1.25 * T / mean) + 4
 
 
@@ -438,11 +553,12 @@ class Packer:
 
         self.T = tokens_per_batch
         sample = [] if num_slots else _sample(shards, planner(False, None))
-        self.N = num_slots or _slots(sample, self.T)
+        self.N = num_slots or slots([spans.length for spans in sample], self.T)
         needed = -(-self.T // max_seq_length) + 1
         if needed > self.N:
             raise UserError(f"num_slots = {self.N} must be at least {needed} for these shapes")
         self.M = max_masked(self.T, self.N, mlm_probability)
+        self._frame = Frame(self.T, self.N, self.M, max_seq_length)
         self._planner = planner(shuffle, epochs)
         self._masker = Masker(
             ids,
@@ -503,17 +619,10 @@ class Packer:
                 break
             self._pending.append(spans)
         lengths = np.array([spans.length for spans in self._pending], dtype=np.int64)
-        by_age = np.arange(len(lengths))
-        taken, rest = self._fit(lengths, by_age)
-        if rest > MAX_WASTE * self.T and not self._holds(len(taken) + 2, rest):
-            # slots are running out: long ones first
-            longest = np.argsort(-lengths, kind="stable")
-            longest_taken, longest_rest = self._fit(lengths, longest)
-            if longest_rest < rest:
-                taken, rest = longest_taken, longest_rest
+        taken, rest = self._frame.choose(lengths)
         chosen = [self._pending[index] for index in taken]
         if rest > MAX_WASTE * self.T and rest >= self._shortest and len(taken) < self.N:
-            waiting = np.setdiff1d(by_age, taken)
+            waiting = np.setdiff1d(np.arange(len(lengths)), taken)
             longer = waiting[lengths[waiting] > rest]
             if len(longer):
                 index = int(longer[np.argmin(lengths[longer])])
@@ -526,45 +635,14 @@ class Packer:
         # over all of them, in random order 1.16 times (scheduled on paper).
         return sorted(chosen, key=lambda spans: spans.length, reverse=True)
 
-    def _fit(self, lengths: NDArray[np.int64], order: NDArray[np.int64]) -> tuple[list[int], int]:
-        """Returns sequences that fill a batch best, and how many tokens they leave.
-
-        Takes them in `order` down to a room of about two sequences, then the one or two that
-        leave least. The order's first is always taken, so that none waits for ever.
-        """
-        bulk = max(self.T - 2 * self._max_seq_length, 1)
-        count = int(np.searchsorted(np.cumsum(lengths[order]), bulk, side="right"))
-        count = min(max(count, 1), self.N, len(order))
-        while count and not self._holds(count, self.T - int(lengths[order[:count]].sum())):
-            count -= 1  # slots for [PAD] are needed as well
-        taken: list[int] = order[:count].tolist()
-        rest = self.T - int(lengths[order[:count]].sum())
-        waiting = order[count:]
-        waiting = waiting[np.argsort(lengths[waiting], kind="stable")]
-        while len(waiting):
-            found = _best_fit(lengths[waiting], rest)
-            after = rest - int(lengths[waiting[found]].sum())
-            if not found or not self._holds(len(taken) + len(found), after):
-                break
-            taken += waiting[found].tolist()
-            rest = after
-            waiting = np.delete(waiting, found)
-        return taken, rest
-
-    def _holds(self, sequences: int, rest: int) -> bool:
-        """Whether there are slots for so many sequences and the [PAD] after them."""
-        return sequences + -(-rest // self._max_seq_length) <= self.N
-
     def _materialise(self, sequences: Sequence[Spans]) -> Batch:
-        T, N, ids, read = self.T, self.N, self._ids, self._shards.tokens
-        input_ids = np.full(T, ids.pad, dtype=np.int64)
-        token_type_ids = np.zeros(T, dtype=np.int64)
-        cu_seqlens = np.full(N + 1, T, dtype=np.int32)
-        next_sentence_labels = np.full(N, IGNORE, dtype=np.int64)
+        ids, read = self._ids, self._shards.tokens
+        laid = self._frame.empty(ids.pad)
+        input_ids = laid.input_ids
         end = 0
         for slot, (a_start, a_end, b_start, b_end, label) in enumerate(sequences):
-            cu_seqlens[slot] = end
-            next_sentence_labels[slot] = label
+            laid.cu_seqlens[slot] = end
+            laid.next_sentence_labels[slot] = label
             input_ids[end] = ids.cls
             start, end = end + 1, end + 1 + a_end - a_start
             input_ids[start:end] = read(a_start, a_end)
@@ -575,29 +653,13 @@ class Packer:
                 input_ids[start:end] = read(b_start, b_end)
                 input_ids[end] = ids.sep
                 end += 1
-                token_type_ids[start:end] = 1
-        pads = range(end, T, self._max_seq_length)
-        cu_seqlens[len(sequences) : len(sequences) + len(pads)] = pads
+                laid.token_type_ids[start:end] = 1
         highest = int(input_ids.max())
         if highest >= ids.vocab_size:
             raise self._shards.damaged_id(highest, ids.vocab_size)
-        lengths = np.diff(cu_seqlens)
-        position_ids = np.arange(T) - np.repeat(cu_seqlens[:-1], lengths)
         # its own stream for each batch: masks do not depend on how the batch was planned
         rng = np.random.default_rng([self._seed, 2, self._batches])
-        masked_positions, masked_labels = self._masker(input_ids, cu_seqlens, rng)
-        return Batch(
-            input_ids=torch.from_numpy(input_ids),
-            token_type_ids=torch.from_numpy(token_type_ids),
-            position_ids=torch.from_numpy(position_ids),
-            cu_seqlens=torch.from_numpy(cu_seqlens),
-            masked_positions=torch.from_numpy(masked_positions),
-            masked_labels=torch.from_numpy(masked_labels),
-            next_sentence_labels=torch.from_numpy(next_sentence_labels),
-            max_seqlen=self._max_seq_length,
-            num_tokens=end,
-            num_sequences=len(sequences),
-        )
+        return self._frame.finished(laid, len(sequences), end, self._masker, rng)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that changes from batch to batch, as JSON can hold it."""

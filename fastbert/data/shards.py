@@ -647,7 +647,9 @@ class _Division:
         return _hash(index, self.seed) < self.validation_fraction * 2**64
 
 
-def _split(pieces: Iterator[tuple[Document, bool]], division: _Division) -> dict[str, _SplitWriter]:
+def _split(
+    pieces: Iterator[tuple[Document, bool]], division: _Division
+) -> dict[str, _SplitWriter]:
     """Writes each document to its split, and all anew where their sizes ask for another division.
 
     The first document comes last, so that it can go to a split left empty.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from fastbert.data import tokenizer_files
 from fastbert.data.tokenizer_files import (
@@ -23,6 +24,7 @@ from fastbert.data.tokenizer_files import (
     Description,
 )
 from fastbert.data.tokenizer_training import count_chunks, learn
+from fastbert.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +139,62 @@ class WordPiece:
             for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
             if index == self.unk_id
         )
+
+    def words(self, text: str) -> list[str]:
+        """Returns the words of a text, normalised, as WordPiece is given them to cut."""
+        normalizer, split = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        text = normalizer.normalize_str(text) if normalizer is not None else text
+        return [word for word, _ in split.pre_tokenize_str(text)] if split is not None else [text]
+
+    @property
+    def lower_cases_alone(self) -> bool | None:
+        """Whether a word of ASCII letters and digits is lower-cased, and no more is done to it.
+
+        None where that is not sure: with a normalizer or pre-tokenizer other than BERT's own.
+        """
+        kinds = [(self._state[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer")]
+        return self.do_lower_case if kinds == ["BertNormalizer", "BertPreTokenizer"] else None
+
+    def pieces(self, words: list[str]) -> list[list[int]]:
+        """Returns the ids that WordPiece cuts each of `words` into, as `words` gave them."""
+        encodings = Tokenizer(self._tokenizer.model).encode_batch_fast(words)
+        return [encoding.ids for encoding in encodings]
+
+    def why_no_word(self, word: str) -> str:
+        """Returns why `with_words` cannot take a word, "" where it can.
+
+        Args:
+            word: as `words` gives it.
+        """
+        longest = self._state["model"]["max_input_chars_per_word"]
+        prefix = self._state["model"]["continuing_subword_prefix"]
+        if len(word) > longest:
+            return f"has more than {longest} characters"
+        if prefix and word.startswith(prefix):
+            return f"begins as the continuation of a word does, with {prefix!r}"
+        return ""
+
+    def with_words(self, words: Iterable[str]) -> "WordPiece":
+        """Returns this tokenizer with more whole words; its own ids stay, theirs follow.
+
+        They become part of the WordPiece vocabulary: normalised and cut as all others.
+
+        Args:
+            words: as `words` gives them, none of them a token yet.
+
+        Raises:
+            UserError: added tokens stand behind the WordPiece vocabulary, where theirs would be.
+        """
+        vocab = self._state["model"]["vocab"]
+        if len(vocab) != self.vocab_size:
+            first = next(token for token in self.tokens if token not in vocab)
+            raise UserError(
+                f"the tokenizer has {self.vocab_size - len(vocab)} added tokens, {first[:50]!r} "
+                "first, behind its WordPiece vocabulary, so that no word can follow there"
+            )
+        more = {word: self.vocab_size + index for index, word in enumerate(words)}
+        model = {**self._state["model"], "vocab": {**vocab, **more}}
+        return WordPiece(Description({**self._state, "model": model}, self._roles, self.notes))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, pieces joined to words, special tokens left out."""

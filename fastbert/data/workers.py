@@ -9,15 +9,17 @@ import ctypes
 import json
 import pickle
 import signal
+import sys
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
+from types import ModuleType
 from typing import Any, Self
 
 import numpy as np
@@ -36,7 +38,10 @@ _HINTS = {
     signal.SIGBUS: " (a data file cut short, or no room for shared memory?)",
 }
 _WITHOUT = "go on without workers: --resume auto --dataloader-num-workers 0"
-_SPAWN = get_context("spawn")  # a fork would copy locks that threads of OpenMP or CUDA hold
+# A fork of ours would copy locks that threads of OpenMP or CUDA hold; one of a process that has
+# imported and no more copies none, and is there at once.
+_FORKS = get_context("forkserver")
+_FORKS.set_forkserver_preload([__name__])
 # A packer goes to the workers without its tokens, which each maps for itself.
 ForkingPickler.register(Shards, lambda shards: (Shards.open, (shards.folder, shards.split)))
 
@@ -116,7 +121,7 @@ class BatchLoader(_Stream):
         self._index = 0  # of the workers' next batch
 
     def start(self) -> None:
-        """Starts the workers, which takes them some 2 s; `next` does it where nobody did before."""
+        """Starts the workers; `next` does it where nobody did. The first ones take some 2 s."""
         if self._workers or not self._num_workers:
             return
         self._packer.load_state_dict(self.state_dict())
@@ -130,9 +135,10 @@ class BatchLoader(_Stream):
         try:
             resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, ours)
-            for number in range(self._num_workers):
-                turn = (number, self._num_workers)
-                self._workers.append(_Worker(packer, turn, record, self._prefetch_factor))
+            with _without_main():
+                for number in range(self._num_workers):
+                    turn = (number, self._num_workers)
+                    self._workers.append(_Worker(packer, turn, record, self._prefetch_factor))
         except OSError as error:
             self.close()
             raise RunError(
@@ -278,9 +284,9 @@ class _Worker:
     ) -> None:
         # Memory without a name: the file behind it is unlinked before anybody uses it, so nothing
         # stays in /dev/shm however the processes end.
-        memory: Any = _SPAWN.RawArray(ctypes.c_byte, prefetch_factor * record.itemsize)
-        self.connection, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(
+        memory: Any = _FORKS.RawArray(ctypes.c_byte, prefetch_factor * record.itemsize)
+        self.connection, theirs = _FORKS.Pipe()
+        self._process = _FORKS.Process(
             target=_work,
             args=(theirs, memory, record, packer, turn, prefetch_factor),
             name=f"fastbert-data-{turn[0]}",
@@ -328,6 +334,20 @@ class _Worker:
             return f"ended with exit code {code}"
         number = signal.Signals(-code)
         return f"was ended by {number.name}{_HINTS.get(number, '')}"
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes spawned inside do not run the user's script again, of which they need nothing.
+
+    Else one without `if __name__ == "__main__":` would begin another run in each worker.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _end(process: Any, connection: Connection) -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from fastbert.config import ModelConfig
 from fastbert.data.tokenize import WordPiece
 from fastbert.errors import RunError, UserError
 from fastbert.hf.weights import save_folder
+from fastbert.model.bert import Bert
+from fastbert.train.step import TrainStep
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 _PROBES = (
@@ -56,6 +59,40 @@ def check_tokenizer(tokenizer: WordPiece, folder: str | os.PathLike[str]) -> Non
             raise UserError(f"the tokenizer {refused}: transformers reads {text!r} otherwise")
 
 
+def save_pretrained(
+    model: TrainStep | Bert, folder: str | os.PathLike[str], tokenizer: Any = None
+) -> None:
+    """Writes a model for transformers' `from_pretrained`, in the class that has its heads.
+
+    Args:
+        model: a training step, whose fp32 weights are written, or a model.
+        folder: made if missing; files of the same names are replaced.
+        tokenizer: written beside it: a `WordPiece`, or one of transformers.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    bert = model.model if isinstance(model, TrainStep) else model
+    weights: Mapping[str, Tensor] = dict(bert.named_parameters())
+    if isinstance(model, TrainStep):
+        weights = model.flat.views(model.flat.master)
+    save_folder(folder, weights, bert.config, _architecture(weights))
+    try:
+        if isinstance(tokenizer, WordPiece):
+            tokenizer.save(folder, bert.config.max_position_embeddings)
+        elif tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise RunError(f"{folder}: cannot write the tokenizer: {error}") from None
+
+
+def _architecture(named: Mapping[str, Tensor]) -> str:
+    """The class of transformers that has the heads of these weights."""
+    if any(name.startswith("next_sentence.") for name in named):
+        return "BertForPreTraining"
+    return "BertForMaskedLM" if any(name.startswith("mlm.") for name in named) else "BertModel"
+
+
 def export_run(
     folder: str | os.PathLike[str],
     named: Mapping[str, Tensor],
@@ -73,8 +110,7 @@ def export_run(
     Raises:
         RunError: the folder cannot be written.
     """
-    trained_nsp = any(name.startswith("next_sentence.") for name in named)
-    save_folder(folder, named, config, "BertForPreTraining" if trained_nsp else "BertForMaskedLM")
+    save_folder(folder, named, config, _architecture(named))
     try:
         for name in _TOKENIZER_FILES:
             source = Path(tokenizer_folder) / name

@@ -87,7 +87,7 @@ class MaskFiller:
         states = self.encoder.last_states(plan, given, holes)
         guesses = []
         for rows in states.split(_ROWS):
-            best = self.model.scores(rows[None])[0].float().softmax(-1).topk(top_k)
+            best = self.model._scores(rows[None])[0].float().softmax(-1).topk(top_k)
             for ids, chances in zip(best.indices.tolist(), best.values.tolist(), strict=True):
                 words = [self.tokenizer.decode([index]) for index in ids]
                 guesses.append(tuple(zip(words, ids, chances, strict=True)))

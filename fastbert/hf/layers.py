@@ -64,7 +64,7 @@ def kernels_for(x: Tensor, *widths: int) -> Ops | None:
     """Our kernels, for rows of these widths where `x` lies; None: plain PyTorch."""
     if x.device.type != "cuda" or is_traced() or x.dtype == torch.float64:
         return None
-    if any(width % 8 or width > MAX_WIDTH for width in widths):
+    if not x.numel() or any(width % 8 or width > MAX_WIDTH for width in widths):
         return None
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return _kernels(x.device, "tf32" if tf32 else "ieee")
@@ -119,51 +119,21 @@ class AddNorm:
     """LayerNorm(dropout(x W + b) + residual), the end of both halves of a layer."""
 
     def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Any:
-        dense, norm, dropout = self.dense, self.LayerNorm, self.dropout
-        plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
-        p = dropout.p if dropout.training else 0.0
-        ops = kernels_for(hidden_states, input_tensor.shape[-1])
-        if ops is None or not plain or not is_plain(dropout, nn.Dropout) or p >= 1.0:
-            return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
-        x = F.linear(hidden_states, dense.weight)
-        rows = x.view(-1, x.shape[-1])
-        out = ops.dropout_add_layer_norm(
-            rows, dense.bias, input_tensor.to(x.dtype).reshape(rows.shape),
-            norm.weight, norm.bias, norm.eps, p, dropout_seed(x.device, p), 1,
-        )  # fmt: skip
-        return out.view(x.shape)
+        return add_norm(hidden_states, input_tensor, self.dense, self.LayerNorm, self.dropout)
 
 
 class Intermediate:
     """GELU(x W + b)."""
 
     def forward(self: Any, hidden_states: Tensor) -> Any:
-        ops = kernels_for(hidden_states, self.dense.out_features)
-        approximate = gelu_of(self.intermediate_act_fn)
-        if ops is None or approximate is None or not is_plain(self.dense, nn.Linear):
-            return super().forward(hidden_states)  # type: ignore[misc]
-        dense, kind = self.dense, product_dtype(hidden_states)
-        rows = hidden_states.to(kind).reshape(-1, dense.in_features)
-        weight, bias = dense.weight.to(kind), dense.bias.to(kind)
-        out, _ = ops.linear_gelu_residual(rows, weight, bias, approximate)
-        return out.view(*hidden_states.shape[:-1], -1)
+        return linear_gelu(hidden_states, self.dense, self.intermediate_act_fn)
 
 
 class Transform:
     """LayerNorm(GELU(x W + b)), where masked words are predicted from."""
 
     def forward(self: Any, hidden_states: Tensor) -> Any:
-        dense, norm = self.dense, self.LayerNorm
-        ops = kernels_for(hidden_states, dense.out_features)
-        approximate = gelu_of(self.transform_act_fn)
-        plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
-        if ops is None or approximate is None or not plain:
-            return super().forward(hidden_states)  # type: ignore[misc]
-        x = F.linear(hidden_states, dense.weight)
-        out = ops.gelu_layer_norm(
-            x.view(-1, x.shape[-1]), dense.bias, norm.weight, norm.bias, norm.eps, approximate
-        )
-        return out.view(x.shape)
+        return gelu_norm(hidden_states, self.dense, self.transform_act_fn, self.LayerNorm)
 
 
 class Layer:
@@ -189,6 +159,53 @@ class Layer:
             context.index_select(1, wanted), hidden_states.index_select(1, wanted)
         )
         return self.feed_forward_chunk(x)
+
+
+# What the modules above compute, of parts that other families name otherwise
+
+
+def add_norm(x: Tensor, residual: Tensor, dense: Any, norm: Any, dropout: Any = None) -> Tensor:
+    """norm(dropout(dense(x)) + residual), by a kernel where there is one."""
+    p = dropout.p if dropout is not None and dropout.training else 0.0
+    plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
+    plain = plain and (dropout is None or is_plain(dropout, nn.Dropout))
+    ops = kernels_for(x, residual.shape[-1])
+    if ops is None or not plain or p >= 1.0:
+        out = dense(x)
+        return norm((out if dropout is None else dropout(out)) + residual)
+    x = F.linear(x, dense.weight)
+    rows = x.view(-1, x.shape[-1])
+    out = ops.dropout_add_layer_norm(
+        rows, dense.bias, residual.to(x.dtype).reshape(rows.shape),
+        norm.weight, norm.bias, norm.eps, p, dropout_seed(x.device, p), 1,
+    )  # fmt: skip
+    return out.view(x.shape)
+
+
+def linear_gelu(x: Tensor, dense: Any, activation: Any) -> Tensor:
+    """activation(dense(x)), by a kernel where that is GELU and there is one."""
+    approximate = gelu_of(activation)
+    ops = kernels_for(x, dense.out_features)
+    if ops is None or approximate is None or not is_plain(dense, nn.Linear):
+        return activation(dense(x))
+    kind = product_dtype(x)
+    rows = x.to(kind).reshape(-1, dense.in_features)
+    out, _ = ops.linear_gelu_residual(rows, dense.weight.to(kind), dense.bias.to(kind), approximate)
+    return out.view(*x.shape[:-1], dense.out_features)
+
+
+def gelu_norm(x: Tensor, dense: Any, activation: Any, norm: Any) -> Tensor:
+    """norm(activation(dense(x))), by a kernel where that is GELU and there is one."""
+    approximate = gelu_of(activation)
+    ops = kernels_for(x, dense.out_features)
+    plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
+    if ops is None or approximate is None or not plain:
+        return norm(activation(dense(x)))
+    x = F.linear(x, dense.weight)
+    out = ops.gelu_layer_norm(
+        x.view(-1, x.shape[-1]), dense.bias, norm.weight, norm.bias, norm.eps, approximate
+    )
+    return out.view(x.shape)
 
 
 def gelu_of(activation: Any) -> str | None:

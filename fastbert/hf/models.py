@@ -23,6 +23,7 @@ from transformers.models.bert import modeling_bert as theirs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+import fastbert.hf.attention  # noqa: F401  attn_implementation="fastbert"
 from fastbert.hf import layers
 from fastbert.hf.layers import is_plain, is_traced, kernels_for, note
 from fastbert.hf.packing import Plan
@@ -94,7 +95,7 @@ class Encoder(_Keywords):
         """How to lay out a batch, or why that cannot be done.
 
         Raises:
-            ValueError: more tokens than positions, or a mask of another shape.
+            ValueError: a mask of another shape.
             IndexError: a negative id (on a GPU as in transformers: by the device).
         """
         why = self._why_not(given)
@@ -103,9 +104,6 @@ class Encoder(_Keywords):
         embeds: Any = given.get("inputs_embeds")
         inputs: Any = given.get("input_ids") if embeds is None else embeds
         B, S = inputs.shape[:2]
-        positions = self.embeddings.position_embeddings.num_embeddings
-        if given.get("position_ids") is None and S > positions:
-            raise ValueError(f"sequences of {S} tokens: the model has {positions} positions")
         mask = given.get("attention_mask")
         if mask is not None and mask.shape != (B, S):
             raise ValueError(f"attention_mask must be {(B, S)}, not {tuple(mask.shape)}")
@@ -123,7 +121,7 @@ class Encoder(_Keywords):
             return "it is compiled or traced"
         if torch._C._functorch.maybe_current_level() is not None:
             return "a transform of torch.func"
-        if config.is_decoder or config.add_cross_attention:
+        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             return "a decoder"
         for name in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values"):
             if given.get(name) is not None:
@@ -144,8 +142,7 @@ class Encoder(_Keywords):
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             return "an attention_mask that is not (batch, sequence)"
-        for layer in self.encoder.layer:
-            attention = layer.attention.self
+        for attention in self._attentions():
             if type(attention) is not self.attention_class or not own_forward(attention):
                 return f"an attention that is not {self.attention_class.__name__} itself"
         return ""
@@ -161,8 +158,9 @@ class Encoder(_Keywords):
             pooled: whether the first token of each sequence is read, too.
             given: the arguments of the forward.
         """
-        last = self.encoder.layer[-1]
-        seen = (last, last.attention, self.encoder, self)
+        stack = self._stack()
+        last = stack.layer[-1]
+        seen = (last, last.attention, stack, self)
         if (
             given.get("output_hidden_states", self.config.output_hidden_states)
             or not isinstance(last, layers.Layer)
@@ -219,15 +217,15 @@ class Encoder(_Keywords):
         """The last hidden states: (1, T, H), or (1, R, H) of those wanted."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         types = given.get("token_type_ids")
-        x = self.embeddings(
+        x = self._embed(
             input_ids=None if ids is None else plan.pack(ids),
             position_ids=plan.pack(self._positions(plan.shape, given)),
             token_type_ids=None if types is None else plan.pack(types.expand(plan.shape)),
             inputs_embeds=None if embeds is None else plan.pack(embeds),
         )
-        read = Stack.of(self, self.encoder, x.device)
+        read = Stack.of(self, self._stack(), x.device)
         if read is None:
-            out = self.encoder(x, fastbert_plan=plan).last_hidden_state
+            out = self._stack()(x, fastbert_plan=plan).last_hidden_state
         else:
             out = read(x.squeeze(0), plan)[None]
         return out.to(x.dtype)
@@ -259,10 +257,31 @@ class Encoder(_Keywords):
         unused = 0 if table.padding_idx is None else table.padding_idx + 1
         return table.num_embeddings - unused
 
+    # Where families differ
+
+    def _stack(self: Any) -> Any:
+        """The module whose `layer` holds the layers."""
+        return self.encoder
+
+    def _attentions(self: Any) -> list[Any]:
+        """Each layer's self attention."""
+        return [layer.attention.self for layer in self._stack().layer]
+
+    def _embed(self: Any, **packed: Tensor | None) -> Tensor:  # (1, T, H)
+        """What the first layer gets, of packed inputs by transformers' names."""
+        return self.embeddings(**packed)
+
     def _positions(self: Any, shape: tuple[int, int], given: dict[str, Any]) -> Tensor:  # (B, S)
+        """The position of each token; ValueError: more tokens than positions."""
         positions = given.get("position_ids")
         if positions is None:
             positions = self.embeddings.position_ids[:, : shape[1]]
+            most = min(
+                self.embeddings.position_embeddings.num_embeddings,
+                self.embeddings.position_ids.shape[1],
+            )
+            if shape[1] > most:
+                raise ValueError(f"sequences of {shape[1]} tokens: the model has {most} positions")
         return positions.expand(shape)
 
 
@@ -315,21 +334,30 @@ class Span(_Keywords):
         return super().forward(**given)  # type: ignore[misc]
 
 
-class MaskedWords(_Keywords):
+class Words(_Keywords):
+    """A head over the vocabulary: features of a hidden state, and a decoder."""
+
+    def _features(self: Any, x: Tensor) -> Tensor:  # (1, M, H) -> (1, M, W)
+        return self.cls.predictions.transform(x)
+
+    def _decoder(self: Any) -> Any:
+        return self.cls.predictions.decoder
+
+    def _scores(self: Any, x: Tensor) -> Tensor:  # (1, M, H) -> (1, M, V)
+        return self.cls(x)
+
+    def _around(self: Any) -> tuple[nn.Module, ...]:
+        """Modules that `_scores` calls and the other two pass by."""
+        return self.cls, self.cls.predictions
+
+
+class MaskedWords(Words):
     """A head over the vocabulary. Training with labels, it scores the labelled tokens alone.
 
     `logits` are then None: `output_logits=True` asks for all of them. With `num_items_in_batch` the
     loss is the sum over labels divided by it: of all batches that are accumulated, as Trainer
     counts (transformers 5 takes the mean of each, so that n of them count n times).
     """
-
-    transform_name = "cls.predictions.transform"
-    decoder_name = "cls.predictions.decoder"
-    scores_name = "cls"
-
-    def scores(self: Any, x: Tensor) -> Tensor:  # (..., H) -> (..., V)
-        """Logits of hidden states."""
-        return self.get_submodule(self.scores_name)(x)
 
     @can_return_tuple
     def _forward(
@@ -360,12 +388,11 @@ class MaskedWords(_Keywords):
         )
 
 
-class WordsAndNextSentence(_Keywords):
+class WordsAndNextSentence(Words):
     """Both heads of pre-training; `logits` as in `MaskedWords`."""
 
-    transform_name = "cls.predictions.transform"
-    decoder_name = "cls.predictions.decoder"
-    scores_name = "cls.predictions"
+    def _scores(self: Any, x: Tensor) -> Tensor:
+        return self.cls.predictions(x)
 
     @can_return_tuple
     def _forward(
@@ -430,20 +457,13 @@ def words_loss(
     num_items: Tensor | int | None,
 ) -> Tensor:
     """The loss of labelled tokens: their mean, or their sum divided by `num_items`."""
-    transform = model.get_submodule(model.transform_name)
-    decoder = model.get_submodule(model.decoder_name)
-    scores = model.get_submodule(model.scores_name)
-    ops = kernels_for(x, x.shape[-1])
+    decoder = model._decoder()
     plain = is_plain(decoder, nn.Linear) and decoder.bias is not None
-    parents = (scores, getattr(scores, "predictions", scores))
-    if (
-        ops is None
-        or not len(targets)
-        or not plain
-        or not all(is_plain(p, type(p)) for p in parents)
-    ):
-        return _mean(F.cross_entropy, scores(x).squeeze(0), targets, num_items)
-    features = transform(x).squeeze(0)
+    plain = plain and all(is_plain(one, type(one)) for one in model._around())
+    ops = kernels_for(x, x.shape[-1], decoder.in_features) if plain and len(targets) else None
+    if ops is None:
+        return _mean(F.cross_entropy, model._scores(x).squeeze(0), targets, num_items)
+    features = model._features(x).squeeze(0)
     weight, bias = (one.to(features.dtype) for one in (decoder.weight, decoder.bias))
     total = ops.linear_cross_entropy(features, weight, bias, targets)
     return total / (len(targets) if num_items is None else num_items)

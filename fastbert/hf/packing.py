@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ class Slots:
 
     source: Tensor  # (P,) int64, the row of each slot; any row where it holds none
     pads: Tensor | None  # (P, 1) bool, the slots that hold none
-    target: Tensor  # (T,) int64, the slot of each row
+    target: Tensor  # (T,) int64, the slot of each row; any slot for one that has none
+    missing: Tensor | None = None  # (T, 1) bool, the rows that have none
 
     def spread(self, rows: Tensor) -> Tensor:  # (T, W) -> (P, W), zeros in empty slots
         """Each slot its row."""
@@ -35,7 +36,7 @@ class Slots:
         return out
 
     def collect(self, slots: Tensor) -> Tensor:  # (P, W) -> (T, W)
-        """Each row out of its slot."""
+        """Each row out of its slot, zeros for one that has none."""
         out: Tensor = _Collect.apply(slots, self)
         return out
 
@@ -58,7 +59,8 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slots: Tensor, layout: Slots) -> Tensor:
         ctx.slots = layout
-        return slots.index_select(0, layout.target)
+        rows = slots.index_select(0, layout.target)
+        return rows if layout.missing is None else rows.masked_fill_(layout.missing, 0.0)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
@@ -172,7 +174,24 @@ class Plan:
         """The first token of each sequence."""
         return self.cu_seqlens[:-1].long()
 
-    # Attention in plain PyTorch
+    # For attention by kernels, which know no mask
+
+    @cached_property
+    def askers(self) -> "_Askers":
+        """First tokens that ask without being keys, and the keys as sequences of their own."""
+        assert self.keys is not None
+        counted = F.pad(self.keys.cumsum(0), (1, 0))
+        cu_keys = counted.index_select(0, self.cu_seqlens.long())
+        asks = ~self.keys.index_select(0, self.first) & (cu_keys.diff() > 0)
+        return _Askers(
+            self.keys.nonzero().squeeze(1),
+            cu_keys.int(),
+            self.first[asks],
+            cu_keys[:-1][asks],
+            F.pad(asks.cumsum(0), (1, 0)).int(),
+        )
+
+    # For attention in plain PyTorch
 
     @cached_property
     def groups(self) -> tuple[list["_Group"], Slots]:
@@ -206,6 +225,23 @@ class Plan:
         pads = None if bool(filled.all()) else ~filled[:, None]
         return parts, Slots(source, pads, target)
 
+    @cached_property
+    def padded_groups(self) -> tuple[list["_Group"], Slots]:
+        """`groups` whose rows are those of the padded batch (B * S)."""
+        parts, slots = self.groups
+        if self.slots is None:
+            return parts, slots
+        source, target = self.slots.target[slots.source], slots.target[self.slots.source]
+        return parts, Slots(source, slots.pads, target, self.slots.pads)
+
+
+class _Askers(NamedTuple):
+    keys: Tensor  # (K,) int64, which tokens are keys
+    cu_seqlens: Tensor  # (B + 1,) int32, where each sequence's keys begin among them
+    tokens: Tensor  # (R,) int64, which ask only
+    positions: Tensor  # (R,) int64, of their sequence's first key among the keys
+    cu_queries: Tensor  # (B + 1,) int32
+
 
 _Group = tuple[int, int, Tensor | None]  # n, s, (n, 1, 1, s) bool: which are keys
 
@@ -225,7 +261,32 @@ def attend(
     """
     if plan.even is not None:
         return _sdpa(q, k, v, (*plan.even, None), heads, dropout_p, scale)
-    parts, slots = plan.groups
+    return _attend_groups(*plan.groups, q, k, v, heads, dropout_p, scale)
+
+
+def attend_padded(
+    plan: Plan,
+    q: Tensor,  # (B S, A D)
+    k: Tensor,  # (B S, A D)
+    v: Tensor,  # (B S, A D)
+    heads: int,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:  # (B S, A D), zeros where no token is kept
+    """The same of rows that lie padded."""
+    return _attend_groups(*plan.padded_groups, q, k, v, heads, dropout_p, scale)
+
+
+def _attend_groups(
+    parts: list["_Group"],
+    slots: Slots,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
     q, k, v = (slots.spread(x) for x in (q, k, v))
     if len(parts) == 1:
         return slots.collect(_sdpa(q, k, v, parts[0], heads, dropout_p, scale))
@@ -259,24 +320,20 @@ def attend_with(
     seed = dropout_seed(qkv.device, dropout_p)
     if plan.keys is None:
         return ops.attention(qkv, plan.cu_seqlens, plan.longest, dropout_p, seed, 0)
-    # Some first tokens ask without being keys: the others answer.
-    keys = plan.keys.nonzero().squeeze(1)
-    lengths = F.pad(plan.keys.cumsum(0), (1, 0)).index_select(0, plan.cu_seqlens.long())
-    cu_keys = lengths.int()
-    answered = (cu_keys.diff() > 0).repeat_interleave(plan.cu_seqlens.diff(), output_size=len(qkv))
-    asking = answered.nonzero().squeeze(1)  # a sequence without a key gives 0
-    cu_queries = F.pad(answered.cumsum(0), (1, 0)).index_select(0, plan.cu_seqlens.long()).int()
-    out = torch.zeros_like(qkv[:, 0])
-    if not len(asking):
-        return out
-    positions = (plan.keys.cumsum(0) - 1).index_select(0, asking)
-    begins = cu_keys[:-1].long().repeat_interleave(plan.cu_seqlens.diff(), output_size=len(qkv))
-    positions = torch.maximum(positions, begins.index_select(0, asking))
-    own = ops.attention_at(
-        qkv[:, 0].index_select(0, asking), qkv[:, 1:].index_select(0, keys),
-        positions, cu_queries, cu_keys, plan.longest, dropout_p, seed, 0,
-    )  # fmt: skip
-    return out.index_copy(0, asking, own)
+    at = plan.askers
+    out = qkv[:, 0] * 0.0  # of sequences without a key
+    if len(at.keys):
+        own = ops.attention(
+            qkv.index_select(0, at.keys), at.cu_seqlens, plan.longest, dropout_p, seed, 0
+        )
+        out = out.index_copy(0, at.keys, own)
+    if len(at.tokens):
+        own = ops.attention_at(
+            qkv[:, 0].index_select(0, at.tokens), qkv[:, 1:].index_select(0, at.keys),
+            at.positions, at.cu_queries, at.cu_seqlens, plan.longest, dropout_p, seed, 1,
+        )  # fmt: skip
+        out = out.index_copy(0, at.tokens, own)
+    return out
 
 
 def dropout_seed(device: torch.device, dropout_p: float) -> Tensor:  # (3,) int64

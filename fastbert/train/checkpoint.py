@@ -319,7 +319,7 @@ def check_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -
     Raises:
         UserError: a setting differs that a run cannot change half-way.
     """
-    for name, value in saved.items():
+    for name, value in {"init_from": "", "add_tokens": "", **saved}.items():  # once there were none
         if name in now and name not in _FREE and now[name] != value:
             raise UserError(
                 f"{name} = {now[name]!r} differs from {value!r} in {where}: leave it out to go on, "

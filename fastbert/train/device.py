@@ -59,8 +59,8 @@ def choose_execution(config: PretrainConfig, model: ModelConfig) -> Execution:
     """
     device = choose_device(config.device)
     dtype, precision_reason = choose_dtype(config.precision, device)
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    # The process's, which an earlier run may have set.
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     why_not = _why_no_kernels(config, model, device)
     compiled, compile_reason = _compile(config, model, device, kernels=not why_not)
     if why_not:
@@ -243,7 +243,7 @@ def check_memory(
     free = free_memory(device)
     each = 12 + (2 if config.gradient_precision == "bf16" else 4)  # master, two moments; gradient
     each += dtype.itemsize if dtype != torch.float32 else 0
-    state = check_weights(config.model, model, device, each, nsp=config.nsp)
+    state = check_weights(config.sizes_from, model, device, each, nsp=config.nsp)
     T, L = config.tokens_per_batch, model.num_hidden_layers
     batches = (config.gradient_accumulation_steps + 1) * T * _BATCH_BYTES
     step = batches

@@ -122,6 +122,7 @@ def fill_masks(
                 torch.tensor([hole], device=device),
             ).mlm[0]
         logits[torch.from_numpy(tokenizer.special_ids)] = float("-inf")  # no word of a text
+        logits[tokenizer.vocab_size :] = float("-inf")  # rows that no token has
         best = torch.softmax(logits.float(), -1).topk(top)
         guesses = tuple(
             (tokenizer.tokens[index], probability)

@@ -74,7 +74,7 @@ class _Recorded:
             step.accumulate(self.batch)
 
         def whole() -> None:
-            step([self.batch])
+            step.eager([self.batch])
 
         def finish() -> None:
             add()
@@ -112,7 +112,7 @@ class GraphedStep:
             self._record.forget()
         if self._eager_steps < WARM_UP:
             self._eager_steps += 1
-            self.step(batches)
+            self.step.eager(batches)
             return
         if self._recorded is None:
             # Counted before the recording, so that a step broken off in it can be begun anew.
@@ -136,7 +136,7 @@ class GraphedStep:
 def launcher(step: TrainStep, graph: bool, accumulates: bool) -> Callable[[Sequence[Batch]], None]:
     """What runs a step: the eager one, or its recording."""
     if not graph:
-        return step
+        return step.eager
     recorder = CudaRecorder(step.flat.master.device)
     graphed = GraphedStep(step, accumulates, recorder)
     return lambda batches: recorder.run(lambda: graphed(batches))

@@ -3,7 +3,8 @@
 The first one is raised as `Interrupted`, so that everything cleans up behind itself, or, where a
 run can save itself, noted. Those after it change nothing for a while: no cleaning up is torn by
 them, and none ends in a traceback. One that comes later still ends the process at once. Signals
-that were ignored when the command began, as nohup ignores SIGHUP, stay so. Standard library only.
+that were ignored when the command began, as nohup ignores SIGHUP, stay so. Signals are the main
+thread's: in any other, everything here does nothing. Standard library only.
 """
 
 import os
@@ -99,18 +100,24 @@ class _Signals:
 _signals = _Signals()
 
 
+def _handled_elsewhere() -> bool:
+    """Whether this is not the main thread, to which alone Python delivers signals."""
+    return threading.current_thread() is not threading.main_thread()
+
+
 @contextmanager
 def interruptible(*, last: bool = False) -> Iterator[None]:
     """Raises the first signal that comes inside as `Interrupted`.
 
-    Outside the main thread, and inside another one, it does nothing: whoever is there handles them.
+    Outside the main thread, and inside another of these, it does nothing: whoever is there handles
+    them.
 
     Args:
         last: the process ends right after: signals that come then are ignored, rather than met by
             Python's own handler amid its exit.
     """
     state = _signals
-    if state.before:
+    if state.before or _handled_elsewhere():
         yield
         return
     state.raised_at, state.noted, state.number = None, None, 0
@@ -120,8 +127,7 @@ def interruptible(*, last: bool = False) -> Iterator[None]:
         for number in SIGNALS:
             found = signal.getsignal(number)
             if found is not signal.SIG_IGN:
-                with suppress(ValueError):  # not the main thread
-                    state.before[number] = signal.signal(number, state.handle)
+                state.before[number] = signal.signal(number, state.handle)
         yield
     finally:
         if state.raised_at is None:
@@ -138,7 +144,7 @@ def raise_lost() -> None:
     Raises:
         Interrupted: a signal came.
     """
-    if _signals.before and _signals.number:
+    if _signals.before and _signals.number and not _handled_elsewhere():
         raise Interrupted(_signals.number)
 
 
@@ -148,6 +154,9 @@ def held_signals() -> Iterator[None]:
 
     Imports are so: libraries catch more than they should amid them, and go on without half of it.
     """
+    if _handled_elsewhere():
+        yield
+        return
     with interruptible():
         before, _signals.holding = _signals.holding, True
         try:
@@ -165,6 +174,9 @@ def noting_signals() -> Iterator[Callable[[], str]]:
     Raises:
         Interrupted: one was raised before and somebody has caught it, as a library's import may.
     """
+    if _handled_elsewhere():
+        yield lambda: ""
+        return
     with interruptible():
         raise_lost()
         noted: list[str] = []

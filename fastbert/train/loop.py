@@ -10,7 +10,8 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from fastbert.data.batch import Batch
 from fastbert.data.pack import Packer, evaluation_batches
 from fastbert.data.workers import BatchLoader, DevicePrefetcher
 from fastbert.errors import RunError, UserError
-from fastbert.model.bert import Bert
 from fastbert.train import checkpoint
+from fastbert.train.build import build_step, described
+from fastbert.train.callbacks import Callback, Callbacks, PretrainResult
 from fastbert.train.device import check_threads, is_out_of_memory, what_fits
 from fastbert.train.evaluate import (
     Evaluation,
@@ -33,10 +35,12 @@ from fastbert.train.evaluate import (
     unigram_log_probabilities,
 )
 from fastbert.train.graph import launcher
+from fastbert.train.initial import ReadInitial
 from fastbert.train.interrupts import interruptible, noting_signals
 from fastbert.train.prepare import (
     CheckTokenizer,
     Prepared,
+    begin,
     check_request,
     held_run,
     prepare,
@@ -46,22 +50,28 @@ from fastbert.train.prepare import (
 )
 from fastbert.train.report import Reporter
 from fastbert.train.schedule import learning_rate
-from fastbert.train.step import Metrics, TrainStep, compile_model
+from fastbert.train.step import Metrics
 
 Export = Callable[[Path, Mapping[str, Tensor], ModelConfig, Path], None]
 _MAX_SKIPPED_IN_A_ROW = 3
 
 
 def pretrain(
-    config: PretrainConfig, export: Export, check_tokenizer: CheckTokenizer | None = None
-) -> Path:
-    """Trains a BERT as `config` says and returns the run's folder.
+    config: PretrainConfig,
+    export: Export,
+    check_tokenizer: CheckTokenizer | None = None,
+    read_initial: ReadInitial | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> PretrainResult:
+    """Trains a BERT as `config` says and returns what the run found.
 
     Args:
         config: everything there is to set.
         export: writes the `hf/` folder: (folder, weights by name, model sizes, tokenizer folder).
         check_tokenizer: refuses, before the first step, a given tokenizer whose saved form is
             another: (the tokenizer, the folder it is saved in).
+        read_initial: reads the weights of `init_from`; needed where that is set.
+        callbacks: are told what the run logs, evaluates and saves, and may stop it.
 
     Raises:
         UserError: a bad request: missing files, a run already there or at work, a damaged
@@ -69,20 +79,27 @@ def pretrain(
         RunError: the run failed: disk full, three non-finite gradients in a row; or it was stopped
             by a signal and has saved itself.
         Interrupted: a signal came before or after the training, or a second one amid it.
+        Exception: a callback raised it.
     """
+    told = Callbacks(callbacks)
     if config.num_threads:
         check_threads(config.num_threads)
         torch.set_num_threads(config.num_threads)
     with interruptible(), held_run(config) as run:
-        config = dataclasses.replace(resolved(config), out=str(run))
+        config = resolved(dataclasses.replace(config, out=str(run)))
         check_request(config)
+        assert read_initial is not None or not config.init_from
         restored = restored_state(config, run)
         with taken_back_on_failure(run):
-            trainer = _Trainer(config, run, prepare(config, run, check_tokenizer), restored)
+            read = read_initial if restored is None else None
+            prepared = prepare(config, run, check_tokenizer, read)
+            trainer = _Trainer(config, run, prepared, restored, told)
         with noting_signals() as stop:
             trainer.run(stop)
-        trainer.finish(export)
-    return run
+        result = trainer.finish(export)
+    told.call(lambda one: one.on_train_end(result))
+    told.raise_error()
+    return result
 
 
 class _Trainer:
@@ -94,8 +111,9 @@ class _Trainer:
         run: Path,
         prepared: Prepared,
         restored: checkpoint.Checkpoint | None,
+        callbacks: Callbacks,
     ) -> None:
-        self.config, self.folder = config, run
+        self.config, self.folder, self.callbacks = config, run, callbacks
         self.sizes, self.execution = prepared.sizes, prepared.execution
         self.device, self.tokenizer = prepared.execution.device, prepared.tokenizer
         self.train_shards, self.validation_shards = prepared.train, prepared.validation
@@ -107,9 +125,13 @@ class _Trainer:
         self.eval_split = 1
         """The same of the held-out batches, beyond `split`."""
         self.told_skipped = state.get("skipped", 0)
-        self.model = self._build_model()
-        dtype, compiled = self.execution.dtype, self._compiles_model()
-        self.train_step = TrainStep(self.model, config, dtype, main_grads=not compiled)
+        self.loss, self.stopped = math.nan, False
+        self.timed_tokens, self.timed_seconds = 0, 0.0
+        self.evaluation: tuple[int, Evaluation] | None = None
+        first = prepared.initial and partial(begin, config, prepared.initial, self.tokenizer)
+        self.train_step = build_step(config, self.sizes, self.execution, first)
+        self.model = self.train_step.model
+        say(f"model: {described(self.model)}")
         self.launch = self._launcher()
         self.loader = self._open_data(state.get("data"), adopt=self._other_phase(state))
         for note in self.loader.notes:
@@ -123,32 +145,6 @@ class _Trainer:
         self.reporter = Reporter(
             run, self.step, config.max_steps, config.report_to == "tensorboard"
         )
-
-    def _compiles_model(self) -> bool:
-        """Whether torch.compile gets the layers; on a CPU, ops compile their own pieces."""
-        return self.execution.compile and self.device.type == "cuda"
-
-    def _build_model(self) -> Bert:
-        config = self.config
-        torch.manual_seed(config.seed)
-        model = Bert(
-            self.sizes,
-            self.execution.ops,
-            pooler=config.nsp,
-            next_sentence=config.nsp,
-            gradient_checkpointing=config.gradient_checkpointing,
-            last_layer_masked_only=config.last_layer_masked_only,
-        )
-        model.to(self.device)
-        if self._compiles_model():
-            compile_model(model)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        say(
-            f"model: {self.sizes.num_hidden_layers} layers x {self.sizes.hidden_size}, "
-            f"{self.sizes.num_attention_heads} heads, vocabulary {self.sizes.vocab_size}, "
-            f"{parameters / 1e6:.1f}M parameters"
-        )
-        return model
 
     def _launcher(self) -> Callable[[Sequence[Batch]], None]:
         accumulates = self.split * self.config.gradient_accumulation_steps > 1
@@ -223,12 +219,13 @@ class _Trainer:
         for name, value in state["sizes"].items():
             if sizes[name] != value:
                 raise UserError(
-                    f"model = {self.config.model!r} has {name} = {sizes[name]}, but had {value} at "
-                    f"the checkpoint of step {restored.step}: put it back, or start a new run"
+                    f"model = {self.config.sizes_from!r} has {name} = {sizes[name]}, but had "
+                    f"{value} at the checkpoint of step {restored.step}: put it back, or start a "
+                    "new run"
                 )
         try:
             self.train_step.load_state_dict(
-                restored.step, restored.weights, restored.optimizer, state
+                {"weights": restored.weights, "optimizer": restored.optimizer, "counters": state}
             )
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
@@ -242,21 +239,21 @@ class _Trainer:
                 f"step {self.step}: weights or moments are not finite, no checkpoint is written: "
                 f"start a new run with a lower --learning-rate; {self._newest_checkpoint()}"
             )
+        whole = self.train_step.state_dict()
         state = {
-            **self.train_step.state_dict(),
+            **whole["counters"],
             "data": self.loader.state_dict(),
             "tokens": self.tokens,
             "split": self.split,
             "recipe": dataclasses.asdict(self.config),
             "sizes": dataclasses.asdict(self.sizes),
         }
-        checkpoint.save(
+        saved = checkpoint.save(
             self.folder,
-            checkpoint.Checkpoint(
-                self.step, flat.views(flat.master), optimizer.state_dict(), state
-            ),
+            checkpoint.Checkpoint(self.step, whole["weights"], whole["optimizer"], state),
             self.config.save_total_limit,
         )
+        self.callbacks.call(lambda one: one.on_save(self.step, saved))
 
     # The loop
 
@@ -275,9 +272,12 @@ class _Trainer:
         saved_at = self.step if self.step else -1
         # On a GPU, reading what a step reports would wait for it.
         read_every = 1 if self.device.type == "cpu" else config.logging_steps
+        self.callbacks.call(lambda one: one.on_train_begin(config, self.folder))
         started, tokens_before = time.perf_counter(), self.tokens
         rate = loss = None
-        while self.step < last and not stop_signal():
+        if config.init_from and not self.step:
+            self._save()  # from here on a resume needs nothing but the run's folder
+        while self.step < last and not (stop_signal() or self.callbacks.stopped_by):
             self._next_phase()
             self._one_step()
             logs = self.step % config.logging_steps == 0 or self.step == last
@@ -287,6 +287,8 @@ class _Trainer:
             if logs:
                 now = time.perf_counter()
                 rate = (self.tokens - tokens_before) / (now - started)
+                self.timed_tokens += self.tokens - tokens_before
+                self.timed_seconds += now - started
                 started, tokens_before = now, self.tokens
                 self._log(metrics, rate)
             self.reporter.advance(loss, rate)
@@ -299,12 +301,18 @@ class _Trainer:
             started += time.perf_counter() - pause
         if self.step != saved_at:
             self._save()
+        self.callbacks.raise_error()
         if stop_signal() and self.step < last:
             raise RunError(
                 f"stopped by {stop_signal()} at step {self.step}; everything is saved: go on "
                 f"with: fastbert pretrain --resume auto --out {shlex.quote(str(self.folder))}"
             )
-        self._evaluate()
+        if self.step < last and self.callbacks.stopped_by:
+            self.stopped = True
+            self.reporter.say(f"step {self.step}: stopped by {self.callbacks.stopped_by}")
+        if self.evaluation is None or self.evaluation[0] != self.step:
+            self._evaluate()
+        self.callbacks.raise_error()
 
     def _newest_checkpoint(self) -> str:
         newest = checkpoint.newest_folder(self.folder)
@@ -376,20 +384,25 @@ class _Trainer:
             "skipped_steps": metrics.skipped,
         }
         if metrics.loss_steps:
-            logged = {"loss": metrics.loss_sum / metrics.loss_steps, **logged}
+            self.loss = metrics.loss_sum / metrics.loss_steps
+            logged = {"loss": self.loss, **logged}
         self.train_step.clear_window()
-        self.reporter.log(self.step, {k: v for k, v in logged.items() if math.isfinite(v)})
+        row = {k: v for k, v in logged.items() if math.isfinite(v)}
+        self.reporter.log(self.step, row)
+        self.callbacks.call(lambda one: one.on_log(self.step, {**row}))
 
     def _evaluate(self) -> None:
         if not self.eval_batches:
             return
         result = self._evaluation()
+        self.evaluation = self.step, result
         self.reporter.log(self.step, result.metrics())
         nsp = f", NSP accuracy {result.nsp_accuracy:.1%}" if self.config.nsp else ""
         self.reporter.say(
             f"step {self.step}: held-out MLM loss {result.mlm_loss:.3f} (unigram baseline "
             f"{result.unigram_loss:.3f}), accuracy {result.mlm_accuracy:.1%}{nsp}"
         )
+        self.callbacks.call(lambda one: one.on_evaluate(self.step, result.metrics()))
 
     def _evaluation(self) -> Evaluation:
         """Scores the held-out batches; halves them where logits do not fit beside the step."""
@@ -415,7 +428,7 @@ class _Trainer:
 
     # The end
 
-    def finish(self, export: Export) -> None:
+    def finish(self, export: Export) -> PretrainResult:
         """Draws the loss, writes `hf/`, and shows what the model would say."""
         self.reporter.close()
         picture = self.reporter.draw()
@@ -430,3 +443,14 @@ class _Trainer:
                 print(example)
         print(f"loss curve: {picture}")
         print(f"model: {hf_folder} (transformers.AutoModelForMaskedLM loads it)")
+        return PretrainResult(
+            folder=self.folder,
+            hf=hf_folder,
+            steps=self.step,
+            skipped_steps=self.train_step.read().skipped,
+            tokens=self.tokens,
+            loss=self.loss,
+            evaluation=self.evaluation[1] if self.evaluation else None,
+            tokens_per_second=self.timed_tokens / self.timed_seconds if self.timed_seconds else 0.0,
+            stopped=self.stopped,
+        )

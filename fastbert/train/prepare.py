@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shlex
 import shutil
 import sys
 import tomllib
@@ -14,9 +15,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fastbert.config import ModelConfig, PretrainConfig, model_config
+from fastbert.config import (
+    KEPT_SIZES,
+    PRESETS,
+    ModelConfig,
+    PretrainConfig,
+    holds_weights,
+    initial_folder,
+    model_config,
+    to_hf_dict,
+)
 from fastbert.data.corpus import Skipped, corpus_bytes, map_corpus
 from fastbert.data.pack import next_sentence_labels
 from fastbert.data.shards import (
@@ -28,17 +38,23 @@ from fastbert.data.shards import (
     fingerprint,
 )
 from fastbert.data.tokenize import WordPiece
+from fastbert.data.tokenizer_files import DESCRIPTION, VOCABULARY
 from fastbert.data.tokenizer_training import count_chunks
+from fastbert.data.vocabulary import with_words_of_file, with_words_of_text
 from fastbert.errors import RunError, UserError
+from fastbert.model.bert import Bert
 from fastbert.progress import progress_bar
-from fastbert.settings import sealed_toml
+from fastbert.settings import sealed_toml, settings
 from fastbert.train import checkpoint, lock
+from fastbert.train.build import with_dropout
 from fastbert.train.device import Execution, check_memory, choose_execution
+from fastbert.train.initial import Initial, NewTokens, ReadInitial, begin_with
 from fastbert.train.interrupts import held_signals
 
 CheckTokenizer = Callable[[WordPiece, Path], None]
+_OF_TOKENIZER = ("vocab_size", "pad_token_id")
 RUNS = Path("runs")
-_PREPARED = ("config.toml", "tokenizer", "data", "metrics.jsonl", "tensorboard")
+_PREPARED = ("config.toml", KEPT_SIZES, "tokenizer", "data", "metrics.jsonl", "tensorboard")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -64,6 +80,7 @@ class Prepared(NamedTuple):
     tokenizer: WordPiece
     train: Shards
     validation: Shards | None  # None without a held-out part
+    initial: Initial | None = None  # weights to begin with
 
 
 def check_request(config: PretrainConfig) -> None:
@@ -79,13 +96,29 @@ def check_request(config: PretrainConfig) -> None:
     check_memory(config, least, execution.device, execution.dtype)
 
 
-def prepare(config: PretrainConfig, run: Path, check_tokenizer: CheckTokenizer | None) -> Prepared:
+def prepare(
+    config: PretrainConfig,
+    run: Path,
+    check_tokenizer: CheckTokenizer | None,
+    read_initial: ReadInitial | None,
+) -> Prepared:
     """Makes or finds all that the steps need, and says how it was chosen.
+
+    Args:
+        config: what was asked for.
+        run: the run's folder.
+        check_tokenizer: see `prepare_data`.
+        read_initial: reads the weights of `init_from`; None where a checkpoint has others.
 
     Raises:
         UserError: data, tokenizer, model and device do not fit each other.
         RunError: the folder cannot be written.
     """
+    initial = None
+    if config.init_from and read_initial is not None:  # bad weights are told before the data's work
+        initial = read_initial(initial_folder(config.init_from), _asked_model(config), config.nsp)
+    elif not (config.init_from or config.model in PRESETS or (run / "checkpoints").exists()):
+        _say_of_weights(config.model)
     # What we trained is of a kind that is tested; the check takes seconds.
     check = check_tokenizer if config.tokenizer != "train" else None
     tokenizer, train, validation = prepare_data(config, run, check)
@@ -95,7 +128,32 @@ def prepare(config: PretrainConfig, run: Path, check_tokenizer: CheckTokenizer |
     say_of_warmup(config)
     for line in execution.reasons:
         say(line)
-    return Prepared(sizes, execution, tokenizer, train, validation)
+    return Prepared(sizes, execution, tokenizer, train, validation, initial)
+
+
+def _say_of_weights(model: str) -> None:
+    if holds_weights(model):
+        say(
+            f"model = {model!r}: its sizes are taken, not its weights; --init-from "
+            f"{shlex.quote(model)} begins with them"
+        )
+
+
+def begin(config: PretrainConfig, initial: Initial, tokenizer: WordPiece, model: Bert) -> None:
+    """Gives a model the weights to begin with, and says which they are.
+
+    Raises:
+        UserError: the checkpoint's tokenizer has changed since the run was prepared.
+    """
+    base = _initial_tokenizer(config)
+    if base.tokens != tokenizer.tokens[: base.vocab_size]:
+        raise UserError(
+            f"init_from = {config.init_from!r}: its tokenizer has changed since the run in "
+            f"{config.out} was prepared: put it back, or start a new run with another --out"
+        )
+    new = NewTokens(base.vocab_size, base.pieces(tokenizer.tokens[base.vocab_size :]))
+    for line in begin_with(initial, model, new):
+        say(line)
 
 
 def restored_state(config: PretrainConfig, run: Path) -> checkpoint.Checkpoint | None:
@@ -122,7 +180,17 @@ def restored_state(config: PretrainConfig, run: Path) -> checkpoint.Checkpoint |
 
 
 def _asked_model(config: PretrainConfig) -> ModelConfig:
-    sizes = model_config(config.model)
+    sizes = model_config(config.sizes_from)
+    kept = config.sizes_from == str(Path(config.out) / KEPT_SIZES)
+    if config.init_from and config.model != "auto" and not kept:
+        asked = model_config(config.model)
+        for name in (one.name for one in settings(ModelConfig)):
+            mine, theirs = getattr(asked, name), getattr(sizes, name)
+            if mine != theirs and name not in _OF_TOKENIZER:
+                raise UserError(
+                    f"model = {config.model!r} has {name} = {mine}, but init_from = "
+                    f"{config.init_from!r} has {theirs}: leave model out"
+                )
     if config.max_seq_length > sizes.max_position_embeddings:
         raise UserError(
             f"max_seq_length = {config.max_seq_length} must be at most the model's "
@@ -130,18 +198,20 @@ def _asked_model(config: PretrainConfig) -> ModelConfig:
         )
     if config.nsp and sizes.type_vocab_size < 2:
         raise UserError(
-            f"model = {config.model!r} has type_vocab_size = {sizes.type_vocab_size}: sentence "
-            "pairs need 2; give another model, or --no-nsp"
+            f"model = {config.sizes_from!r} has type_vocab_size = {sizes.type_vocab_size}: "
+            "sentence pairs need 2; give another model, or --no-nsp"
         )
     return sizes
 
 
 def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
-    changes: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if getattr(config, name) is not None:
-            changes[name] = getattr(config, name)
-    return dataclasses.replace(_asked_model(config), **changes)
+    sizes = _asked_model(config)
+    rows = sizes.vocab_size if config.init_from else 0  # more of them than tokens may be there
+    return dataclasses.replace(
+        with_dropout(config, sizes),
+        vocab_size=max(rows, tokenizer.vocab_size),
+        pad_token_id=tokenizer.pad_id,
+    )
 
 
 def run_folder(config: PretrainConfig) -> Path:
@@ -408,23 +478,28 @@ def _begun_with(run: Path, found: Found | None) -> str:
 
 
 def _write_settings(config: PretrainConfig, tokenizer: WordPiece, run: Path) -> None:
+    sizes = model_config(config.sizes_from)
     try:
         _write_config(dataclasses.replace(config, do_lower_case=tokenizer.do_lower_case), run)
-        tokenizer.save(
-            run / "tokenizer",
-            model_max_length=model_config(config.model).max_position_embeddings,
-        )
+        if config.init_from:
+            content = json.dumps(to_hf_dict(sizes, "BertForPreTraining"), indent=2) + "\n"
+            _write(run / KEPT_SIZES, content)
+        tokenizer.save(run / "tokenizer", model_max_length=sizes.max_position_embeddings)
     except Exception as error:  # the tokenizers library raises bare Exception
         reason = error.strerror if isinstance(error, OSError) else error
         raise RunError(f"{run}: cannot be written: {reason}") from None
 
 
 def _write_config(config: PretrainConfig, run: Path) -> None:
-    temporary = run / ".config.toml.tmp"
     written = dataclasses.replace(config, resume="", stop_at_step=0)
+    _write(run / "config.toml", sealed_toml(written))
+
+
+def _write(path: Path, content: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(sealed_toml(written), encoding="utf-8")
-        os.replace(temporary, run / "config.toml")
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -437,22 +512,30 @@ def _written(run: Path, name: str) -> object:
 
 
 def _tokenizer(config: PretrainConfig, of_run: Path) -> WordPiece:
-    settings = (config.do_lower_case, config.strip_accents)
+    asked = (config.do_lower_case, config.strip_accents)
     if config.resume and (of_run / "tokenizer.json").exists():
-        tokenizer = WordPiece.load(of_run, *settings)
+        for name in ("init_from", "add_tokens"):
+            began = _written(of_run.parent, name) or ""
+            if getattr(config, name) != began:
+                raise UserError(
+                    f"{name} = {getattr(config, name)!r}, but the run in {of_run.parent} began "
+                    f"with {began!r}: leave it out to go on, or start a new run with another --out"
+                )
+        tokenizer = WordPiece.load(of_run, *asked)
         # What the run itself began with needs not be there any more.
-        if config.tokenizer not in ("train", _written(of_run.parent, "tokenizer")):
-            other = WordPiece.load(config.tokenizer, *settings)
+        if config.tokenizer not in ("auto", "train", _written(of_run.parent, "tokenizer")):
+            other = WordPiece.load(config.tokenizer, *asked)
             if other.digest != tokenizer.digest:
                 raise UserError(
                     f"tokenizer = {config.tokenizer!r} is not the one in {of_run}, which this run "
                     "began with: leave it out to go on, or start a new run with another --out"
                 )
         return tokenizer
-    given = WordPiece.load(config.tokenizer, *settings) if config.tokenizer != "train" else None
-    if given is not None:
-        for note in given.notes:
-            say(f"tokenizer: {note}")
+    if config.init_from:
+        return _extended(config, _initial_tokenizer(config))
+    if config.tokenizer != "train":
+        given = WordPiece.load(config.tokenizer, *asked)
+        _say_notes(given)
         return given
     tokenizer = WordPiece.train(
         _chunks(config),
@@ -466,9 +549,48 @@ def _tokenizer(config: PretrainConfig, of_run: Path) -> WordPiece:
         f"tokenizer: WordPiece trained, {tokenizer.vocab_size:,} tokens"
         f"{fewer if tokenizer.vocab_size < config.vocab_size else ''}"
     )
+    _say_notes(tokenizer)
+    return tokenizer
+
+
+def _say_notes(tokenizer: WordPiece) -> None:
     for note in tokenizer.notes:
         say(f"tokenizer: {note}")
+
+
+def _initial_tokenizer(config: PretrainConfig) -> WordPiece:
+    """The tokenizer whose ids the weights to begin with know."""
+    path, folder = config.tokenizer, initial_folder(config.init_from)
+    if path == "auto":
+        if not any(os.path.isfile(os.path.join(folder, n)) for n in (DESCRIPTION, VOCABULARY)):
+            raise UserError(
+                f"init_from = {config.init_from!r}: the folder holds neither {DESCRIPTION} nor "
+                f"{VOCABULARY}: give its --tokenizer"
+            )
+        path = folder
+    tokenizer = WordPiece.load(path, config.do_lower_case, config.strip_accents)
+    rows, tokens = model_config(config.sizes_from).vocab_size, tokenizer.vocab_size
+    if tokens > rows:
+        raise UserError(
+            f"tokenizer = {path!r} has {tokens:,} tokens, but init_from = {config.init_from!r} has "
+            f"word embeddings of {rows:,}: give the tokenizer that it was trained with"
+        )
     return tokenizer
+
+
+def _extended(config: PretrainConfig, tokenizer: WordPiece) -> WordPiece:
+    _say_notes(tokenizer)
+    rows, tokens = model_config(config.sizes_from).vocab_size, tokenizer.vocab_size
+    if tokens < rows:
+        say(f"tokenizer: {tokens:,} tokens, and {rows:,} rows in the word embedding")
+    if not config.add_tokens:
+        return tokenizer
+    if config.add_tokens.isdecimal():
+        extended, note = with_words_of_text(tokenizer, _chunks(config), int(config.add_tokens))
+    else:
+        extended, note = with_words_of_file(tokenizer, config.add_tokens)
+    say(f"tokenizer: {note}")
+    return extended
 
 
 def _chunks(config: PretrainConfig) -> Counter[str]:

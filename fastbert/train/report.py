@@ -136,10 +136,7 @@ class _Board:
 
 def draw_loss(run: Path) -> Path:
     """Draws a run's metrics.jsonl as loss.png: training loss, held-out MLM loss, the baseline."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's choice
 
     rows = read_metrics(run / "metrics.jsonl")
 
@@ -147,7 +144,8 @@ def draw_loss(run: Path) -> Path:
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.subplots()
     axes.plot(*series("loss"), color="#9aa5b1", linewidth=1, label="training loss (MLM + NSP)")
     axes.plot(*series("eval/mlm_loss"), "o-", color="#0b6e4f", label="held-out MLM loss")
     steps, unigram = series("eval/unigram_loss")
@@ -167,5 +165,4 @@ def draw_loss(run: Path) -> Path:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
-        plt.close(figure)
     return path

@@ -5,7 +5,7 @@ update stay on it, and `read` fetches them when the loop wants to log. So the sa
 and are recorded by `fastbert.train.graph`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +51,19 @@ class TrainStep:
     Losses are means over all masked tokens and all labelled sequences of the step, so splitting a
     batch over more micro-batches changes nothing but rounding. A loss or gradient that is not
     finite never reaches the weights. Dropout's counter and the schedule advance all the same.
+    `fastbert.make_step` makes one for a device.
 
     Args:
         model: on its device.
         config: the recipe, resolved.
         dtype: of the weights in use; fp16 gets dynamic loss scaling.
         main_grads: see `FlatParameters`; off for a model compiled with torch.compile.
+
+    Attributes:
+        model: trained in place; its parameters are the weights in use, in `dtype`.
+        done: steps that calls have begun, those before a `load_state_dict` included.
+        launch: what a call does with its batches instead of `eager`.
+        notes: how it runs and why, one line each.
     """
 
     def __init__(
@@ -68,6 +75,9 @@ class TrainStep:
         main_grads: bool = True,
     ) -> None:
         self.model, self.config = model, config
+        self.done = 0
+        self.notes: tuple[str, ...] = ()
+        self.launch: Callable[[Sequence[Batch]], None] | None = None
         gradient_dtype = torch.bfloat16 if config.gradient_precision == "bf16" else torch.float32
         self.flat = FlatParameters(model, dtype, gradient_dtype, main_grads=main_grads)
         self.optimizer = make_optimizer(self.flat, config, model.ops)
@@ -91,7 +101,12 @@ class TrainStep:
         model.seed_dropout(config.seed, 0)
 
     def __call__(self, batches: Sequence[Batch]) -> None:
-        """Trains on the micro-batches of one step, which lie on the model's device."""
+        """Trains on the micro-batches of one step."""
+        (self.launch or self.eager)(batches)
+        self.done += 1
+
+    def eager(self, batches: Sequence[Batch]) -> None:
+        """One step on batches that lie on the model's device, launched kernel by kernel."""
         self.begin(batches)
         self.flat.forget_gradients()
         for batch in batches:
@@ -168,9 +183,14 @@ class TrainStep:
         self._streak.copy_(self._run)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, for JSON; weights and moments are the flat buffers' and the optimizer's."""
+        """All that the next step depends on but the data; waits for the device.
+
+        Returns:
+            `weights` (fp32, by the model's parameter names) and `optimizer` (its moments): tensors
+            that the next step changes in place; `counters`: what JSON can hold.
+        """
         metrics = self.read()
-        return {
+        counters = {
             "updates": metrics.updates,
             "skipped": metrics.skipped,
             "window": [metrics.loss_sum, metrics.loss_steps],
@@ -178,26 +198,34 @@ class TrainStep:
             "micro_batches": int(self._micro_batches),
             "loss_scale": [metrics.loss_scale, int(self._good_steps)] if self._scaling else None,
         }
+        weights = self.flat.views(self.flat.master)
+        return {"weights": weights, "optimizer": self.optimizer.state_dict(), "counters": counters}
 
     @torch.no_grad()
-    def load_state_dict(
-        self,
-        step: int,
-        weights: dict[str, Tensor],
-        moments: dict[str, Tensor],
-        state: dict[str, Any],
-    ) -> None:
-        """Goes on after `step` steps.
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies weights by the model's parameter names; others are passed over.
+
+        Raises:
+            KeyError: one is missing.
+            RuntimeError: one has another shape.
+        """
+        for name, view in self.flat.views(self.flat.master).items():
+            view.copy_(weights[name])
+        self.flat.write_back()
+
+    @torch.no_grad()
+    def load_state_dict(self, whole: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`, with the same next step bit for bit.
 
         Raises:
             KeyError: something is missing.
             RuntimeError: a tensor has another shape.
         """
-        for name, view in self.flat.views(self.flat.master).items():
-            view.copy_(weights[name])
-        self.flat.write_back()
-        self.optimizer.load_state_dict(moments, state["updates"], state["skipped"])
-        self._step.fill_(step)
+        state = whole["counters"]
+        self.set_weights(whole["weights"])
+        self.optimizer.load_state_dict(whole["optimizer"], state["updates"], state["skipped"])
+        self.done = state["updates"] + state["skipped"]
+        self._step.fill_(self.done)
         self._loss_sum.fill_(state["window"][0])
         self._loss_steps.fill_(state["window"][1])
         self._run.fill_(state["streak"])

@@ -1,21 +1,19 @@
-"""Every measuring command where only the packages of a GPU's host are installed.
+"""Every measuring command of the wheel, where only the packages of a GPU's host are installed.
 
 What may be missing there must cost neither a command nor a figure. All distributions but those of
 `HOST` and what they require are hidden from a process before it imports anything; there every
-command runs on the CPU, at small sizes and without a C++ compiler.
+command runs on the CPU, at small sizes, without a C++ compiler and in a folder of its own.
 """
 
 import importlib.metadata
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HOMES = (ROOT, ROOT / "kernels", ROOT / "benchmarks")
 LOOK = """
 import importlib.metadata, importlib.util, json, sys
 found = {}
@@ -87,14 +85,13 @@ MODULES = sorted(
 
 
 @pytest.fixture(scope="module")
-def on_host(host_site):
+def on_host(host_site, installed):
     """Runs code in a process that sees the host's packages only, and returns what it prints."""
-    places = os.pathsep.join(map(str, (host_site, *HOMES)))
-    environment = {**os.environ, "PYTHONPATH": places, "PATH": "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(host_site), "PATH": "", "OMP_NUM_THREADS": "1"}
 
     def run(code, asked, **options):
         done = subprocess.run(
-            [sys.executable, "-c", code], input=json.dumps(asked), env=environment, text=True,
+            [installed.python, "-c", code], input=json.dumps(asked), env=environment, text=True,
             capture_output=True, **options,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -128,6 +125,7 @@ def test_every_command_measures_and_writes(on_host, tmp_path):
     (tmp_path / "TEXT").write_text("\n\n".join(documents))
     files = {name: tmp_path / f"{name}.json" for name in COMMANDS}
     commands = {name: [*COMMANDS[name].split(), "--json", str(files[name])] for name in COMMANDS}
+    commands["profile-step"] = COMMANDS["profile-step"].split()  # as it is named by itself
     shown = [str(files[name]) for name in SHOWN]
     commands["report"] = ["bench", "report", *shown, "--out", str(tmp_path / "page")]
     answers = on_host(RUN, {"commands": commands, "modules": MODULES}, cwd=tmp_path)
@@ -143,6 +141,8 @@ def test_every_command_measures_and_writes(on_host, tmp_path):
         assert CONTENDERS.get(name, set()) <= {row["name"] for row in result["rows"]}
         if name != "estimate":  # it measures nothing
             assert all(one["why"] in answer["out"] for one in result["missing"])
+    # No checkout, whatever lies around it.
+    assert {result["conditions"]["commit"] for result in results.values()} == {"unknown"}
     missing = {one["name"]: one["why"] for one in results["convergence"]["missing"]}
     needs = "needs the package accelerate, which is not installed"
     assert missing["hf-trainer"].endswith(needs)
@@ -151,6 +151,8 @@ def test_every_command_measures_and_writes(on_host, tmp_path):
     page = (tmp_path / "page" / "report.html").read_text()
     assert all(file in page for file in shown)
     assert (tmp_path / "page" / "step.png").stat().st_size > 1000
+    made = {"MODEL", "TEXT", "page", "profile-step.trace.json", *(f.name for f in files.values())}
+    assert {path.name for path in tmp_path.iterdir()} == made
 
     assert len(MODULES) > 20
     for module in MODULES:

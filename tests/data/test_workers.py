@@ -361,3 +361,14 @@ def test_prefetching_to_a_gpu_that_is_behind(make_packer):
     for row, batch in zip(sums.cpu(), batches, strict=True):
         expected = [int((x * torch.arange(1, len(x) + 1)).sum()) for _, x in batch.tensors()]
         assert row.tolist() == expected
+
+
+def test_workers_run_no_script_again():
+    from multiprocessing.spawn import get_preparation_data
+
+    import __main__
+    from fastbert.data.workers import _without_main
+
+    with _without_main():
+        assert not [name for name in get_preparation_data("worker") if "init_main" in name]
+    assert sys.modules["__main__"] is __main__

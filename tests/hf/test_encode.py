@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
 import fastbert
@@ -71,6 +72,29 @@ def test_batches_of_any_size_in_the_order_given(
     ours = fastbert.encode(TEXTS, folder, pooling=pooling, tokens_per_batch=tokens_per_batch)
     theirs = [by_transformers(folder, text, pooling) for text in TEXTS]
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Roberta", "Electra", "DistilBert"])
+def test_relatives(folder: str, family: str) -> None:
+    kind = getattr(transformers, f"{family}Config")
+    sizes = BertConfig.from_pretrained(folder).to_dict()
+    names = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
+    torch.manual_seed(0)
+    # RoBERTa's padding is 1, the id of unknown words here: it counts positions past them.
+    model = getattr(transformers, f"{family}Model")(
+        kind(**{name: sizes[name] for name in names}, max_position_embeddings=66)
+    ).eval()
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    texts = [*TEXTS, "the unknown dog sat"]
+    for pooling in ("mean", "cls"):
+        ours = fastbert.encode(texts, model, tokenizer, pooling=pooling, max_length=64)
+        for vector, text in zip(ours, texts, strict=True):
+            inputs = tokenizer([text], truncation=True, max_length=64, return_tensors="pt")
+            del inputs["token_type_ids"]
+            with torch.no_grad():
+                states = model(**inputs).last_hidden_state[0]
+            theirs = states.mean(0) if pooling == "mean" else states[0]
+            np.testing.assert_allclose(vector, theirs, atol=1e-5)
 
 
 def test_an_iterator_is_read_a_window_at_a_time(

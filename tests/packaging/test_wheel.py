@@ -1,6 +1,7 @@
 """The wheel, installed in an environment of its own: nothing beside it, nothing missing in it.
 
-tests/bench/gpu/test_main.py rehearses `python -m fastbert_bench.gpu` of the same installation.
+tests/bench/gpu/test_main.py rehearses `python -m fastbert_bench.gpu` of the same installation, and
+tests/bench/test_host_packages.py runs each command of the bench.
 """
 
 import email
@@ -8,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -48,13 +50,15 @@ def test_its_description_and_its_requirements_hold(installed):
         done = subprocess.run([sys.executable, "-m", *tool], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.suffix for path in installed.distributions) == [".gz", ".whl"]
+    with tarfile.open(installed.distributions[1]) as source:
+        assert any(name.endswith("/docs/python.md") for name in source.getnames())
     information = next(installed.site.glob("fastbert_engine-*.dist-info")) / "METADATA"
     metadata = email.message_from_string(information.read_text())
     assert metadata["Description-Content-Type"] == "text/markdown"
 
 
-@pytest.mark.slow  # each command imports torch
-def test_every_command_runs_in_an_empty_folder(installed, tmp_path):
+@pytest.mark.slow  # it imports torch
+def test_the_command_trains_in_an_empty_folder(installed, tmp_path):
     given = tmp_path / "given"
     here = tmp_path / "here"
     given.mkdir()
@@ -76,23 +80,8 @@ def test_every_command_runs_in_an_empty_folder(installed, tmp_path):
         return done.stdout
 
     assert "bench" in run("--help") and not list(here.iterdir())
-    assert "fastbert_kernels" in run("doctor")
-    small = f"--device cpu --model {given} --max-seq-length 32"
-    run(f"pretrain {small} --data {given / 'text.txt'} --vocab-size 150 --max-steps 5 "
-        "--tokens-per-batch 256 --warmup-steps 1 --report-to none")  # fmt: skip
+    run(f"pretrain --device cpu --model {given} --max-seq-length 32 --vocab-size 150 "
+        f"--data {given / 'text.txt'} --max-steps 5 --tokens-per-batch 256 --warmup-steps 1 "
+        "--report-to none")  # fmt: skip
     assert (here / "runs" / "pretrain-001" / "hf" / "model.safetensors").stat().st_size > 1000
-    run(f"bench step {small} --batch-size 4 --rounds 1 --precision fp32 --against hf-sdpa "
-        "--json step.json")  # fmt: skip
-    result = json.loads((here / "step.json").read_text())
-    assert {"hf-sdpa", "fastbert-eager"} <= {row["name"] for row in result["rows"]}
-    assert result["conditions"]["commit"] == "unknown"  # no checkout, whatever lies around it
-    run("bench report step.json --out page")
-    assert "hf-sdpa" in (here / "page" / "report.html").read_text()
-    run(f"profile step {small} --batch-size 4 --precision fp32")
-    assert json.loads((here / "profile-step.json").read_text())["rows"]
-    run("estimate --model base --json estimate.json")
-    assert json.loads((here / "estimate.json").read_text())["rows"]
-    assert {path.name for path in here.iterdir()} == {
-        "runs", "step.json", "page", "profile-step.json", "profile-step.trace.json",
-        "estimate.json",
-    }  # fmt: skip
+    assert [path.name for path in here.iterdir()] == ["runs"]

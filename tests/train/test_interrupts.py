@@ -157,15 +157,27 @@ def test_one_that_a_destructor_swallows_comes_again(capsys: pytest.CaptureFixtur
 def test_outside_the_main_thread_nothing_is_touched() -> None:
     import threading
 
+    found: list[Any] = []
+
     def work() -> None:
-        with interruptible(), noting_signals() as stop:
-            assert stop() == ""
+        with interruptible(), held_signals(), noting_signals() as stop:
+            raise_lost()
+            found.append((stop(), sys.unraisablehook, interrupts._signals.holding))
+
+    def in_a_thread() -> Any:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return found.pop()
 
     before = [signal.getsignal(number) for number in SIGNALS]
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    hook = sys.unraisablehook
+    assert in_a_thread() == ("", hook, False)
     assert [signal.getsignal(number) for number in SIGNALS] == before
+    with noting_signals() as stop:  # nor what the main thread does meanwhile
+        send(signal.SIGTERM)
+        assert in_a_thread() == ("", sys.unraisablehook, False)
+        assert stop() == "SIGTERM"
 
 
 # As a user meets it

@@ -17,6 +17,7 @@ import json
 import os
 import pkgutil
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import fastbert_kernels
 from fastbert_bench.kernels import counts, sass
@@ -32,6 +35,7 @@ from fastbert_kernels.compile_cases import CompileCase
 
 # Outside the main loop, once a block of columns: nothing beside the 4,000 instructions of the loop.
 FEW_SPILLS = 16
+TOGETHER = 32  # kernels that are disassembled at once
 # What one program may ask for: CUDA C++ Programming Guide, table of compute capabilities.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 HEADER = (
@@ -113,8 +117,26 @@ def cases_of(module: str) -> list[CompileCase]:
     return found() if found else []
 
 
+class Built(NamedTuple):
+    """What the compiler made of a case."""
+
+    case: CompileCase
+    arch: int
+    cubin: bytes
+    shared: int
+
+
 def compile_case(case: CompileCase, arch: int) -> Compiled:
     """Compiles one case and reads the result.
+
+    Raises:
+        Exception: whatever the compiler raises.
+    """
+    return read([build(case, arch)])[0]
+
+
+def build(case: CompileCase, arch: int) -> Built:
+    """Compiles one case.
 
     Raises:
         Exception: whatever the compiler raises.
@@ -145,15 +167,39 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
         options={"num_warps": case.num_warps, "num_stages": case.num_stages}
         | ({"maxnreg": case.maxnreg} if case.maxnreg else {}),
     )
-    return _read(case, arch, kernel.asm["cubin"], kernel.metadata.shared)
+    return Built(case, arch, kernel.asm["cubin"], kernel.metadata.shared)
 
 
-def _read(case: CompileCase, arch: int, cubin: bytes, shared: int) -> Compiled:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        code, loops = sass.parse(_tool("nvdisasm", "-ndf", "-c", file.name))
+def read(built: Sequence[Built]) -> list[Compiled]:
+    """Reads the machine code of each; one start of `nvdisasm`, 0.3 s of a core, serves many."""
+    listings: dict[int, list[str]] = {}
+    for arch in {one.arch for one in built}:
+        mine = [index for index, one in enumerate(built) if one.arch == arch]
+        codes = [_code(built[index].cubin) for index in mine]
+        sass_of_all = _tool("nvdisasm", "-ndf", "-c", "-b", f"SM{arch}", content=b"".join(codes))
+        listings |= zip(mine, sass.split(sass_of_all, [*map(len, codes)]), strict=True)
+    return [_read(one, listings[index]) for index, one in enumerate(built)]
+
+
+def _code(cubin: bytes) -> bytes:
+    """The instructions in an ELF file: its sections named .text.KERNEL."""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, number, names = struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [
+        struct.unpack_from("<2I4Q", cubin, headers + index * size) for index in range(number)
+    ]  # name, type, flags, address, offset, size
+    start = sections[names][4]
+    return b"".join(
+        cubin[offset : offset + length]
+        for name, *_, offset, length in sections
+        if cubin.startswith(b".text.", start + name)
+    )
+
+
+def _read(built: Built, listing: Sequence[str]) -> Compiled:
+    case, arch, cubin, shared = built
+    usage = _tool("cuobjdump", "-res-usage", content=cubin)
+    code, loops = sass.parse(listing)
     opcodes = Counter(instruction.opcode for instruction in code)
 
     def count(pattern: str) -> int:
@@ -214,14 +260,18 @@ def _passes(case: CompileCase) -> float:
     return 1
 
 
-def _tool(name: str, *args: str) -> str:
-    """Runs one of the CUDA tools that Triton ships."""
+def _tool(name: str, *args: str, content: bytes) -> str:
+    """Runs one of the CUDA tools that Triton ships on a file with that content."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run(
-        [str(path), *args], check=True, capture_output=True, text=True, errors="replace"
-    ).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(content)
+        file.flush()
+        return subprocess.run(
+            [str(path), *args, file.name], check=True, capture_output=True, text=True,
+            errors="replace",
+        ).stdout  # fmt: skip
 
 
 def _ptxas(arch: int) -> str:
@@ -233,11 +283,13 @@ def _ptxas(arch: int) -> str:
     return found[1] if found else said.strip()
 
 
-def _try_compile(job: tuple[CompileCase, int]) -> Compiled | Exception:
+def _try_build(job: tuple[CompileCase, int]) -> Built | str:
+    case, arch = job
     try:
-        return compile_case(*job)
+        return build(case, arch)
     except Exception as error:  # what the compiler raises is the finding
-        return error
+        label = _label(case.name, case.configuration, arch)
+        return f"{label}: does not compile: {error!r}"
 
 
 def _tiles(text: str) -> tuple[int, int, int, int]:
@@ -294,14 +346,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures = []
     jobs = [(case, arch) for case in cases for arch in archs if arch in case.archs]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler and ptxas let go of the GIL
-        for (case, arch), compiled in zip(jobs, pool.map(_try_compile, jobs), strict=True):
-            label = _label(case.name, case.configuration, arch)
-            if isinstance(compiled, Exception):
-                failures.append(f"{label}: does not compile: {compiled!r}")
-                continue
-            print(compiled.row(), flush=True)
-            table.append(compiled)
-            failures += [f"{label}: {failure}" for failure in compiled.failures]
+        built = pool.map(_try_build, jobs)
+        while group := list(islice(built, TOGETHER)):
+            rows = iter(read([one for one in group if isinstance(one, Built)]))
+            for one in group:
+                if isinstance(one, str):
+                    failures.append(one)
+                    continue
+                compiled = next(rows)
+                print(compiled.row(), flush=True)
+                table.append(compiled)
+                failures += [f"{compiled.label}: {failure}" for failure in compiled.failures]
     if not tried:
         every = {_label(case.name, case.configuration, arch) for case, arch in jobs}
         shipped = None if args.module or args.match or args.arch else every

@@ -6,8 +6,10 @@ after the CUDA C++ Programming Guide. kernels/README.md has the rules in a table
 leave out.
 """
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -64,7 +66,7 @@ _OPCODES = {
     "issue": "BRA BREAK BSSY BSYNC CALL ELECT EXIT LDC R2UR RET S2R S2UR VOTEU WARPSYNC",
 }
 _KINDS = {opcode: kind for kind, opcodes in _OPCODES.items() for opcode in opcodes.split()}
-_LINE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)")
+_LINE = re.compile(r"\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)")
 _BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
@@ -118,22 +120,32 @@ class Counts:
     """Instructions that copy to shared memory while the warp goes on."""
 
 
-def parse(sass: str) -> tuple[list[Instruction], list[range]]:
-    """Instructions of what `nvdisasm -c` printed, and loops: where a branch leads backward."""
+def parse(sass: Sequence[str]) -> tuple[list[Instruction], list[range]]:
+    """Instructions of lines that `nvdisasm -c -b` printed, and loops: a branch leads backward."""
     code: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\w+):", line):
-            labels[label[1]] = len(code)
-        elif found := _LINE.match(line):
-            code.append(Instruction(found[1], found[2]))
+    places: dict[int, int] = {}
+    for line in sass:
+        if found := _LINE.match(line):
+            places[int(found[1], 16)] = len(code)
+            code.append(Instruction(found[2], found[3]))
     loops = []
     for last, instruction in enumerate(code):
         if instruction.opcode.startswith("BRA"):
-            target = re.search(r"\((\.L_x_\w+)\)", instruction.operands)
-            if target and labels.get(target[1], last) < last:
-                loops.append(range(labels[target[1]], last + 1))
+            target = re.search(r"0x([0-9a-f]+)\s*$", instruction.operands)
+            first = places.get(int(target[1], 16), last) if target else last
+            if first < last:
+                loops.append(range(first, last + 1))
     return code, loops
+
+
+def split(sass: str, sizes: Sequence[int]) -> list[list[str]]:
+    """The lines of each of several kernels of so many bytes, printed as they follow each other."""
+    ends = list(itertools.accumulate(sizes))
+    found: list[list[str]] = [[] for _ in ends]
+    for line in sass.splitlines():
+        if one := _LINE.match(line):
+            found[bisect.bisect(ends, int(one[1], 16))].append(line)
+    return found
 
 
 def main_part(code: Sequence[Instruction], loops: Sequence[range]) -> Sequence[int]:

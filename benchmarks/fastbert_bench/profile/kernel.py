@@ -25,7 +25,7 @@ import torch
 
 from fastbert.errors import UserError
 from fastbert.train.device import choose_device
-from fastbert_bench.config import ProfileKernelConfig
+from fastbert_bench.config import ProfileKernelConfig, check_kernel
 from fastbert_bench.kernels import sass
 from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.compile_report import cases_of, compile_case
@@ -252,9 +252,19 @@ def counters(op: str, shape: str) -> tuple[list[dict[str, Any]], str]:
     return told, ""
 
 
+def once(op: str = "", shape: str = "") -> int:
+    """The call that ncu watches; returns the exit code."""
+    try:
+        _once(check_kernel(op), shape)
+    except UserError as error:
+        print(f"fastbert: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 def _once(op: str, shape: str) -> None:
-    device = torch.device("cuda", 0)
     sizes = sizes_of(op, ProfileKernelConfig(shape=shape).sizes(), cuda=True)
+    device = choose_device("cuda")
     workload = workload_of(op, device, sizes)
     direction = "both" if "backward" in workload.directions else workload.directions[0]
     (call,) = kernel_timings.calls_of(workload.contenders[0], direction, [workload.inputs()])
@@ -479,4 +489,4 @@ def main(op: str, config: ProfileKernelConfig) -> None:
 
 
 if __name__ == "__main__":
-    _once(*sys.argv[1:2], *(sys.argv[2:3] or [""]))
+    sys.exit(once(*sys.argv[1:3]))

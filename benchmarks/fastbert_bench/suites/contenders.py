@@ -42,6 +42,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 
 PaddedBatch = dict[str, Tensor]
 
+ACCELERATED = "fastbert.accelerate"
+
 RIVALS = {
     "hf-eager": "Hugging Face, eager attention",
     "hf-sdpa": "Hugging Face, PyTorch's scaled_dot_product_attention",
@@ -52,6 +54,7 @@ RIVALS = {
     "hf-sdpa-compile": "the same under torch.compile",
     "hf-flash-compile": "the same under torch.compile",
     "hf-sdpa-compile-max": "the same under torch.compile, mode max-autotune",
+    ACCELERATED: "Hugging Face's model after fastbert.accelerate(model)",
     "torch-encoder": "torch.nn.TransformerEncoder with BERT's embeddings and heads",
     "modernbert": "transformers' ModernBERT",
     "liger": "Liger-Kernel",
@@ -397,8 +400,10 @@ def _hugging_face(
 ) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
+    from fastbert.hf.accelerate import accelerate
+
     config = BertConfig(**to_hf_dict(sizes, "BertForPreTraining"))
-    attention = name.split("-")[1]
+    attention = "sdpa" if name == ACCELERATED else name.split("-")[1]
     if attention == "flash":
         if importlib.util.find_spec("flash_attn") is None:
             raise MissingError("the package flash-attn is not installed")
@@ -408,7 +413,7 @@ def _hugging_face(
     config._attn_implementation = attention
     model = (BertForMaskedLM if name.endswith("-flat") else BertForPreTraining)(config)
     model.load_state_dict(weights, strict=False)
-    return model
+    return accelerate(model) if name == ACCELERATED else model
 
 
 @dataclasses.dataclass

@@ -502,7 +502,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     try:
-        figure.savefig(path, format="png")
+        figure.savefig(path)
     except OSError as error:
         raise UserError(f"png = {str(path)!r}: {error.strerror}") from None
 

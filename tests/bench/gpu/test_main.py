@@ -77,7 +77,11 @@ def test_every_stage_leaves_its_file_and_its_lines(rehearsal):
     assert all(row["ok"] is not False for row in smoke["checks"])
     step = json.loads((out / f"step-{TINY}.json").read_text())
     results.check(step)
-    assert [row["name"] for row in step["rows"]] == ["fastbert", "hf-sdpa", "hf-eager"]
+    rows = [row["name"] for row in step["rows"]]
+    assert rows == ["fastbert", "hf-sdpa", "fastbert.accelerate"]
+    dropin = json.loads((out / "dropin.json").read_text())
+    assert len(dropin["checks"]) == 11 and all(row["ok"] for row in dropin["checks"])
+    assert dropin["loop"]["ratio"] > 0 and "dropin: 11 of 11 checks hold" in printed
     assert step["drift"] and step["floor_ms"] and step["ablations"]
     lines = printed.splitlines()
     assert len(lines) - len(names) <= gpu.LINES

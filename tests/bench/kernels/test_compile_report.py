@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastbert_bench.kernels import compile_report
-from fastbert_bench.kernels.compile_report import FEW_SPILLS
+from fastbert_bench.kernels.compile_report import FEW_SPILLS, Built
 from fastbert_kernels.compile_cases import CompileCase
 
 ROOT = Path(__file__).parents[3]
@@ -133,14 +133,13 @@ def test_other_tiles_and_limits_can_be_tried(tmp_path: Path) -> None:
 
 def test_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = " Function k:\n  REG:40 STACK:0 SHARED:0 LOCAL:0"
-    sass = "        /*0000*/                   LDG.E R1, [R2] ;\n"
-    monkeypatch.setattr(
-        compile_report, "_tool", lambda name, *_: usage if name == "cuobjdump" else sass
-    )
+    sass = ["        /*0000*/                   LDG.E R1, [R2] ;"]
+    monkeypatch.setattr(compile_report, "_tool", lambda *_, **__: usage)
     case = CompileCase("k", "", None, {}, {})
     for arch, limit in ((80, 163 * 1024), (90, 227 * 1024)):
-        assert compile_report._read(case, arch, b"", limit).failures == ()
-        (failure,) = compile_report._read(case, arch, b"", limit + 1).failures
+        built = Built(case, arch, b"", limit)
+        assert compile_report._read(built, sass).failures == ()
+        (failure,) = compile_report._read(built._replace(shared=limit + 1), sass).failures
         assert failure == f"wants {limit + 1} bytes of shared memory, has {limit}"
 
 
@@ -156,14 +155,12 @@ def test_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_spills_outside_the_main_loop_pass(
     stack: int, inside: int, outside: int, failures: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = ["LDG.E R1, [R2]", *["LDL R1, [R3]"] * inside, "@P0 BRA `(.L_x_0)"]
-    lines = [*["STL [R3], R1"] * outside, ".L_x_0:", *loop]
-    sass = "\n".join(line if line.endswith(":") else f" /*0000*/ {line} ;" for line in lines)
-    usage = f"REG:40 STACK:{stack}"
-    monkeypatch.setattr(
-        compile_report, "_tool", lambda name, *_: usage if name == "cuobjdump" else sass
-    )
-    found = compile_report._read(CompileCase("k", "", None, {}, {}), 90, b"", 0)
+    loop = ["LDG.E R1, [R2]", *["LDL R1, [R3]"] * inside, f"@P0 BRA {16 * outside:#x}"]
+    lines = [*["STL [R3], R1"] * outside, *loop]
+    sass = [f" /*{16 * index:04x}*/ {line} ;" for index, line in enumerate(lines)]
+    monkeypatch.setattr(compile_report, "_tool", lambda *_, **__: f"REG:40 STACK:{stack}")
+    built = Built(CompileCase("k", "", None, {}, {}), 90, b"", 0)
+    found = compile_report._read(built, sass)
     assert list(found.failures) == failures
 
 

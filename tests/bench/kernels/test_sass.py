@@ -58,12 +58,18 @@ LOOPS = {
 }  # fmt: skip
 
 
-def listing(*lines: str) -> str:
-    """As nvdisasm prints it: labels end in a colon."""
-    return "\n".join(
-        line if line.endswith(":") else f"        /*{16 * i:04x}*/ {'':>16} {line} ;"
-        for i, line in enumerate(lines)
-    )
+def listing(*lines: str) -> list[str]:
+    """As nvdisasm prints it; a line that ends in a colon names the next one's address."""
+    code: list[str] = []
+    places: dict[str, str] = {}
+    for line in lines:
+        if line.endswith(":"):
+            places[line[:-1]] = f"{16 * len(code):#x}"
+        else:
+            *words, last = line.split(" ")
+            shown = " ".join([*words, places.get(last, last)])
+            code.append(f"        /*{16 * len(code):04x}*/ {'':>16} {shown} ;")
+    return code
 
 
 def unfolded(loop: str) -> list[str]:
@@ -87,13 +93,16 @@ def test_a_count_by_hand_is_reproduced(name):
     lines = unfolded(loop)
     text = listing(
         "S2R R0, SR_TID.X", *["MUFU.EX2 R1, R1"] * 9,  # before the loop
-        ".L_x_0:", *lines, "@P0 BRA `(.L_x_0)",
-        ".L_x_1:", *lines, "FSEL R1, R1, R2, P0", "@P1 BRA `(.L_x_1)",  # its masked twin
-        ".L_x_2:", *["STG.E.128 desc[UR4][R2.64], R4"] * 4, "@P2 BRA `(.L_x_2)",
-        "EXIT", ".L_x_3:", "BRA `(.L_x_3)", "NOP",
+        "a:", *lines, "@P0 BRA a",
+        "b:", *lines, "FSEL R1, R1, R2, P0", "@P1 BRA P3, b",  # its masked twin
+        "c:", *["STG.E.128 desc[UR4][R2.64], R4"] * 4, "@P2 BRA c",
+        "EXIT", "d:", "BRA d", "NOP",
     )  # fmt: skip
     code, loops = sass.parse(text)
     assert len(loops) == 3  # the trap behind the end is none
+    assert sass.split("\n".join([".text:", *text]), [16 * 5, 16 * 2, 16 * (len(text) - 7)]) == [
+        text[:5], text[5:7], text[7:]
+    ]  # fmt: skip
     part = sass.main_part(code, loops)
     found = sass.count([code[i] for i in part], 90)
     cost = sass.cost(found, warps, 1, 90, 128 * 128 / (rows * columns))

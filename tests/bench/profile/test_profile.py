@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from PIL import Image
 
 from fastbert.cli import main
 from fastbert.errors import UserError
 from fastbert.train.step import TrainStep
+from fastbert_bench import config
 from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.costs import OPS
 from fastbert_bench.measure import result as results
@@ -198,6 +200,8 @@ def test_a_host_sync_put_into_the_step_is_reported(model, recorded, tmp_path, mo
         ("profile kernel adamw --shape T=1,Q=2", "shape = 'T=1,Q=2': 'Q' must be one of T, S, H,"),
         ("profile kernel adamw --shape T", "shape = 'T': 'T' must be LETTER=NUMBER, e.g. T=4096"),
         ("profile kernel attention --shape T=9,S=4", "shape: T = 9 must be a multiple of S = 4"),
+        ("profile kernel adamw --png x.json", "png = 'x.json' must end in one of .png, .svg,"),
+        ("profile kernel adamw --png x", "png = 'x' must end in one of .png, .svg, .pdf,"),
         ("profile kernel adamw --png no/such/x.png", "png = 'no/such/x.png': no such folder"),
     ],
 )
@@ -208,6 +212,24 @@ def test_mistakes_are_one_line(argv, line, capsys, monkeypatch, tmp_path):
     assert main(argv.split()) == 2
     shown = capsys.readouterr().err.splitlines()
     assert shown[-1].startswith(f"fastbert: error: {line}")
+
+
+def test_matplotlib_writes_every_picture_that_may_be_asked_for():
+    assert {one[1:] for one in config.PICTURES} <= {*FigureCanvasBase.get_supported_filetypes()}
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ([], "profile kernel needs one of attention, dropout_add_layer_norm,"),
+        (["lam"], "unknown kernel 'lam': did you mean 'lamb'? (attention,"),
+        (["lamb", "T=x"], "shape = 'T=x': 'T=x' must be LETTER=NUMBER, e.g. T=4096"),
+    ],
+)
+def test_mistakes_of_the_call_that_ncu_watches_are_one_line(argv, line, capsys):
+    assert profile_kernel.once(*argv) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"fastbert: error: {line}") and shown.count("\n") == 1
 
 
 def test_mistakes_and_help_import_nothing_slow():
