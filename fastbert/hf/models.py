@@ -108,11 +108,8 @@ class Encoder(_Keywords):
         if mask is not None and mask.shape != (B, S):
             raise ValueError(f"attention_mask must be {(B, S)}, not {tuple(mask.shape)}")
         plan = Plan.of(mask, (B, S), inputs.device)
-        if plan.slots is not None and inputs.device.type == "cpu":  # else each id is looked up
-            for name in ("input_ids", "token_type_ids", "position_ids"):
-                ids = given.get(name)
-                if ids is not None and bool((ids < 0).any()):
-                    raise IndexError(f"{name} holds {int(ids.min())}: ids begin at 0")
+        if plan.slots is not None:  # else each id is looked up
+            _refuse_negative(given)
         return plan
 
     def _why_not(self: Any, given: dict[str, Any]) -> str:
@@ -217,12 +214,17 @@ class Encoder(_Keywords):
         """The last hidden states: (1, T, H), or (1, R, H) of those wanted."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         types = given.get("token_type_ids")
-        x = self._embed(
-            input_ids=None if ids is None else plan.pack(ids),
-            position_ids=plan.pack(self._positions(plan.shape, given)),
-            token_type_ids=None if types is None else plan.pack(types.expand(plan.shape)),
-            inputs_embeds=None if embeds is None else plan.pack(embeds),
-        )
+        packed = {
+            "input_ids": None if ids is None else plan.pack(ids),
+            "position_ids": plan.pack(self._positions(plan.shape, given)),
+            "token_type_ids": None if types is None else plan.pack(types.expand(plan.shape)),
+            "inputs_embeds": None if embeds is None else plan.pack(embeds),
+        }
+        try:
+            x = self._embed(**packed)
+        except (IndexError, RuntimeError):  # torch does not say which
+            _refuse_negative(given)
+            raise
         read = Stack.of(self, self._stack(), x.device)
         if read is None:
             out = self._stack()(x, fastbert_plan=plan).last_hidden_state
@@ -283,6 +285,13 @@ class Encoder(_Keywords):
             if shape[1] > most:
                 raise ValueError(f"sequences of {shape[1]} tokens: the model has {most} positions")
         return positions.expand(shape)
+
+
+def _refuse_negative(given: dict[str, Any]) -> None:
+    for name in ("input_ids", "token_type_ids", "position_ids"):
+        ids = given.get(name)
+        if ids is not None and ids.device.type == "cpu" and bool((ids < 0).any()):
+            raise IndexError(f"{name} holds {int(ids.min())}: ids begin at 0")
 
 
 # Heads
