@@ -1,5 +1,6 @@
 """One line for a model of transformers that is there already: its classes are swapped in place."""
 
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -8,6 +9,7 @@ from transformers.utils import output_capturing
 
 from fastbert.hf import models, relatives
 from fastbert.hf.attention import asks_itself
+from fastbert.hf.layers import note, own_forward
 from fastbert.hf.models import Encoder
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,8 +53,15 @@ def accelerate(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch module, not a {type(model).__name__}")
     swaps = table()
-    kinds = [type(module) for module in model.modules()]
-    if not any(issubclass(swaps.get(kind, kind), Encoder) for kind in kinds):
+    encoders = [
+        module
+        for module in model.modules()
+        if issubclass(swaps.get(type(module), type(module)), Encoder)
+    ]
+    if encoders and not any(map(own_forward, encoders)):
+        kind = type(encoders[0]).__name__
+        raise ValueError(f"the forward of {kind} was replaced: accelerate it before that")
+    if not encoders:
         raise ValueError(_refusal(model))
     _swap(model, swaps)
     return model
@@ -92,10 +101,22 @@ def decelerate(model: Model) -> Model:
 def _swap(model: nn.Module, swaps: dict[type, type]) -> None:
     for module in model.modules():
         other = swaps.get(type(module))
-        if other is not None:
+        if other is not None and _follows(module, other):
             module.__class__ = other
         if isinstance(module, PreTrainedModel):
             # transformers looks up by the class's name what a model can record.
             registry: Any = output_capturing._CAN_RECORD_REGISTRY
             key = str(type(module)) if type(registry) is dict else module
             registry[key] = module._can_record_outputs
+
+
+def _follows(module: nn.Module, other: type) -> bool:
+    """Whether a call of a module will end in its new class's forward."""
+    if "forward" not in vars(module):
+        return True
+    if own_forward(module):  # a hook of accelerate keeps it, for whole modules
+        vars(module)["_old_forward"] = MethodType(other.forward, module)  # type: ignore[attr-defined]
+        return True
+    whose = "transformers' own" if other.__module__.startswith("fastbert.") else "fastbert's"
+    note(f"{type(module).__name__}: its forward was replaced: it stays {whose}")
+    return False

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 
 from fastbert.hf.packing import Plan, attend, attend_with, dropout_seed
@@ -60,6 +61,24 @@ def hooked_everywhere() -> bool:
     return any(getattr(of_all, name, None) for name in _GLOBAL_HOOKS)
 
 
+def own_forward(module: nn.Module) -> bool:
+    """Whether a call ends in the class's forward; accelerate's hooks keep that aside."""
+    if "forward" not in vars(module):
+        return True
+    return getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
+
+
+def is_known(module: nn.Module | None) -> bool:
+    """Whether a part treats each token by itself: it is transformers' own, or wrapped by torch.
+
+    One that somebody wrote may look at `x[:, 0]`, or at a token's neighbours.
+    """
+    if module is None:
+        return True
+    origin = type(module).forward.__module__.partition(".")[0]
+    return origin in ("transformers", "fastbert", "torch") and own_forward(module)
+
+
 def kernels_for(x: Tensor, *widths: int) -> Ops | None:
     """Our kernels, for rows of these widths where `x` lies; None: plain PyTorch."""
     if x.device.type != "cuda" or is_traced() or x.dtype == torch.float64:
@@ -78,6 +97,17 @@ def _kernels(device: torch.device, precision: str) -> Ops | None:
 def is_traced() -> bool:
     """Whether this call is recorded rather than run."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def unreadable(given: dict[str, Any]) -> str:
+    """Why nothing can be decided by the values of arguments; empty where it can."""
+    if is_traced():
+        return "it is compiled or traced"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a transform of torch.func"
+    if any(isinstance(x, Tensor) and (x.is_meta or type(x) is FakeTensor) for x in given.values()):
+        return "tensors without values"
+    return ""
 
 
 class SelfAttention:
@@ -100,7 +130,7 @@ class SelfAttention:
             )
         plan = fastbert_plan.to(hidden_states.device)
         A, D, x = self.num_attention_heads, self.attention_head_size, hidden_states[0]
-        dropout_p = self.dropout.p if self.dropout.training else 0.0
+        dropout_p = self.dropout.p if self.training else 0.0
         projections = (self.query, self.key, self.value)
         ops = kernels_for(x) if D in HEAD_SIZES and dropout_p < 1.0 else None
         if ops is None:
@@ -166,11 +196,11 @@ class Layer:
 
 def add_norm(x: Tensor, residual: Tensor, dense: Any, norm: Any, dropout: Any = None) -> Tensor:
     """norm(dropout(dense(x)) + residual), by a kernel where there is one."""
-    p = dropout.p if dropout is not None and dropout.training else 0.0
     plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
     plain = plain and (dropout is None or is_plain(dropout, nn.Dropout))
-    ops = kernels_for(x, residual.shape[-1])
-    if ops is None or not plain or p >= 1.0:
+    p = dropout.p if plain and dropout is not None and dropout.training else 0.0
+    ops = kernels_for(x, residual.shape[-1]) if plain and p < 1.0 else None
+    if ops is None:
         out = dense(x)
         return norm((out if dropout is None else dropout(out)) + residual)
     x = F.linear(x, dense.weight)
@@ -185,8 +215,8 @@ def add_norm(x: Tensor, residual: Tensor, dense: Any, norm: Any, dropout: Any = 
 def linear_gelu(x: Tensor, dense: Any, activation: Any) -> Tensor:
     """activation(dense(x)), by a kernel where that is GELU and there is one."""
     approximate = gelu_of(activation)
-    ops = kernels_for(x, dense.out_features)
-    if ops is None or approximate is None or not is_plain(dense, nn.Linear):
+    ops = kernels_for(x, dense.out_features) if is_plain(dense, nn.Linear) else None
+    if ops is None or approximate is None:
         return activation(dense(x))
     kind = product_dtype(x)
     rows = x.to(kind).reshape(-1, dense.in_features)
@@ -197,9 +227,9 @@ def linear_gelu(x: Tensor, dense: Any, activation: Any) -> Tensor:
 def gelu_norm(x: Tensor, dense: Any, activation: Any, norm: Any) -> Tensor:
     """norm(activation(dense(x))), by a kernel where that is GELU and there is one."""
     approximate = gelu_of(activation)
-    ops = kernels_for(x, dense.out_features)
     plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
-    if ops is None or approximate is None or not plain:
+    ops = kernels_for(x, dense.out_features) if plain else None
+    if ops is None or approximate is None:
         return norm(activation(dense(x)))
     x = F.linear(x, dense.weight)
     out = ops.gelu_layer_norm(

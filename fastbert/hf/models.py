@@ -10,6 +10,7 @@ B sequences padded to S, T tokens kept, M labelled tokens, V vocabulary, H hidde
 import inspect
 from dataclasses import replace
 from functools import wraps
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -19,22 +20,16 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     MaskedLMOutput,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as theirs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 import fastbert.hf.attention  # noqa: F401  attn_implementation="fastbert"
 from fastbert.hf import layers
-from fastbert.hf.layers import is_plain, is_traced, kernels_for, note
+from fastbert.hf.layers import is_known, is_plain, kernels_for, note, own_forward, unreadable
 from fastbert.hf.packing import Plan
 from fastbert.hf.stack import Stack
-
-
-def own_forward(module: nn.Module) -> bool:
-    """Whether a call ends in the class's forward; accelerate's hooks keep that aside."""
-    if "forward" not in vars(module):
-        return True
-    return getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
 
 
 class _Keywords:
@@ -73,6 +68,10 @@ class Encoder(_Keywords):
     """Embeddings, layers and pooler in transformers' module tree."""
 
     attention_class: ClassVar[type]
+    # A layer's attention, and what else is called with all its tokens.
+    parts_of: ClassVar[Any] = attrgetter(
+        "attention.self", "attention", "attention.output", "intermediate", "output"
+    )
     output_class: ClassVar[type] = BaseModelOutputWithPoolingAndCrossAttentions
 
     def _forward(
@@ -114,10 +113,9 @@ class Encoder(_Keywords):
 
     def _why_not(self: Any, given: dict[str, Any]) -> str:
         config = self.config
-        if is_traced():
-            return "it is compiled or traced"
-        if torch._C._functorch.maybe_current_level() is not None:
-            return "a transform of torch.func"
+        unread = unreadable(given)
+        if unread:
+            return unread
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             return "a decoder"
         for name in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values"):
@@ -139,9 +137,25 @@ class Encoder(_Keywords):
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             return "an attention_mask that is not (batch, sequence)"
-        for attention in self._attentions():
+        # Who registers an attention wants that one. "eager" is not in the register.
+        registered = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+        if registered is not None and not registered.__module__.startswith(
+            ("transformers.", "fastbert.")
+        ):
+            return f"attn_implementation {config._attn_implementation!r}"
+        for part in (self.embeddings, self._stack()):
+            if not is_known(part):
+                return f"a {type(part).__name__} of another make"
+        for layer in self._stack().layer:
+            try:
+                attention, *others = self.parts_of(layer)
+            except AttributeError:
+                return f"a {type(layer).__name__} among its layers"
             if type(attention) is not self.attention_class or not own_forward(attention):
                 return f"an attention that is not {self.attention_class.__name__} itself"
+            for part in (layer, *others):
+                if not is_known(part):
+                    return f"a {type(part).__name__} of another make"
         return ""
 
     def _wanting(
@@ -156,7 +170,11 @@ class Encoder(_Keywords):
             given: the arguments of the forward.
         """
         stack = self._stack()
-        last = stack.layer[-1]
+        *before, last = stack.layer or [None]
+        if last is None or any(layer is last for layer in before):
+            return plan
+        if pooled and not is_known(getattr(self, "pooler", None)):
+            return plan
         seen = (last, last.attention, stack, self)
         if (
             given.get("output_hidden_states", self.config.output_hidden_states)
@@ -265,10 +283,6 @@ class Encoder(_Keywords):
         """The module whose `layer` holds the layers."""
         return self.encoder
 
-    def _attentions(self: Any) -> list[Any]:
-        """Each layer's self attention."""
-        return [layer.attention.self for layer in self._stack().layer]
-
     def _embed(self: Any, **packed: Tensor | None) -> Tensor:  # (1, T, H)
         """What the first layer gets, of packed inputs by transformers' names."""
         return self.embeddings(**packed)
@@ -278,10 +292,8 @@ class Encoder(_Keywords):
         positions = given.get("position_ids")
         if positions is None:
             positions = self.embeddings.position_ids[:, : shape[1]]
-            most = min(
-                self.embeddings.position_embeddings.num_embeddings,
-                self.embeddings.position_ids.shape[1],
-            )
+            table = getattr(self.embeddings.position_embeddings, "num_embeddings", shape[1])
+            most = min(table, self.embeddings.position_ids.shape[1])
             if shape[1] > most:
                 raise ValueError(f"sequences of {shape[1]} tokens: the model has {most} positions")
         return positions.expand(shape)
@@ -297,18 +309,18 @@ def _refuse_negative(given: dict[str, Any]) -> None:
 # Heads
 
 
-def _base(model: Any) -> Any:
-    """A head's encoder, if it takes plans; else None."""
+def _base(model: Any, given: dict[str, Any]) -> Any:
+    """A head's encoder, if it takes plans and one can be made; else None."""
     base: Any = getattr(model, model.base_model_prefix)
     knows_plans = isinstance(base, Encoder) and own_forward(base)  # type: ignore[arg-type]
-    return base if knows_plans else None
+    return base if knows_plans and not unreadable(given) else None
 
 
 class Pooled(_Keywords):
     """A head that reads the first token of each sequence."""
 
     def _forward(self: Any, **given: Any) -> Any:
-        if _base(self) is not None:
+        if _base(self, given) is not None:
             given["fastbert_pooled"] = True
         return super().forward(**given)  # type: ignore[misc]
 
@@ -328,7 +340,7 @@ class EveryToken(_Keywords):
     """A head that reads each token, and may have a label for each."""
 
     def _forward(self: Any, **given: Any) -> Any:
-        if _base(self) is not None and _on_padding(given.get("labels"), given):
+        if _base(self, given) is not None and _on_padding(given.get("labels"), given):
             given["fastbert_plan"] = _LABELLED_PADDING
         return super().forward(**given)  # type: ignore[misc]
 
@@ -338,7 +350,7 @@ class Span(_Keywords):
 
     def _forward(self: Any, **given: Any) -> Any:
         mask = given.get("attention_mask")
-        if _base(self) is not None and mask is not None and not bool((mask != 0).all()):
+        if _base(self, given) is not None and mask is not None and not bool((mask != 0).all()):
             given["fastbert_plan"] = "question answering over padding"
         return super().forward(**given)  # type: ignore[misc]
 
@@ -357,7 +369,7 @@ class Words(_Keywords):
 
     def _around(self: Any) -> tuple[nn.Module, ...]:
         """Modules that `_scores` calls and the other two pass by."""
-        return self.cls, self.cls.predictions
+        return self.cls, getattr(self.cls, "predictions", self.cls)
 
 
 class MaskedWords(Words):
@@ -383,7 +395,7 @@ class MaskedWords(Words):
         if self.training and not output_logits:
             rows = labelled_rows(self, labels, given, pooled=False)
         if rows is None:
-            if _base(self) is not None and _on_padding(labels, given):
+            if _base(self, given) is not None and _on_padding(labels, given):
                 given["fastbert_plan"] = _LABELLED_PADDING
             given["return_dict"] = True
             output = super().forward(**given)  # type: ignore[misc]
@@ -416,7 +428,7 @@ class WordsAndNextSentence(Words):
         if labels is not None and next_sentence_label is not None:
             if self.training and not output_logits and is_plain(self.cls, type(self.cls)):
                 rows = labelled_rows(self, labels, given, pooled=True)
-            if rows is None and _base(self) is not None and _on_padding(labels, given):
+            if rows is None and _base(self, given) is not None and _on_padding(labels, given):
                 given["fastbert_plan"] = _LABELLED_PADDING
         if rows is None or next_sentence_label is None:
             given |= {"labels": labels, "next_sentence_label": next_sentence_label}
@@ -441,10 +453,14 @@ def labelled_rows(
     Raises:
         ValueError: labels of another shape than the inputs.
     """
-    base = _base(model)
+    base = _base(model, given)
     plan = base._plan(given) if base is not None else ""
     if isinstance(plan, str) or _on_padding(labels, given):
         return None
+    for part in model._around():
+        if not is_known(part) or isinstance(part, nn.Linear):
+            note(f"{type(model).__name__}: every token is scored: a {type(part).__name__} does it")
+            return None
     if labels.shape != plan.shape:
         raise ValueError(f"labels must be {plan.shape}, not {tuple(labels.shape)}")
     places = (labels.flatten() != -100).nonzero().squeeze(1)

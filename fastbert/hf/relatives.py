@@ -11,6 +11,7 @@ B sequences padded to S, T tokens kept, M labelled tokens, H hidden size, V voca
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from operator import attrgetter
 from threading import RLock
 from typing import Any
 
@@ -129,7 +130,7 @@ class _Summary(_Keywords):
 
     def _forward(self: Any, **given: Any) -> Any:
         kind, mask = self.sequence_summary.summary_type, given.get("attention_mask")
-        if _base(self) is None:
+        if _base(self, given) is None:
             pass
         elif kind == "first":
             given["fastbert_pooled"] = True
@@ -143,12 +144,10 @@ class _Summary(_Keywords):
 
 class _DistilEncoder(Encoder):
     output_class = BaseModelOutput
+    parts_of = attrgetter("attention", "ffn")
 
     def _stack(self: Any) -> Any:
         return self.transformer
-
-    def _attentions(self: Any) -> list[Any]:
-        return [layer.attention for layer in self.transformer.layer]
 
     def _embed(self: Any, **packed: Tensor | None) -> Tensor:
         del packed["token_type_ids"]  # transformers takes and ignores them, too
@@ -216,7 +215,7 @@ class _DistilWords(MaskedWords):
         options = ("reduction", "ignore_index", "label_smoothing")
         if usual and [getattr(loss, name) for name in options] == ["mean", -100, 0.0]:
             return super()._forward(**given)
-        if _base(self) is not None and given.get("labels") is not None:
+        if _base(self, given) is not None and given.get("labels") is not None:
             given["fastbert_plan"] = "an mlm_loss_fct of its own"
         return super().forward(**given)  # type: ignore[misc]
 
