@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastbert.errors import FastbertError, RunError, UserError
     from fastbert.hf.accelerate import accelerate, decelerate
     from fastbert.hf.attention import register_attention
+    from fastbert.hf.encode import encode
     from fastbert.hf.export import save_pretrained
     from fastbert.hf.initial import load_pretrained
     from fastbert.hf.models import (
@@ -61,6 +62,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "decelerate",
+    "encode",
     "load_pretrained",
     "make_step",
     "model_config",
@@ -79,6 +81,7 @@ _HOME = {
     "errors": ("FastbertError", "RunError", "UserError"),
     "hf.accelerate": ("accelerate", "decelerate"),
     "hf.attention": ("register_attention",),
+    "hf.encode": ("encode",),
     "hf.export": ("save_pretrained",),
     "hf.initial": ("load_pretrained",),
     "hf.models": (

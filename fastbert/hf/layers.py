@@ -23,7 +23,7 @@ from fastbert_kernels.attention_config import HEAD_SIZES
 
 logger = logging.getLogger("fastbert")
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
@@ -47,14 +47,19 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     if type(module) is not kind or "forward" in vars(module):
         return False
-    of_all = torch.nn.modules.module
-    if any(getattr(of_all, name, None) for name in _GLOBAL_HOOKS):
+    if hooked_everywhere():
         return False
     return not any(
         hook.__module__ != "transformers.utils.output_capturing"
-        for name in _HOOKS
+        for name in HOOKS
         for hook in vars(module)[name].values()
     )
+
+
+def hooked_everywhere() -> bool:
+    """Whether every module of the process has a hook."""
+    of_all = torch.nn.modules.module
+    return any(getattr(of_all, name, None) for name in _GLOBAL_HOOKS)
 
 
 def own_forward(module: nn.Module) -> bool:
@@ -86,9 +91,9 @@ def is_watched(module: nn.Module) -> bool:
     Hooks of libraries, which bring parameters or record outputs, do not count.
     """
     kept = vars(module)
-    if not any(kept[name] for name in _HOOKS):
+    if not any(kept[name] for name in HOOKS):
         return False
-    hooks = [hook for name in _HOOKS for hook in kept[name].values()]
+    hooks = [hook for name in HOOKS for hook in kept[name].values()]
     return any(hook.__module__.partition(".")[0] not in _LIBRARIES for hook in hooks)
 
 

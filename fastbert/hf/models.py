@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as theirs
+from transformers.utils import output_capturing
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -36,6 +37,7 @@ from fastbert.hf.layers import (
     unreadable,
 )
 from fastbert.hf.packing import Plan
+from fastbert.hf.stack import Stack
 
 
 class _Keywords:
@@ -112,12 +114,10 @@ class Encoder(_Keywords):
         mask = given.get("attention_mask")
         if mask is not None and mask.shape != (B, S):
             raise ValueError(f"attention_mask must be {(B, S)}, not {tuple(mask.shape)}")
-        if inputs.device.type == "cpu":
-            for name in ("input_ids", "token_type_ids", "position_ids"):
-                ids = given.get(name)
-                if ids is not None and bool((ids < 0).any()):
-                    raise IndexError(f"{name} holds {int(ids.min())}: ids begin at 0")
-        return Plan.of(mask, (B, S), inputs.device)
+        plan = Plan.of(mask, (B, S), inputs.device)
+        if plan.slots is not None:  # else each id is looked up
+            _refuse_negative(given)
+        return plan
 
     def _why_not(self: Any, given: dict[str, Any]) -> str:
         config = self.config
@@ -206,9 +206,15 @@ class Encoder(_Keywords):
         """
         B = plan.shape[0]
         return_dict = given.get("return_dict")
-        flags = {name: value for name, value in given.items() if name.startswith("output_")}
-        output = self._layers(plan, given, return_dict=True, **flags)
-        x = output.last_hidden_state
+        hidden_states = None
+        asked = given.get("output_hidden_states", self.config.output_hidden_states)
+        # Or a model around this one records: nothing of its layers may be among that.
+        if asked or output_capturing._active_collector.get() is not None:
+            flags = {name: value for name, value in given.items() if name.startswith("output_")}
+            output = self._captured(plan, given, return_dict=True, **flags)
+            x, hidden_states = output.last_hidden_state, output.hidden_states
+        else:
+            x = self._layers(plan, given)
         pooler = getattr(self, "pooler", None)
         if plan.wanted is None:
             states = plan.pad(x)
@@ -222,27 +228,68 @@ class Encoder(_Keywords):
         found: dict[str, Any] = {"last_hidden_state": states}
         if pooler is not None:
             found["pooler_output"] = pooler(firsts)
-        if output.hidden_states is not None:
+        if hidden_states is not None:
             found["hidden_states"] = tuple(
                 states if state is x else None if state is None else plan.pad(state)
-                for state in output.hidden_states
+                for state in hidden_states
             )
         output = self.output_class(**found)  # anew, because its order is that of its fields
         whole = self.config.return_dict if return_dict is None else return_dict
         return output if whole else output.to_tuple()
 
     @capture_outputs
-    def _layers(self: Any, plan: Plan, given: dict[str, Any], **_: Any) -> Any:
+    def _captured(self: Any, plan: Plan, given: dict[str, Any], **_: Any) -> Any:
+        """What transformers' hooks find is added to this."""
+        return self.output_class(last_hidden_state=self._layers(plan, given))
+
+    def _layers(self: Any, plan: Plan, given: dict[str, Any]) -> Tensor:
+        """The last hidden states: (1, T, H), or (1, R, H) of those wanted."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         types = given.get("token_type_ids")
-        x = self._embed(
-            input_ids=None if ids is None else plan.pack(ids),
-            position_ids=plan.pack(self._positions(plan.shape, given)),
-            token_type_ids=None if types is None else plan.pack(types.expand(plan.shape)),
-            inputs_embeds=None if embeds is None else plan.pack(embeds),
-        )
-        out = self._stack()(x, fastbert_plan=plan).last_hidden_state
-        return self.output_class(last_hidden_state=out.to(x.dtype))
+        packed = {
+            "input_ids": None if ids is None else plan.pack(ids),
+            "position_ids": plan.pack(self._positions(plan.shape, given)),
+            "token_type_ids": None if types is None else plan.pack(types.expand(plan.shape)),
+            "inputs_embeds": None if embeds is None else plan.pack(embeds),
+        }
+        try:
+            x = self._embed(**packed)
+        except (IndexError, RuntimeError):  # torch does not say which
+            _refuse_negative(given)
+            raise
+        read = Stack.of(self, self._stack(), x.device)
+        if read is None:
+            out = self._stack()(x, fastbert_plan=plan).last_hidden_state
+        else:
+            out = read(x.squeeze(0), plan)[None]
+        return out.to(x.dtype)
+
+    def last_states(
+        self: Any, plan: Plan, given: dict[str, Any], wanted: Tensor | None = None
+    ) -> Tensor:  # (T, H), or (M, H)
+        """Last hidden states of sequences that lie end to end.
+
+        Args:
+            plan: `Plan.of_lengths`.
+            given: `input_ids` and `position_ids`, (1, T).
+            wanted: (M,) tokens that are read; None: all.
+
+        Raises:
+            ValueError: the model is set up so that they cannot lie so.
+        """
+        why = self._why_not(given)
+        if why:
+            raise ValueError(f"{type(self).__name__} cannot take texts end to end: {why}")
+        if wanted is not None:
+            plan = self._wanting(plan, wanted, False, given)
+        x: Tensor = self._layers(plan, given).squeeze(0)
+        return x if wanted is None or plan.wanted is not None else x.index_select(0, wanted)
+
+    def positions(self: Any) -> int:
+        """Tokens of a sequence at most; families that count from their padding id have fewer."""
+        table = self.embeddings.position_embeddings
+        unused = 0 if table.padding_idx is None else table.padding_idx + 1
+        return table.num_embeddings - unused
 
     # Where families differ
 
@@ -269,6 +316,13 @@ class Encoder(_Keywords):
             if shape[1] > most:
                 raise ValueError(f"sequences of {shape[1]} tokens: the model has {most} positions")
         return positions.expand(shape)
+
+
+def _refuse_negative(given: dict[str, Any]) -> None:
+    for name in ("input_ids", "token_type_ids", "position_ids"):
+        ids = given.get(name)
+        if ids is not None and ids.device.type == "cpu" and bool((ids < 0).any()):
+            raise IndexError(f"{name} holds {int(ids.min())}: ids begin at 0")
 
 
 # Heads

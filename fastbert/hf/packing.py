@@ -8,9 +8,10 @@ B sequences padded to S, T tokens kept, W any width, A heads, D head dimension; 
 sequences of similar length, padded to s; P slots of all groups.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +77,9 @@ class Plan:
     shape: tuple[int, int]  # B, S
     slots: Slots | None  # in the padded batch; None: nothing is padded
     keys: Tensor | None  # (T,) bool, tokens that are keys; None: all
-    cu_seqlens: Tensor  # (B + 1,) int32, where each sequence's tokens begin
+    cu_seqlens: Tensor  # (N + 1,) int32, where each of N sequences' tokens begin
     longest: int  # kept tokens of a sequence
+    even: tuple[int, int] | None  # n, s: n sequences of s tokens, each a key; None: they differ
     wanted: Tensor | None = None  # (R,) tokens whose last hidden state is read; None: all
     last: Any = None  # the layer that makes it
     pooled: bool = False  # whether the last B of `wanted` are the first tokens
@@ -95,6 +97,8 @@ class Plan:
             device: of the inputs.
         """
         B, S = shape
+        if device.type == "cpu" and attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None  # where nobody waits, what is often so is asked first
         if attention_mask is not None:
             real = attention_mask.to(device) != 0
             asked = real.clone()
@@ -112,9 +116,23 @@ class Plan:
                     None if all_begin else real.flatten()[target],
                     F.pad(lengths.cumsum(0), (1, 0)).int(),
                     longest,
+                    (B, longest) if T == B * longest and all_begin else None,
                 )
         cu_seqlens = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=device)
-        return cls(shape, None, None, cu_seqlens, S)
+        return cls(shape, None, None, cu_seqlens, S, (B, S))
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> "Plan":
+        """Of sequences that lie end to end already: a batch of one, (1, T), to `pack` and `pad`.
+
+        Args:
+            lengths: of at least one sequence, each at least 1.
+            device: of the inputs.
+        """
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        N, longest, T = len(lengths), max(lengths), sum(lengths)
+        even = (N, longest) if T == N * longest else None
+        return cls((1, T), None, None, ends.to(device), longest, even)
 
     def to(self, device: torch.device) -> "Plan":
         """The same on another device, for a model that lies on several."""
@@ -137,22 +155,22 @@ class Plan:
 
     def pack(self, padded: Tensor) -> Tensor:  # (B, S) or (B, S, W) -> (1, T) or (1, T, W)
         """The kept tokens, laid end to end."""
-        flat = padded.flatten(0, 1)
         if self.slots is None:
-            return flat[None]
+            return padded if padded.shape[0] == 1 else padded.flatten(0, 1)[None]
+        flat = padded.flatten(0, 1)
         return (self.slots.collect(flat) if flat.dim() > 1 else flat[self.slots.target])[None]
 
     def pad(self, packed: Tensor) -> Tensor:  # (1, T, W) -> (B, S, W), zeros at padding
         """Back to the shape that came in."""
-        rows = packed.squeeze(0)
-        return (rows if self.slots is None else self.slots.spread(rows)).view(*self.shape, -1)
+        rows = packed if self.slots is None else self.slots.spread(packed.squeeze(0))
+        return rows.view(*self.shape, -1)
 
     def places(self, flat: Tensor) -> Tensor:  # (M,) places in (B * S) -> (M,) among the tokens
         """Where kept tokens lie."""
         return flat if self.slots is None else self.slots.source[flat]
 
     @property
-    def first(self) -> Tensor:  # (B,) int64
+    def first(self) -> Tensor:  # (N,) int64
         """The first token of each sequence."""
         return self.cu_seqlens[:-1].long()
 
@@ -241,8 +259,8 @@ def attend(
 
     Groups of similar length go through torch's scaled_dot_product_attention.
     """
-    if plan.slots is None:
-        return _sdpa(q, k, v, (*plan.shape, None), heads, dropout_p, scale)
+    if plan.even is not None:
+        return _sdpa(q, k, v, (*plan.even, None), heads, dropout_p, scale)
     return _attend_groups(*plan.groups, q, k, v, heads, dropout_p, scale)
 
 
