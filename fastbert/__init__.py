@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fastbert.data.tokenize import WordPiece
     from fastbert.errors import FastbertError, RunError, UserError
     from fastbert.hf.accelerate import accelerate, decelerate
+    from fastbert.hf.attention import register_attention
+    from fastbert.hf.encode import encode
     from fastbert.hf.export import save_pretrained
     from fastbert.hf.initial import load_pretrained
     from fastbert.hf.models import (
@@ -60,11 +62,13 @@ __all__ = [
     "__version__",
     "accelerate",
     "decelerate",
+    "encode",
     "load_pretrained",
     "make_step",
     "model_config",
     "pack",
     "pretrain",
+    "register_attention",
     "save_pretrained",
 ]
 
@@ -76,6 +80,8 @@ _HOME = {
     "data.tokenize": ("WordPiece",),
     "errors": ("FastbertError", "RunError", "UserError"),
     "hf.accelerate": ("accelerate", "decelerate"),
+    "hf.attention": ("register_attention",),
+    "hf.encode": ("encode",),
     "hf.export": ("save_pretrained",),
     "hf.initial": ("load_pretrained",),
     "hf.models": (

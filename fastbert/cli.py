@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from fastbert import __version__
-from fastbert.commands import doctor, options, pretrain
+from fastbert.commands import doctor, fill_mask, options, pretrain
 from fastbert.errors import FastbertError
 from fastbert.train.interrupts import Interrupted, interruptible, raise_lost
 
@@ -114,7 +114,8 @@ def _dispatch(argv: list[str]) -> None:
     parser.add_argument("--version", action="version", version=f"fastbert {__version__}")
     commands = options.Commands(parser, "commands", "COMMAND")
     pretrain.add(commands)
-    ours = argv[:1] in (["pretrain"], ["doctor"])  # they run whatever befalls the bench
+    fill_mask.add(commands)
+    ours = argv[:1] in (["pretrain"], ["fill-mask"], ["doctor"])  # whatever befalls the bench
     missing = {} if ours else _add_bench(commands)
     doctor.add(commands)
     if not argv:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 
 from fastbert.hf.packing import Plan, attend, attend_with, dropout_seed
@@ -22,7 +23,8 @@ from fastbert_kernels.attention_config import HEAD_SIZES
 
 logger = logging.getLogger("fastbert")
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
 
@@ -45,14 +47,54 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     if type(module) is not kind or "forward" in vars(module):
         return False
-    of_all = torch.nn.modules.module
-    if any(getattr(of_all, name, None) for name in _GLOBAL_HOOKS):
+    if hooked_everywhere():
         return False
     return not any(
         hook.__module__ != "transformers.utils.output_capturing"
-        for name in _HOOKS
+        for name in HOOKS
         for hook in vars(module)[name].values()
     )
+
+
+def hooked_everywhere() -> bool:
+    """Whether every module of the process has a hook."""
+    of_all = torch.nn.modules.module
+    return any(getattr(of_all, name, None) for name in _GLOBAL_HOOKS)
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Whether a call ends in the class's forward; accelerate's hooks keep that aside."""
+    if "forward" not in vars(module):
+        return True
+    return getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
+
+
+def is_known(module: nn.Module | None) -> bool:
+    """Whether a part treats each token by itself: it is transformers' own, or wrapped by torch.
+
+    One that somebody wrote may look at `x[:, 0]`, or at a token's neighbours.
+    """
+    if module is None:
+        return True
+    known = _of_known_make(type(module).forward)
+    return known and ("forward" not in vars(module) or own_forward(module))
+
+
+@cache
+def _of_known_make(forward: Any) -> bool:
+    return forward.__module__.partition(".")[0] in ("transformers", "fastbert", "torch")
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hook sees what goes in or out, expecting (batch, sequence, width).
+
+    Hooks of libraries, which bring parameters or record outputs, do not count.
+    """
+    kept = vars(module)
+    if not any(kept[name] for name in HOOKS):
+        return False
+    hooks = [hook for name in HOOKS for hook in kept[name].values()]
+    return any(hook.__module__.partition(".")[0] not in _LIBRARIES for hook in hooks)
 
 
 def kernels_for(x: Tensor, *widths: int) -> Ops | None:
@@ -75,6 +117,17 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
+def unreadable(given: dict[str, Any]) -> str:
+    """Why nothing can be decided by the values of arguments; empty where it can."""
+    if is_traced():
+        return "it is compiled or traced"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a transform of torch.func"
+    if any(isinstance(x, Tensor) and (x.is_meta or type(x) is FakeTensor) for x in given.values()):
+        return "tensors without values"
+    return ""
+
+
 class SelfAttention:
     """Attention over a plan's tokens; the projections are called, or joined for a kernel."""
 
@@ -95,7 +148,7 @@ class SelfAttention:
             )
         plan = fastbert_plan.to(hidden_states.device)
         A, D, x = self.num_attention_heads, self.attention_head_size, hidden_states[0]
-        dropout_p = self.dropout.p if self.dropout.training else 0.0
+        dropout_p = self.dropout.p if self.training else 0.0
         projections = (self.query, self.key, self.value)
         ops = kernels_for(x) if D in HEAD_SIZES and dropout_p < 1.0 else None
         if ops is None:
@@ -114,51 +167,21 @@ class AddNorm:
     """LayerNorm(dropout(x W + b) + residual), the end of both halves of a layer."""
 
     def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Any:
-        dense, norm, dropout = self.dense, self.LayerNorm, self.dropout
-        plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
-        p = dropout.p if dropout.training else 0.0
-        ops = kernels_for(hidden_states, input_tensor.shape[-1])
-        if ops is None or not plain or not is_plain(dropout, nn.Dropout) or p >= 1.0:
-            return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
-        x = F.linear(hidden_states, dense.weight)
-        rows = x.view(-1, x.shape[-1])
-        out = ops.dropout_add_layer_norm(
-            rows, dense.bias, input_tensor.to(x.dtype).reshape(rows.shape),
-            norm.weight, norm.bias, norm.eps, p, dropout_seed(x.device, p), 1,
-        )  # fmt: skip
-        return out.view(x.shape)
+        return add_norm(hidden_states, input_tensor, self.dense, self.LayerNorm, self.dropout)
 
 
 class Intermediate:
     """GELU(x W + b)."""
 
     def forward(self: Any, hidden_states: Tensor) -> Any:
-        ops = kernels_for(hidden_states, self.dense.out_features)
-        approximate = gelu_of(self.intermediate_act_fn)
-        if ops is None or approximate is None or not is_plain(self.dense, nn.Linear):
-            return super().forward(hidden_states)  # type: ignore[misc]
-        dense, kind = self.dense, product_dtype(hidden_states)
-        rows = hidden_states.to(kind).reshape(-1, dense.in_features)
-        weight, bias = dense.weight.to(kind), dense.bias.to(kind)
-        out, _ = ops.linear_gelu_residual(rows, weight, bias, approximate)
-        return out.view(*hidden_states.shape[:-1], dense.out_features)
+        return linear_gelu(hidden_states, self.dense, self.intermediate_act_fn)
 
 
 class Transform:
     """LayerNorm(GELU(x W + b)), where masked words are predicted from."""
 
     def forward(self: Any, hidden_states: Tensor) -> Any:
-        dense, norm = self.dense, self.LayerNorm
-        ops = kernels_for(hidden_states, dense.out_features)
-        approximate = gelu_of(self.transform_act_fn)
-        plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
-        if ops is None or approximate is None or not plain:
-            return super().forward(hidden_states)  # type: ignore[misc]
-        x = F.linear(hidden_states, dense.weight)
-        out = ops.gelu_layer_norm(
-            x.view(-1, x.shape[-1]), dense.bias, norm.weight, norm.bias, norm.eps, approximate
-        )
-        return out.view(x.shape)
+        return gelu_norm(hidden_states, self.dense, self.transform_act_fn, self.LayerNorm)
 
 
 class Layer:
@@ -184,6 +207,53 @@ class Layer:
             context.index_select(1, wanted), hidden_states.index_select(1, wanted)
         )
         return self.feed_forward_chunk(x)
+
+
+# What the modules above compute, of parts that other families name otherwise
+
+
+def add_norm(x: Tensor, residual: Tensor, dense: Any, norm: Any, dropout: Any = None) -> Tensor:
+    """norm(dropout(dense(x)) + residual), by a kernel where there is one."""
+    plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
+    plain = plain and (dropout is None or is_plain(dropout, nn.Dropout))
+    p = dropout.p if plain and dropout is not None and dropout.training else 0.0
+    ops = kernels_for(x, residual.shape[-1]) if plain and p < 1.0 else None
+    if ops is None:
+        out = dense(x)
+        return norm((out if dropout is None else dropout(out)) + residual)
+    x = F.linear(x, dense.weight)
+    rows = x.view(-1, x.shape[-1])
+    out = ops.dropout_add_layer_norm(
+        rows, dense.bias, residual.to(x.dtype).reshape(rows.shape),
+        norm.weight, norm.bias, norm.eps, p, dropout_seed(x.device, p), 1,
+    )  # fmt: skip
+    return out.view(x.shape)
+
+
+def linear_gelu(x: Tensor, dense: Any, activation: Any) -> Tensor:
+    """activation(dense(x)), by a kernel where that is GELU and there is one."""
+    approximate = gelu_of(activation)
+    ops = kernels_for(x, dense.out_features) if is_plain(dense, nn.Linear) else None
+    if ops is None or approximate is None:
+        return activation(dense(x))
+    kind = product_dtype(x)
+    rows = x.to(kind).reshape(-1, dense.in_features)
+    out, _ = ops.linear_gelu_residual(rows, dense.weight.to(kind), dense.bias.to(kind), approximate)
+    return out.view(*x.shape[:-1], dense.out_features)
+
+
+def gelu_norm(x: Tensor, dense: Any, activation: Any, norm: Any) -> Tensor:
+    """norm(activation(dense(x))), by a kernel where that is GELU and there is one."""
+    approximate = gelu_of(activation)
+    plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
+    ops = kernels_for(x, dense.out_features) if plain else None
+    if ops is None or approximate is None:
+        return norm(activation(dense(x)))
+    x = F.linear(x, dense.weight)
+    out = ops.gelu_layer_norm(
+        x.view(-1, x.shape[-1]), dense.bias, norm.weight, norm.bias, norm.eps, approximate
+    )
+    return out.view(x.shape)
 
 
 def gelu_of(activation: Any) -> str | None:

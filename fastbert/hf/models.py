@@ -19,20 +19,25 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     MaskedLMOutput,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as theirs
+from transformers.utils import output_capturing
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+import fastbert.hf.attention  # noqa: F401  attn_implementation="fastbert"
 from fastbert.hf import layers
-from fastbert.hf.layers import is_plain, is_traced, kernels_for, note
+from fastbert.hf.layers import (
+    is_known,
+    is_plain,
+    is_watched,
+    kernels_for,
+    note,
+    own_forward,
+    unreadable,
+)
 from fastbert.hf.packing import Plan
-
-
-def own_forward(module: nn.Module) -> bool:
-    """Whether a call ends in the class's forward; accelerate's hooks keep that aside."""
-    if "forward" not in vars(module):
-        return True
-    return getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
+from fastbert.hf.stack import Stack
 
 
 class _Keywords:
@@ -45,10 +50,14 @@ class _Keywords:
         )
         if of is None or "forward" in vars(cls):
             return
-        names = list(inspect.signature(of.forward).parameters)[1:]  # type: ignore[attr-defined]
+        parameters = inspect.signature(of.forward).parameters.values()  # type: ignore[attr-defined]
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
         @wraps(of.forward)  # type: ignore[attr-defined]
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(names):
+                takes = f"{type(self).__name__}.forward() takes {len(names)} positional arguments"
+                raise TypeError(f"{takes}, not {len(args)}")
             return self._forward(**dict(zip(names, args, strict=False)), **kwargs)
 
         cls.forward = forward  # type: ignore[attr-defined]
@@ -93,7 +102,7 @@ class Encoder(_Keywords):
         """How to lay out a batch, or why that cannot be done.
 
         Raises:
-            ValueError: more tokens than positions, or a mask of another shape.
+            ValueError: a mask of another shape.
             IndexError: a negative id (on a GPU as in transformers: by the device).
         """
         why = self._why_not(given)
@@ -102,26 +111,20 @@ class Encoder(_Keywords):
         embeds: Any = given.get("inputs_embeds")
         inputs: Any = given.get("input_ids") if embeds is None else embeds
         B, S = inputs.shape[:2]
-        positions = self.embeddings.position_embeddings.num_embeddings
-        if given.get("position_ids") is None and S > positions:
-            raise ValueError(f"sequences of {S} tokens: the model has {positions} positions")
         mask = given.get("attention_mask")
         if mask is not None and mask.shape != (B, S):
             raise ValueError(f"attention_mask must be {(B, S)}, not {tuple(mask.shape)}")
-        if inputs.device.type == "cpu":
-            for name in ("input_ids", "token_type_ids", "position_ids"):
-                ids = given.get(name)
-                if ids is not None and bool((ids < 0).any()):
-                    raise IndexError(f"{name} holds {int(ids.min())}: ids begin at 0")
-        return Plan.of(mask, (B, S), inputs.device)
+        plan = Plan.of(mask, (B, S), inputs.device)
+        if plan.slots is not None:  # else each id is looked up
+            _refuse_negative(given)
+        return plan
 
     def _why_not(self: Any, given: dict[str, Any]) -> str:
         config = self.config
-        if is_traced():
-            return "it is compiled or traced"
-        if torch._C._functorch.maybe_current_level() is not None:
-            return "a transform of torch.func"
-        if config.is_decoder or config.add_cross_attention:
+        unread = unreadable(given)
+        if unread:
+            return unread
+        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             return "a decoder"
         for name in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values"):
             if given.get(name) is not None:
@@ -142,10 +145,29 @@ class Encoder(_Keywords):
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             return "an attention_mask that is not (batch, sequence)"
-        for layer in self.encoder.layer:
-            attention = layer.attention.self
+        # Who registers an attention wants that one. "eager" is not in the register.
+        registered = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+        if registered is not None and not registered.__module__.startswith(
+            ("transformers.", "fastbert.")
+        ):
+            return f"attn_implementation {config._attn_implementation!r}"
+        for part in (self.embeddings, self._stack()):
+            if not is_known(part):
+                return f"a {type(part).__name__} of another make"
+            if is_watched(part):
+                return f"a hook on {type(part).__name__}"
+        for layer in self._stack().layer:
+            try:
+                attention, *others = self._parts(layer)
+            except AttributeError:
+                return f"a {type(layer).__name__} among its layers"
             if type(attention) is not self.attention_class or not own_forward(attention):
                 return f"an attention that is not {self.attention_class.__name__} itself"
+            for part in (layer, attention, *others):
+                if not is_known(part):
+                    return f"a {type(part).__name__} of another make"
+                if is_watched(part):
+                    return f"a hook on {type(part).__name__}"
         return ""
 
     def _wanting(
@@ -159,8 +181,13 @@ class Encoder(_Keywords):
             pooled: whether the first token of each sequence is read, too.
             given: the arguments of the forward.
         """
-        last = self.encoder.layer[-1]
-        seen = (last, last.attention, self.encoder, self)
+        stack = self._stack()
+        *before, last = stack.layer or [None]
+        if last is None or any(layer is last for layer in before):
+            return plan
+        if pooled and not is_known(getattr(self, "pooler", None)):
+            return plan
+        seen = (last, last.attention, stack, self)
         if (
             given.get("output_hidden_states", self.config.output_hidden_states)
             or not isinstance(last, layers.Layer)
@@ -179,9 +206,15 @@ class Encoder(_Keywords):
         """
         B = plan.shape[0]
         return_dict = given.get("return_dict")
-        flags = {name: value for name, value in given.items() if name.startswith("output_")}
-        output = self._layers(plan, given, return_dict=True, **flags)
-        x = output.last_hidden_state
+        hidden_states = None
+        asked = given.get("output_hidden_states", self.config.output_hidden_states)
+        # Or a model around this one records: nothing of its layers may be among that.
+        if asked or output_capturing._active_collector.get() is not None:
+            flags = {name: value for name, value in given.items() if name.startswith("output_")}
+            output = self._captured(plan, given, return_dict=True, **flags)
+            x, hidden_states = output.last_hidden_state, output.hidden_states
+        else:
+            x = self._layers(plan, given)
         pooler = getattr(self, "pooler", None)
         if plan.wanted is None:
             states = plan.pad(x)
@@ -195,50 +228,118 @@ class Encoder(_Keywords):
         found: dict[str, Any] = {"last_hidden_state": states}
         if pooler is not None:
             found["pooler_output"] = pooler(firsts)
-        if output.hidden_states is not None:
+        if hidden_states is not None:
             found["hidden_states"] = tuple(
                 states if state is x else None if state is None else plan.pad(state)
-                for state in output.hidden_states
+                for state in hidden_states
             )
         output = self.output_class(**found)  # anew, because its order is that of its fields
         whole = self.config.return_dict if return_dict is None else return_dict
         return output if whole else output.to_tuple()
 
     @capture_outputs
-    def _layers(self: Any, plan: Plan, given: dict[str, Any], **_: Any) -> Any:
+    def _captured(self: Any, plan: Plan, given: dict[str, Any], **_: Any) -> Any:
+        """What transformers' hooks find is added to this."""
+        return self.output_class(last_hidden_state=self._layers(plan, given))
+
+    def _layers(self: Any, plan: Plan, given: dict[str, Any]) -> Tensor:
+        """The last hidden states: (1, T, H), or (1, R, H) of those wanted."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         types = given.get("token_type_ids")
-        x = self.embeddings(
-            input_ids=None if ids is None else plan.pack(ids),
-            position_ids=plan.pack(self._positions(plan.shape, given)),
-            token_type_ids=None if types is None else plan.pack(types.expand(plan.shape)),
-            inputs_embeds=None if embeds is None else plan.pack(embeds),
-        )
-        out = self.encoder(x, fastbert_plan=plan).last_hidden_state
-        return self.output_class(last_hidden_state=out.to(x.dtype))
+        packed = {
+            "input_ids": None if ids is None else plan.pack(ids),
+            "position_ids": plan.pack(self._positions(plan.shape, given)),
+            "token_type_ids": None if types is None else plan.pack(types.expand(plan.shape)),
+            "inputs_embeds": None if embeds is None else plan.pack(embeds),
+        }
+        try:
+            x = self._embed(**packed)
+        except (IndexError, RuntimeError):  # torch does not say which
+            _refuse_negative(given)
+            raise
+        read = Stack.of(self, self._stack(), x.device)
+        if read is None:
+            out = self._stack()(x, fastbert_plan=plan).last_hidden_state
+        else:
+            out = read(x.squeeze(0), plan)[None]
+        return out.to(x.dtype)
+
+    def last_states(
+        self: Any, plan: Plan, given: dict[str, Any], wanted: Tensor | None = None
+    ) -> Tensor:  # (T, H), or (M, H)
+        """Last hidden states of sequences that lie end to end.
+
+        Args:
+            plan: `Plan.of_lengths`.
+            given: `input_ids` and `position_ids`, (1, T).
+            wanted: (M,) tokens that are read; None: all.
+
+        Raises:
+            ValueError: the model is set up so that they cannot lie so.
+        """
+        why = self._why_not(given)
+        if why:
+            raise ValueError(f"{type(self).__name__} cannot take texts end to end: {why}")
+        if wanted is not None:
+            plan = self._wanting(plan, wanted, False, given)
+        x: Tensor = self._layers(plan, given).squeeze(0)
+        return x if wanted is None or plan.wanted is not None else x.index_select(0, wanted)
+
+    def positions(self: Any) -> int:
+        """Tokens of a sequence at most; families that count from their padding id have fewer."""
+        table = self.embeddings.position_embeddings
+        unused = 0 if table.padding_idx is None else table.padding_idx + 1
+        return table.num_embeddings - unused
+
+    # Where families differ
+
+    def _stack(self: Any) -> Any:
+        """The module whose `layer` holds the layers."""
+        return self.encoder
+
+    def _parts(self: Any, layer: Any) -> tuple[Any, ...]:
+        """A layer's self attention, and what else is called with all its tokens."""
+        attention = layer.attention
+        return attention.self, attention, attention.output, layer.intermediate, layer.output
+
+    def _embed(self: Any, **packed: Tensor | None) -> Tensor:  # (1, T, H)
+        """What the first layer gets, of packed inputs by transformers' names."""
+        return self.embeddings(**packed)
 
     def _positions(self: Any, shape: tuple[int, int], given: dict[str, Any]) -> Tensor:  # (B, S)
+        """The position of each token; ValueError: more tokens than positions."""
         positions = given.get("position_ids")
         if positions is None:
             positions = self.embeddings.position_ids[:, : shape[1]]
+            table = getattr(self.embeddings.position_embeddings, "num_embeddings", shape[1])
+            most = min(table, self.embeddings.position_ids.shape[1])
+            if shape[1] > most:
+                raise ValueError(f"sequences of {shape[1]} tokens: the model has {most} positions")
         return positions.expand(shape)
+
+
+def _refuse_negative(given: dict[str, Any]) -> None:
+    for name in ("input_ids", "token_type_ids", "position_ids"):
+        ids = given.get(name)
+        if ids is not None and ids.device.type == "cpu" and bool((ids < 0).any()):
+            raise IndexError(f"{name} holds {int(ids.min())}: ids begin at 0")
 
 
 # Heads
 
 
-def _base(model: Any) -> Any:
-    """A head's encoder, if it takes plans; else None."""
+def _base(model: Any, given: dict[str, Any]) -> Any:
+    """A head's encoder, if it takes plans and one can be made; else None."""
     base: Any = getattr(model, model.base_model_prefix)
     knows_plans = isinstance(base, Encoder) and own_forward(base)  # type: ignore[arg-type]
-    return base if knows_plans else None
+    return base if knows_plans and not unreadable(given) else None
 
 
 class Pooled(_Keywords):
     """A head that reads the first token of each sequence."""
 
     def _forward(self: Any, **given: Any) -> Any:
-        if _base(self) is not None:
+        if _base(self, given) is not None:
             given["fastbert_pooled"] = True
         return super().forward(**given)  # type: ignore[misc]
 
@@ -258,7 +359,7 @@ class EveryToken(_Keywords):
     """A head that reads each token, and may have a label for each."""
 
     def _forward(self: Any, **given: Any) -> Any:
-        if _base(self) is not None and _on_padding(given.get("labels"), given):
+        if _base(self, given) is not None and _on_padding(given.get("labels"), given):
             given["fastbert_plan"] = _LABELLED_PADDING
         return super().forward(**given)  # type: ignore[misc]
 
@@ -268,22 +369,35 @@ class Span(_Keywords):
 
     def _forward(self: Any, **given: Any) -> Any:
         mask = given.get("attention_mask")
-        if _base(self) is not None and mask is not None and not bool((mask != 0).all()):
+        if _base(self, given) is not None and mask is not None and not bool((mask != 0).all()):
             given["fastbert_plan"] = "question answering over padding"
         return super().forward(**given)  # type: ignore[misc]
 
 
-class MaskedWords(_Keywords):
+class Words(_Keywords):
+    """A head over the vocabulary: features of a hidden state, and a decoder."""
+
+    def _features(self: Any, x: Tensor) -> Tensor:  # (1, M, H) -> (1, M, W)
+        return self.cls.predictions.transform(x)
+
+    def _decoder(self: Any) -> Any:
+        return self.cls.predictions.decoder
+
+    def _scores(self: Any, x: Tensor) -> Tensor:  # (1, M, H) -> (1, M, V)
+        return self.cls(x)
+
+    def _around(self: Any) -> tuple[nn.Module, ...]:
+        """Modules that `_scores` calls and the other two pass by."""
+        return self.cls, getattr(self.cls, "predictions", self.cls)
+
+
+class MaskedWords(Words):
     """A head over the vocabulary. Training with labels, it scores the labelled tokens alone.
 
     `logits` are then None: `output_logits=True` asks for all of them. With `num_items_in_batch` the
     loss is the sum over labels divided by it: of all batches that are accumulated, as Trainer
     counts (transformers 5 takes the mean of each, so that n of them count n times).
     """
-
-    transform_name = "cls.predictions.transform"
-    decoder_name = "cls.predictions.decoder"
-    scores_name = "cls"
 
     @can_return_tuple
     def _forward(
@@ -300,7 +414,7 @@ class MaskedWords(_Keywords):
         if self.training and not output_logits:
             rows = labelled_rows(self, labels, given, pooled=False)
         if rows is None:
-            if _base(self) is not None and _on_padding(labels, given):
+            if _base(self, given) is not None and _on_padding(labels, given):
                 given["fastbert_plan"] = _LABELLED_PADDING
             given["return_dict"] = True
             output = super().forward(**given)  # type: ignore[misc]
@@ -314,12 +428,11 @@ class MaskedWords(_Keywords):
         )
 
 
-class WordsAndNextSentence(_Keywords):
+class WordsAndNextSentence(Words):
     """Both heads of pre-training; `logits` as in `MaskedWords`."""
 
-    transform_name = "cls.predictions.transform"
-    decoder_name = "cls.predictions.decoder"
-    scores_name = "cls.predictions"
+    def _scores(self: Any, x: Tensor) -> Tensor:
+        return self.cls.predictions(x)
 
     @can_return_tuple
     def _forward(
@@ -334,7 +447,7 @@ class WordsAndNextSentence(_Keywords):
         if labels is not None and next_sentence_label is not None:
             if self.training and not output_logits and is_plain(self.cls, type(self.cls)):
                 rows = labelled_rows(self, labels, given, pooled=True)
-            if rows is None and _base(self) is not None and _on_padding(labels, given):
+            if rows is None and _base(self, given) is not None and _on_padding(labels, given):
                 given["fastbert_plan"] = _LABELLED_PADDING
         if rows is None or next_sentence_label is None:
             given |= {"labels": labels, "next_sentence_label": next_sentence_label}
@@ -359,10 +472,14 @@ def labelled_rows(
     Raises:
         ValueError: labels of another shape than the inputs.
     """
-    base = _base(model)
+    base = _base(model, given)
     plan = base._plan(given) if base is not None else ""
     if isinstance(plan, str) or _on_padding(labels, given):
         return None
+    for part in model._around():
+        if not is_known(part) or isinstance(part, nn.Linear):
+            note(f"{type(model).__name__}: every token is scored: a {type(part).__name__} does it")
+            return None
     if labels.shape != plan.shape:
         raise ValueError(f"labels must be {plan.shape}, not {tuple(labels.shape)}")
     places = (labels.flatten() != -100).nonzero().squeeze(1)
@@ -384,20 +501,13 @@ def words_loss(
     num_items: Tensor | int | None,
 ) -> Tensor:
     """The loss of labelled tokens: their mean, or their sum divided by `num_items`."""
-    transform = model.get_submodule(model.transform_name)
-    decoder = model.get_submodule(model.decoder_name)
-    scores = model.get_submodule(model.scores_name)
-    ops = kernels_for(x, x.shape[-1])
+    decoder = model._decoder()
     plain = is_plain(decoder, nn.Linear) and decoder.bias is not None
-    parents = (scores, getattr(scores, "predictions", scores))
-    if (
-        ops is None
-        or not len(targets)
-        or not plain
-        or not all(is_plain(p, type(p)) for p in parents)
-    ):
-        return _mean(F.cross_entropy, scores(x).squeeze(0), targets, num_items)
-    features = transform(x).squeeze(0)
+    plain = plain and all(is_plain(one, type(one)) for one in model._around())
+    ops = kernels_for(x, x.shape[-1], decoder.in_features) if plain and len(targets) else None
+    if ops is None:
+        return _mean(F.cross_entropy, model._scores(x).squeeze(0), targets, num_items)
+    features = model._features(x).squeeze(0)
     weight, bias = (one.to(features.dtype) for one in (decoder.weight, decoder.bias))
     total = ops.linear_cross_entropy(features, weight, bias, targets)
     return total / (len(targets) if num_items is None else num_items)

@@ -8,9 +8,10 @@ B sequences padded to S, T tokens kept, W any width, A heads, D head dimension; 
 sequences of similar length, padded to s; P slots of all groups.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ class Slots:
 
     source: Tensor  # (P,) int64, the row of each slot; any row where it holds none
     pads: Tensor | None  # (P, 1) bool, the slots that hold none
-    target: Tensor  # (T,) int64, the slot of each row
+    target: Tensor  # (T,) int64, the slot of each row; any slot for one that has none
+    missing: Tensor | None = None  # (T, 1) bool, the rows that have none
 
     def spread(self, rows: Tensor) -> Tensor:  # (T, W) -> (P, W), zeros in empty slots
         """Each slot its row."""
@@ -34,7 +36,7 @@ class Slots:
         return out
 
     def collect(self, slots: Tensor) -> Tensor:  # (P, W) -> (T, W)
-        """Each row out of its slot."""
+        """Each row out of its slot, zeros for one that has none."""
         out: Tensor = _Collect.apply(slots, self)
         return out
 
@@ -57,7 +59,8 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slots: Tensor, layout: Slots) -> Tensor:
         ctx.slots = layout
-        return slots.index_select(0, layout.target)
+        rows = slots.index_select(0, layout.target)
+        return rows if layout.missing is None else rows.masked_fill_(layout.missing, 0.0)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
@@ -74,8 +77,9 @@ class Plan:
     shape: tuple[int, int]  # B, S
     slots: Slots | None  # in the padded batch; None: nothing is padded
     keys: Tensor | None  # (T,) bool, tokens that are keys; None: all
-    cu_seqlens: Tensor  # (B + 1,) int32, where each sequence's tokens begin
+    cu_seqlens: Tensor  # (N + 1,) int32, where each of N sequences' tokens begin
     longest: int  # kept tokens of a sequence
+    even: tuple[int, int] | None  # n, s: n sequences of s tokens, each a key; None: they differ
     wanted: Tensor | None = None  # (R,) tokens whose last hidden state is read; None: all
     last: Any = None  # the layer that makes it
     pooled: bool = False  # whether the last B of `wanted` are the first tokens
@@ -93,6 +97,8 @@ class Plan:
             device: of the inputs.
         """
         B, S = shape
+        if device.type == "cpu" and attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None  # where nobody waits, what is often so is asked first
         if attention_mask is not None:
             real = attention_mask.to(device) != 0
             asked = real.clone()
@@ -110,9 +116,23 @@ class Plan:
                     None if all_begin else real.flatten()[target],
                     F.pad(lengths.cumsum(0), (1, 0)).int(),
                     longest,
+                    (B, longest) if T == B * longest and all_begin else None,
                 )
         cu_seqlens = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=device)
-        return cls(shape, None, None, cu_seqlens, S)
+        return cls(shape, None, None, cu_seqlens, S, (B, S))
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> "Plan":
+        """Of sequences that lie end to end already: a batch of one, (1, T), to `pack` and `pad`.
+
+        Args:
+            lengths: of at least one sequence, each at least 1.
+            device: of the inputs.
+        """
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        N, longest, T = len(lengths), max(lengths), sum(lengths)
+        even = (N, longest) if T == N * longest else None
+        return cls((1, T), None, None, ends.to(device), longest, even)
 
     def to(self, device: torch.device) -> "Plan":
         """The same on another device, for a model that lies on several."""
@@ -135,22 +155,22 @@ class Plan:
 
     def pack(self, padded: Tensor) -> Tensor:  # (B, S) or (B, S, W) -> (1, T) or (1, T, W)
         """The kept tokens, laid end to end."""
-        flat = padded.flatten(0, 1)
         if self.slots is None:
-            return flat[None]
+            return padded if padded.shape[0] == 1 else padded.flatten(0, 1)[None]
+        flat = padded.flatten(0, 1)
         return (self.slots.collect(flat) if flat.dim() > 1 else flat[self.slots.target])[None]
 
     def pad(self, packed: Tensor) -> Tensor:  # (1, T, W) -> (B, S, W), zeros at padding
         """Back to the shape that came in."""
-        rows = packed.squeeze(0)
-        return (rows if self.slots is None else self.slots.spread(rows)).view(*self.shape, -1)
+        rows = packed if self.slots is None else self.slots.spread(packed.squeeze(0))
+        return rows.view(*self.shape, -1)
 
     def places(self, flat: Tensor) -> Tensor:  # (M,) places in (B * S) -> (M,) among the tokens
         """Where kept tokens lie."""
         return flat if self.slots is None else self.slots.source[flat]
 
     @property
-    def first(self) -> Tensor:  # (B,) int64
+    def first(self) -> Tensor:  # (N,) int64
         """The first token of each sequence."""
         return self.cu_seqlens[:-1].long()
 
@@ -205,6 +225,15 @@ class Plan:
         pads = None if bool(filled.all()) else ~filled[:, None]
         return parts, Slots(source, pads, target)
 
+    @cached_property
+    def padded_groups(self) -> tuple[list["_Group"], Slots]:
+        """`groups` whose rows are those of the padded batch (B * S)."""
+        parts, slots = self.groups
+        if self.slots is None:
+            return parts, slots
+        source, target = self.slots.target[slots.source], slots.target[self.slots.source]
+        return parts, Slots(source, slots.pads, target, self.slots.pads)
+
 
 class _Askers(NamedTuple):
     keys: Tensor  # (K,) int64, which tokens are keys
@@ -230,9 +259,34 @@ def attend(
 
     Groups of similar length go through torch's scaled_dot_product_attention.
     """
-    if plan.slots is None:
-        return _sdpa(q, k, v, (*plan.shape, None), heads, dropout_p, scale)
-    parts, slots = plan.groups
+    if plan.even is not None:
+        return _sdpa(q, k, v, (*plan.even, None), heads, dropout_p, scale)
+    return _attend_groups(*plan.groups, q, k, v, heads, dropout_p, scale)
+
+
+def attend_padded(
+    plan: Plan,
+    q: Tensor,  # (B S, A D)
+    k: Tensor,  # (B S, A D)
+    v: Tensor,  # (B S, A D)
+    heads: int,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:  # (B S, A D), zeros where no token is kept
+    """The same of rows that lie padded."""
+    return _attend_groups(*plan.padded_groups, q, k, v, heads, dropout_p, scale)
+
+
+def _attend_groups(
+    parts: list["_Group"],
+    slots: Slots,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
     q, k, v = (slots.spread(x) for x in (q, k, v))
     if len(parts) == 1:
         return slots.collect(_sdpa(q, k, v, parts[0], heads, dropout_p, scale))

@@ -1,12 +1,13 @@
 """Encoding and filling masks, ours beside Hugging Face's: `fastbert bench inference`.
 
 Two tasks: `encode` gives each sequence the mean of its last hidden states, `fill-mask` gives the
-logits of the masked tokens. Throughput is taken on batches, latency on one sequence of the batch's
-median length at a time. All contenders are in one process, interleaved round by round, with the
-same weights, in evaluation mode. Rivals get their best configuration: batches are padded to their
-longest sequence and no further, a single sequence has no mask, the vocabulary is scored at masked
-positions only, torch.nn.TransformerEncoder may use its nested tensors, and on a CPU everybody gets
-our setting of the allocator.
+logits of the masked tokens. A third, `texts`, begins with strings: `fastbert.encode` beside what
+sentence-transformers does, which sorts them by length and pads batches of 32. Throughput is taken
+on batches, latency on one sequence of the batch's median length at a time. All contenders are in
+one process, interleaved round by round, with the same weights, in evaluation mode. Rivals get their
+best configuration: batches are padded to their longest sequence and no further, a single sequence
+has no mask, the vocabulary is scored at masked positions only, torch.nn.TransformerEncoder may use
+its nested tensors, and on a CPU everybody gets our setting of the allocator.
 
 Before anything is timed, the hidden states of all real tokens and the logits of all masked ones
 must agree with ours. ModernBERT is another architecture of about as many parameters with random
@@ -16,6 +17,7 @@ B sequences, S longest sequence, T real tokens of a batch, M masked tokens, H hi
 V vocabulary.
 """
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -31,6 +33,8 @@ from torch import Tensor
 from fastbert.config import ModelConfig, model_config
 from fastbert.data.batch import Batch
 from fastbert.errors import RunError
+from fastbert.hf.accelerate import accelerate
+from fastbert.hf.encode import encode as encode_texts
 from fastbert.model.bert import Bert
 from fastbert.progress import progress_bar
 from fastbert.train.device import (
@@ -62,6 +66,8 @@ from fastbert_bench.suites.contenders import (
 )
 
 TASKS = ("encode", "fill-mask")
+ACCELERATED = "fastbert.accelerate"
+TEXTS_PER_SEQUENCE, SORTED_TOGETHER = 8, 32
 # Of a hidden state or a logit, whose size is about 1. FlashAttention has no fp32.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
 SECONDS_PER_ROUND, SECONDS_OF_ENERGY = 0.3, 2.0
@@ -76,8 +82,8 @@ class Contender:
     name: str
     tasks: dict[str, Callable[[Any], Tensor]]
     """Task -> its answer for a batch: (B, H), or (M, V)."""
-    batches: Sequence[Batch] | Sequence[PaddedBatch]
-    singles: Sequence[Batch] | Sequence[PaddedBatch]
+    batches: Sequence[Batch] | Sequence[PaddedBatch] | Sequence[list[str]]
+    singles: Sequence[Batch] | Sequence[PaddedBatch] | Sequence[list[str]]
     """Batches of one sequence."""
     answers: dict[str, Tensor]
     """For batch 0: hidden states (T, H), their means (B, H), logits (M, V). Empty where it is
@@ -138,7 +144,9 @@ def rival(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Contender:
-    """One of `INFERENCE_RIVAL_NAMES`, with the weights given under Hugging Face's names.
+    """One of `INFERENCE_RIVAL_NAMES`, or `ACCELERATED`.
+
+    Its weights are given under Hugging Face's names.
 
     Raises:
         MissingError: it cannot run here.
@@ -186,7 +194,10 @@ Made = tuple[torch.nn.Module, Hidden, Callable[[Tensor], Tensor]]
 def _hugging_face(
     name: str, sizes: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> Made:
-    model: Any = ways._hugging_face(name, sizes, weights, dtype)
+    plain = "hf-sdpa" if name == ACCELERATED else name
+    model: Any = ways._hugging_face(plain, sizes, weights, dtype)
+    if name == ACCELERATED:
+        accelerate(model)
     return (
         model,
         lambda ids, mask, types: model.bert(ids, attention_mask=mask, token_type_ids=types)[0],
@@ -242,6 +253,55 @@ def _modern_bert(sizes: ModelConfig, weights: dict[str, Tensor]) -> Made:
     )
 
 
+def of_texts(
+    sizes: ModelConfig,
+    weights: dict[str, Tensor],
+    lengths: np.ndarray,  # (N,)
+    rng: np.random.Generator,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Contender]:
+    """`fastbert.encode`, and what sentence-transformers does with the same texts."""
+    from transformers import BertTokenizer
+
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    words = [*special, *(f"w{index}" for index in range(sizes.vocab_size - len(special)))]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
+    model: Any = ways._hugging_face("hf-sdpa", sizes, weights, dtype)
+    theirs = model.bert.to(device).eval()
+    mine = accelerate(copy.deepcopy(theirs))
+
+    def drawn(lengths: np.ndarray) -> list[str]:
+        return [
+            " ".join(words[index] for index in rng.integers(len(special), len(words), length - 2))
+            for length in lengths
+        ]
+
+    def ours(texts: list[str]) -> Tensor:
+        return torch.from_numpy(encode_texts(texts, mine, tokenizer))
+
+    def sort_and_pad(texts: list[str]) -> Tensor:
+        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+        out = torch.empty(len(texts), sizes.hidden_size)
+        for begin in range(0, len(order), SORTED_TOGETHER):
+            rows = order[begin : begin + SORTED_TOGETHER]
+            inputs = tokenizer([texts[row] for row in rows], padding=True, return_tensors="pt")
+            inputs = inputs.to(device)
+            x = theirs(**inputs)[0]
+            real = inputs["attention_mask"][:, :, None].to(x.dtype)
+            out[rows] = ((x * real).sum(1) / real.sum(1)).float().cpu()
+        return out
+
+    many, one = drawn(lengths), drawn(np.array([int(np.median(lengths))]))
+    contenders = [
+        Contender(name, {"texts": call}, [many], [one], {"means": call(many)})
+        for name, call in (("fastbert.encode", ours), ("hf-sdpa-sorted", sort_and_pad))
+    ]
+    for module in (mine, theirs):
+        module.to(dtype)
+    return contenders
+
+
 def check_same(first: Contender, other: Contender) -> None:
     """Refuses to compare contenders that answer differently.
 
@@ -263,7 +323,7 @@ def check_same(first: Contender, other: Contender) -> None:
 def measure(contenders: Sequence[Contender], rounds: int, device: torch.device) -> None:
     """Fills in `seconds` (one entry a round), `latencies` and `peak_bytes`."""
     counts: dict[tuple[str, str], int] = {}
-    pairs = [(contender, task) for contender in contenders for task in TASKS]
+    pairs = [(contender, task) for contender in contenders for task in contender.tasks]
     for contender, task in progress_bar(pairs, desc="warm-up", unit="task"):
         run, one = (functools.partial(call, task) for call in (contender.run, contender.one))
         timed(run, range(3), device)
@@ -289,9 +349,10 @@ def summary(
     meter, T = EnergyMeter(device), int(lengths.sum())
     H, V = sizes.hidden_size, sizes.vocab_size
     forward = flops_per_token(sizes, lengths) / 3
-    flops = {"fill-mask": forward, "encode": forward - MLM_PROBABILITY * 2 * (H**2 + H * V)}
+    states = forward - MLM_PROBABILITY * 2 * (H**2 + H * V)
+    flops = {"fill-mask": forward, "encode": states, "texts": states}
     rows = []
-    for task in TASKS:
+    for task in contenders[0].tasks:
         best = np.array(contenders[0].seconds[task])
         for contender in contenders:
             seconds = np.array(contender.seconds[task])
@@ -328,7 +389,7 @@ def table(result: dict[str, Any]) -> str:
         other = "" if row["same_work"] else " (another architecture)"
         return f"{row['ratio']:.2f}x as fast{other}"
 
-    remarks = f"{result['rows'][0]['contender']} is", compared
+    remarks = "the first of each task is", compared
     return results.table(result, "a batch", latency, remarks)
 
 
@@ -372,6 +433,8 @@ def run(config: InferenceBenchConfig) -> dict[str, Any]:
     name = "fastbert-eager" if contenders else "fastbert"
     contenders.append(ours(name, plain, packed, packed_ones, dtype))
     check_same(contenders[0], contenders[-1])
+    contenders.append(rival(ACCELERATED, sizes, weights, padded, padded_ones, dtype, device))
+    check_same(contenders[0], contenders[-1])
     for name in rivals_asked(config.against, INFERENCE_RIVAL_NAMES):
         try:
             one = rival(name, sizes, weights, padded, padded_ones, dtype, device)
@@ -384,8 +447,15 @@ def run(config: InferenceBenchConfig) -> dict[str, Any]:
             missing.append({"name": name, "why": str(error)})
         except RuntimeError as error:  # a dtype or a size that it cannot do, no memory, …
             missing.append({"name": name, "why": one_line(error)})
+    text_lengths = lengths_asked(
+        config.lengths, TEXTS_PER_SEQUENCE * config.batch_size, config.max_seq_length, rng
+    )
+    texts = of_texts(sizes, weights, text_lengths, rng, dtype, device)
+    check_same(*texts)
     measure(contenders, config.rounds, device)
+    measure(texts, config.rounds, device)
     rows = summary(contenders, sizes, lengths, device)
+    rows += summary(texts, sizes, text_lengths, device)
     return results.of_model(
         "inference", config, device, dtype, sizes, rows, missing,
         real_tokens=int(lengths.sum()),

@@ -1,0 +1,99 @@
+"""What a model would say for each mask of a text; only the masks are scored.
+
+T tokens of a batch, M masks, V vocabulary.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastbert.errors import UserError
+from fastbert.hf.accelerate import accelerate
+from fastbert.hf.encode import end_to_end
+from fastbert.hf.load import load_model, load_tokenizer
+from fastbert.hf.models import Encoder
+
+_ROWS = 256
+"""Masks whose logits are held at once: 31 MB at V = 30,522."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """One mask of a text."""
+
+    text: str
+    mask: int  # its number in the text, from 1
+    of: int  # masks of the text
+    guesses: tuple[tuple[str, int, float], ...]  # word, id, probability; the best first
+
+    def __str__(self) -> str:
+        which = f" (mask {self.mask} of {self.of})" if self.of > 1 else ""
+        guesses = ", ".join(f"{word} {probability:.1%}" for word, _, probability in self.guesses)
+        return f"{self.text}{which}: {guesses}"
+
+
+class MaskFiller:
+    """A folder's model and tokenizer.
+
+    Args:
+        folder: of a BERT or a relative with the head for masked words, and its tokenizer.
+
+    Raises:
+        UserError: one of these is missing, or the model is none that fastbert accelerates.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        if self.tokenizer.mask_token_id is None:
+            raise UserError(f"{os.fspath(folder)}: its tokenizer knows no mask")
+        self.model: Any = load_model(folder, mlm=True)
+        try:
+            accelerate(self.model)
+        except ValueError as error:
+            raise UserError(f"{os.fspath(folder)}: {error}") from None
+        self.encoder: Any = next(m for m in self.model.modules() if isinstance(m, Encoder))
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str], top_k: int = 5, first: int = 1) -> list[Filled]:
+        """Fills every mask of every text, each with the others still masked.
+
+        Args:
+            texts: at least one mask in each.
+            top_k: guesses for each mask.
+            first: what number the first text has in a complaint.
+
+        Raises:
+            UserError: a text without a mask or with more tokens than the model takes, or a `top_k`
+                that the vocabulary does not hold.
+        """
+        V, mask = self.model.config.vocab_size, self.tokenizer.mask_token
+        if not 1 <= top_k <= V:
+            raise UserError(f"--top-k {top_k}: must be from 1 to {V}, the words of the model")
+        tokens = self.tokenizer(list(texts), return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        most = self.encoder.positions()
+        masks = [ids.count(self.tokenizer.mask_token_id) for ids in tokens]
+        for number, (text, ids, of) in enumerate(zip(texts, tokens, masks, strict=True), first):
+            if not of:
+                raise UserError(f"text {number} holds no {mask}: {text[:60]!r}")
+            if len(ids) > most:
+                raise UserError(f"text {number} has {len(ids)} tokens: the model takes {most}")
+        plan, given = end_to_end(self.encoder, tokens)
+        holes = (given["input_ids"][0] == self.tokenizer.mask_token_id).nonzero().squeeze(1)
+        states = self.encoder.last_states(plan, given, holes)
+        guesses = []
+        for rows in states.split(_ROWS):
+            best = self.model._scores(rows[None])[0].float().softmax(-1).topk(top_k)
+            for ids, chances in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                words = [self.tokenizer.decode([index]) for index in ids]
+                guesses.append(tuple(zip(words, ids, chances, strict=True)))
+        each = iter(guesses)
+        return [
+            Filled(text, number, of, next(each))
+            for text, of in zip(texts, masks, strict=True)
+            for number in range(1, of + 1)
+        ]

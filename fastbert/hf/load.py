@@ -1,0 +1,85 @@
+"""A model and its tokenizer from a folder or the hub, for those who only read: nothing drawn, ever.
+
+transformers draws weights that are missing, and makes an empty tokenizer where there is none.
+"""
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers.utils import logging as their_logging
+
+from fastbert.errors import UserError
+
+
+def load_model(
+    folder: str | os.PathLike[str], *, mlm: bool = False, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The model, in evaluation; other heads that were saved with it are left behind.
+
+    Args:
+        folder: or a name of the hub.
+        mlm: with the head that predicts masked words; else the encoder alone, without pooler.
+        dtype: None: as it was saved.
+
+    Raises:
+        UserError: there is no such model, or one that lacks weights.
+    """
+    auto: Any = AutoModelForMaskedLM if mlm else AutoModel
+    where = os.fspath(folder)
+    try:
+        config = AutoConfig.from_pretrained(where)
+        kind: Any = auto._model_mapping.get(type(config), None)
+        if kind is None:
+            raise UserError(f"{where}: {config.model_type} has no {auto.__name__[9:]} head")
+        poolable = "add_pooling_layer" in inspect.signature(kind).parameters
+        options = {"add_pooling_layer": False} if poolable else {}
+        with _quiet():  # of what is left behind
+            model, found = auto.from_pretrained(
+                where, config=config, dtype=dtype, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{where}: no model to load: {_first_line(error)}") from None
+    if lacking := sorted(found["missing_keys"]):
+        raise UserError(f"{where}: lacks {len(lacking)} weights, {lacking[0]} first")
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """The tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    where = os.fspath(folder)
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{where}: no tokenizer to load: {_first_line(error)}") from None
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise UserError(f"{where}: holds no tokenizer (tokenizer.json or vocab.txt)")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
+    their_logging.set_verbosity_error()
+    their_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        their_logging.set_verbosity(before)
+        if bars:
+            their_logging.enable_progress_bar()
