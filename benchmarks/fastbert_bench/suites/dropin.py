@@ -140,8 +140,8 @@ def train(
         trainer = Given(model, arguments, callbacks=[Timing()])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    for name in ("forward", "_original_forward"):  # wrapped for bf16: else once more each time
-        vars(model).pop(name, None)
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        vars(model).pop(name, None)  # wrapped for bf16: the next Trainer finds it as this one did
     return float(np.median(seconds[1:]))
 
 
