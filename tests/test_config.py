@@ -19,6 +19,7 @@ from fastbert.settings import Setting, load_config, settings, to_toml
 from fastbert_bench.config import (
     ConvergenceBenchConfig,
     DataBenchConfig,
+    DropinBenchConfig,
     EstimateConfig,
     InferenceBenchConfig,
     KernelBenchConfig,
@@ -36,6 +37,7 @@ CONFIGS = [
     DataBenchConfig,
     InferenceBenchConfig,
     ConvergenceBenchConfig,
+    DropinBenchConfig,
     ReportConfig,
     EstimateConfig,
     ProfileStepConfig,

@@ -19,6 +19,7 @@ from fastbert.train.interrupts import held_signals
 from fastbert_bench.config import (
     ConvergenceBenchConfig,
     DataBenchConfig,
+    DropinBenchConfig,
     EstimateConfig,
     InferenceBenchConfig,
     KernelBenchConfig,
@@ -42,6 +43,7 @@ _COMMANDS: dict[str, dict[str, tuple[str, type]]] = {
             "loss over wall time, side by side with Hugging Face's",
             ConvergenceBenchConfig,
         ),
+        "dropin": ("what one line brings to transformers' Trainer", DropinBenchConfig),
     },
     "profile": {
         "step": (

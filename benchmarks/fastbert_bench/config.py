@@ -35,6 +35,7 @@ INFERENCE_RIVAL_NAMES = (
     *("hf-eager", "hf-sdpa", "hf-flash", "hf-sdpa-compile", "torch-encoder", "modernbert"),
 )
 CONVERGENCE_RIVAL_NAMES = ("hf-trainer", "hf-loop")
+DROPIN_TASKS = ("mlm", "classification")
 KERNEL_OPS = (
     *("attention", "dropout_add_layer_norm", "linear_cross_entropy", "adamw", "linear_gelu"),
     *("gelu_layer_norm", "bias_gelu", "embed_layer_norm", "lamb", "mask_tokens"),
@@ -56,8 +57,8 @@ def _lengths(group: Group) -> Any:
     return setting("natural", help, group)
 
 
-def _batch_size(group: Group) -> Any:
-    return setting(32, "sequences per batch", group, at_least=1, at_most=2**16)
+def _batch_size(group: Group, default: int = 32) -> Any:
+    return setting(default, "sequences per batch", group, at_least=1, at_most=2**16)
 
 
 def _tokens_per_batch(default: int, of: str) -> Any:
@@ -112,7 +113,7 @@ def _check_names(
             )
 
 
-def _check_tokens(config: "_SideBySideConfig | ProfileStepConfig") -> None:
+def _check_tokens(config: "_SideBySideConfig | DropinBenchConfig | ProfileStepConfig") -> None:
     if config.batch_size * config.max_seq_length > settings.MOST_TOKENS:
         engine.check_positions(config.model, config.max_seq_length)
         raise UserError(
@@ -304,6 +305,37 @@ class ConvergenceBenchConfig:
                 f"lengths = {self.lengths!r} must be natural or full: the text decides the lengths"
             )
         engine.check_batch_holds_a_sequence(self.model, self.tokens_per_batch, self.max_seq_length)
+
+
+@dataclass(frozen=True)
+class DropinBenchConfig:
+    """Everything `fastbert bench dropin` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    device: str = engine.device_setting(BENCH)
+    model: str = engine.model_setting(BENCH, "base")
+    batch_size: int = _batch_size(BENCH, 16)
+    max_seq_length: int = engine.max_seq_length_setting(BENCH)
+    lengths: str = _lengths(BENCH)
+    task: str = _bench(",".join(DROPIN_TASKS), "what Trainer trains, separated by commas")
+    shapes: bool = _bench(False, "also bare calls at small and large shapes, without Trainer")
+    rounds: int = _rounds()
+    json: str = _json(BENCH)
+    seed: int = engine.seed_setting(BENCH, "weights and batches")
+    precision: str = engine.precision_setting(BENCH, ("auto", "fp32", "bf16"))
+
+    def __post_init__(self) -> None:
+        settings.check_fields(self)
+        _check_tokens(self)
+        _check_names("task", self.task, DROPIN_TASKS, ())
+        settings.check_not_empty(self, "lengths")
+
+    def tasks(self) -> list[str]:
+        """Those of `task`, each once."""
+        return list(dict.fromkeys(self.task.split(",")))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from fastbert import cli
 
 COMMANDS = (
     "bench step", "bench kernels", "bench data", "bench inference", "bench convergence",
+    "bench dropin",
     "profile step", "profile kernel gelu_layer_norm",
 )  # fmt: skip
 

@@ -128,6 +128,7 @@ def test_every_command_measures_and_writes(on_host, tmp_path):
     commands["profile-step"] = COMMANDS["profile-step"].split()  # as it is named by itself
     shown = [str(files[name]) for name in SHOWN]
     commands["report"] = ["bench", "report", *shown, "--out", str(tmp_path / "page")]
+    commands["dropin"] = f"bench dropin {SMALL}".split()  # which is nothing without Trainer
     answers = on_host(RUN, {"commands": commands, "modules": MODULES}, cwd=tmp_path)
 
     results = {}
@@ -146,6 +147,8 @@ def test_every_command_measures_and_writes(on_host, tmp_path):
     missing = {one["name"]: one["why"] for one in results["convergence"]["missing"]}
     needs = "needs the package accelerate, which is not installed"
     assert missing["hf-trainer"].endswith(needs)
+    told = f"fastbert: error: transformers' Trainer {needs}\n"
+    assert (answers["dropin"]["code"], answers["dropin"]["err"]) == (2, told)
 
     assert (answers["report"]["code"], answers["report"]["err"]) == (0, "")
     page = (tmp_path / "page" / "report.html").read_text()

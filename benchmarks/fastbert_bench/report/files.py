@@ -29,6 +29,7 @@ TITLES = {
     "inference": "Inference",
     "data": "Data loader",
     "convergence": "Loss over wall time",
+    "dropin": "One line in Trainer",
     "profile-step": "Where a step's time goes",
     "profile-kernel": "One kernel over sizes",
     "estimate": "Estimates: computed, not measured",

@@ -270,6 +270,7 @@ SECTIONS: dict[str, Callable[[Page, Result], None]] = {
     "inference": _rates,
     "data": _rates,
     "convergence": _convergence,
+    "dropin": _rates,
     "profile-step": _profile_step,
     "profile-kernel": _profile_kernel,
     "estimate": _estimate,

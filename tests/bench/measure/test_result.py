@@ -226,7 +226,7 @@ def test_columns_of_a_table_stand_apart(result):
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "folder").mkdir()
-    benches = ("step", "kernels", "data", "inference", "convergence")
+    benches = ("step", "kernels", "data", "inference", "convergence", "dropin")
     commands = [f"bench {name}" for name in benches]
     commands += ["profile step", "profile kernel adamw", "estimate"]
     too_long = "x" * 251 + ".json"  # and what it is called before it is renamed
