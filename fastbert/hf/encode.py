@@ -185,8 +185,8 @@ class _Encode:
                 for index, text in enumerate[Any](window, begin):
                     if not isinstance(text, str):
                         raise TypeError(f"texts[{index}] is no string: {type(text).__name__}")
-                yield self._window(window, bar)
                 begin += len(window)
+                yield self._window(window, bar)
         finally:
             if bar is not None:
                 bar.close()
