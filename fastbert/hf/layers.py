@@ -54,12 +54,15 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     if type(module) is not kind or "forward" in vars(module):
         return False
-    if hooked_everywhere():
-        return False
-    return not any(
-        hook.__module__ != "transformers.utils.output_capturing"
+    return not hooked_everywhere() and only_records(vars(module))
+
+
+def only_records(state: dict[str, Any]) -> bool:
+    """Whether all hooks among a module's attributes are transformers' own that record outputs."""
+    return all(
+        hook.__module__ == "transformers.utils.output_capturing"
         for name in HOOKS
-        for hook in vars(module)[name].values()
+        for hook in state[name].values()
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from fastbert.hf import layers
 from fastbert.hf.packing import Plan, attend
@@ -59,6 +60,12 @@ class _Parts:
             and all(type(getattr(part, name)) is kind for name, kind in inside.items())
             for part, mixin, inside in parts
         )
+
+
+def _is_idle(state: dict[str, Any]) -> bool:
+    """Whether a module is in evaluation, and its hooks record for nobody."""
+    nobody = output_capturing._active_collector.get() is None
+    return nobody and not state["training"] and layers.only_records(state)
 
 
 def _has_parameters(state: dict[str, Any]) -> bool:
@@ -106,7 +113,9 @@ class Stack:
         if kept is None or not kept._is_of(stack):
             kept = vars(owner)["_fastbert_stack"] = cls(stack)
         disturbed = any(chain.from_iterable(map(_disturbed, kept.states)))
-        if disturbed or any(map(contains, kept.states, repeat("forward"))):
+        if disturbed and not all(map(_is_idle, kept.states)):
+            return None
+        if any(map(contains, kept.states, repeat("forward"))):
             return None
         return kept if kept.parts and all(map(_has_parameters, kept.read)) else None
 

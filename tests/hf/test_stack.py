@@ -122,6 +122,16 @@ def test_a_function_as_activation_is_looked_up_at_each_call(pair: tuple[Any, Any
         assert is_read(ours)
 
 
+def test_hooks_that_stay_after_a_recording_change_nothing(pair: tuple[Any, Any]) -> None:
+    theirs, ours = pair
+    for _ in range(2):
+        recorded = [model(IDS, output_hidden_states=True).hidden_states for model in pair]
+        torch.testing.assert_close(recorded[1], recorded[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(states(ours), states(theirs), atol=1e-5, rtol=0)
+    assert any(module._forward_hooks for module in ours.modules())
+    assert is_read(ours)
+
+
 def test_a_copy_reads_its_own_weights(pair: tuple[Any, Any]) -> None:
     theirs, ours = pair
     states(ours)
