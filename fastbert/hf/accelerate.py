@@ -103,6 +103,7 @@ def _swap(model: nn.Module, swaps: dict[type, type]) -> None:
         other = swaps.get(type(module))
         if other is not None and _follows(module, other):
             module.__class__ = other
+            vars(module).pop("_fastbert_stack", None)
         if isinstance(module, PreTrainedModel):
             # transformers looks up by the class's name what a model can record.
             registry: Any = output_capturing._CAN_RECORD_REGISTRY

@@ -14,6 +14,7 @@ import inspect
 import re
 import sys
 from functools import cache
+from logging import INFO
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def attention(
         )
         return out
     assert attention_mask is not None
-    note(f"{type(module).__name__}: attention leaves the padding out, on {query.device.type}")
+    note(f"{type(module).__name__}: attention leaves the padding out, on {query.device.type}", INFO)
     B, A, S, D = query.shape
     plan = _plan(attention_mask).to(query.device)
     q, k, v = (x.transpose(1, 2).reshape(B * S, -1) for x in (query, key, value))

@@ -55,7 +55,7 @@ def encode(
         model: a folder or a name of transformers' hub; or a model with one BERT (or relative)
             inside, which is accelerated and in evaluation for the time of the call, and then as
             it was.
-        tokenizer: of transformers, fast; a folder or name; None: `model` is one, and holds it.
+        tokenizer: of transformers, fast; a folder or name; None: that of the folder `model`.
         pooling: "mean" over all tokens, [CLS] and [SEP] included, or "cls": the first token's.
         normalize: whether vectors get length 1.
         tokens_per_batch: what is computed at once. A number of texts would be either too few short
@@ -185,8 +185,8 @@ class _Encode:
                 for index, text in enumerate[Any](window, begin):
                     if not isinstance(text, str):
                         raise TypeError(f"texts[{index}] is no string: {type(text).__name__}")
-                yield self._window(window, bar)
                 begin += len(window)
+                yield self._window(window, bar)
         finally:
             if bar is not None:
                 bar.close()

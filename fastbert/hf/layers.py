@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 
 from fastbert.hf.packing import Plan, attend, attend_with, dropout_seed
@@ -29,14 +30,20 @@ _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_
 
 
 @torch.compiler.assume_constant_result
-def note(line: str) -> None:
-    """Says something once in a process; while a model is compiled or traced, too."""
-    _say(line)
+def note(line: str, level: int = logging.WARNING) -> None:
+    """Says something once in a process; while a model is compiled or traced, too.
+
+    Args:
+        line: what is said.
+        level: INFO for what was asked for; a line that nobody heard is said again.
+    """
+    if logger.isEnabledFor(level):
+        _say(line, level)
 
 
 @cache
-def _say(line: str) -> None:
-    logger.warning("%s", line)
+def _say(line: str, level: int) -> None:
+    logger.log(level, "%s", line)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -47,13 +54,33 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     if type(module) is not kind or "forward" in vars(module):
         return False
-    if hooked_everywhere():
-        return False
-    return not any(
-        hook.__module__ != "transformers.utils.output_capturing"
+    return not hooked_everywhere() and only_records(vars(module))
+
+
+def only_records(state: dict[str, Any]) -> bool:
+    """Whether all hooks among a module's attributes are transformers' own that record outputs."""
+    return all(
+        hook.__module__ == "transformers.utils.output_capturing"
         for name in HOOKS
-        for hook in vars(module)[name].values()
+        for hook in state[name].values()
     )
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether a kernel may read a product: a plain `Linear` with a bias, of ordinary tensors.
+
+    Quantised or distributed weights are tensors of their own kind in a plain module.
+    """
+    return is_plain(module, nn.Linear) and _has_tensors(module)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """The same of a LayerNorm."""
+    return is_plain(module, nn.LayerNorm) and _has_tensors(module)
+
+
+def _has_tensors(module: Any) -> bool:
+    return {type(module.weight), type(module.bias)} <= {nn.Parameter, Tensor}
 
 
 def hooked_everywhere() -> bool:
@@ -85,6 +112,13 @@ def _of_known_make(forward: Any) -> bool:
     return forward.__module__.partition(".")[0] in ("transformers", "fastbert", "torch")
 
 
+def is_of_libraries(module: nn.Module) -> bool:
+    """Whether a module's forward is of those whose modules take whatever a head's input is."""
+    make = type(module).forward.__module__.partition(".")[0]
+    own = "forward" not in vars(module) or own_forward(module)
+    return own and make in ("fastbert", *_LIBRARIES)
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody's hook sees what goes in or out, expecting (batch, sequence, width).
 
@@ -94,7 +128,7 @@ def is_watched(module: nn.Module) -> bool:
     if not any(kept[name] for name in HOOKS):
         return False
     hooks = [hook for name in HOOKS for hook in kept[name].values()]
-    return any(hook.__module__.partition(".")[0] not in _LIBRARIES for hook in hooks)
+    return any((hook.__module__ or "").partition(".")[0] not in _LIBRARIES for hook in hooks)
 
 
 def kernels_for(x: Tensor, *widths: int) -> Ops | None:
@@ -109,7 +143,10 @@ def kernels_for(x: Tensor, *widths: int) -> Ops | None:
 
 @cache
 def _kernels(device: torch.device, precision: str) -> Ops | None:
-    return None if why_no_kernels(device, 8, 8, HEAD_SIZES[0]) else triton_ops(precision=precision)
+    why = why_no_kernels(device, 8, 8, HEAD_SIZES[0])
+    note(f"no kernels on {device}, plain PyTorch: {why}" if why else f"Triton kernels on {device}",
+         logging.WARNING if why else logging.INFO)  # fmt: skip
+    return None if why else triton_ops(precision=precision)
 
 
 def is_traced() -> bool:
@@ -123,6 +160,8 @@ def unreadable(given: dict[str, Any]) -> str:
         return "it is compiled or traced"
     if torch._C._functorch.maybe_current_level() is not None:
         return "a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "forward-mode gradients"
     if any(isinstance(x, Tensor) and (x.is_meta or type(x) is FakeTensor) for x in given.values()):
         return "tensors without values"
     return ""
@@ -150,11 +189,12 @@ class SelfAttention:
         A, D, x = self.num_attention_heads, self.attention_head_size, hidden_states[0]
         dropout_p = self.dropout.p if self.training else 0.0
         projections = (self.query, self.key, self.value)
-        ops = kernels_for(x) if D in HEAD_SIZES and dropout_p < 1.0 else None
+        usual = D in HEAD_SIZES and self.scaling == D**-0.5 and dropout_p < 1.0
+        ops = kernels_for(x) if usual else None
         if ops is None:
             q, k, v = (project(x) for project in projections)
             return attend(plan, q, k, v, A, dropout_p, self.scaling)[None], None
-        if all(is_plain(one, nn.Linear) and one.bias is not None for one in projections):
+        if all(map(is_product, projections)):
             weight = torch.cat([one.weight for one in projections])
             qkv = F.linear(x, weight, torch.cat([one.bias for one in projections]))
         else:
@@ -214,7 +254,7 @@ class Layer:
 
 def add_norm(x: Tensor, residual: Tensor, dense: Any, norm: Any, dropout: Any = None) -> Tensor:
     """norm(dropout(dense(x)) + residual), by a kernel where there is one."""
-    plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
+    plain = is_product(dense) and is_norm(norm)
     plain = plain and (dropout is None or is_plain(dropout, nn.Dropout))
     p = dropout.p if plain and dropout is not None and dropout.training else 0.0
     ops = kernels_for(x, residual.shape[-1]) if plain and p < 1.0 else None
@@ -233,7 +273,7 @@ def add_norm(x: Tensor, residual: Tensor, dense: Any, norm: Any, dropout: Any = 
 def linear_gelu(x: Tensor, dense: Any, activation: Any) -> Tensor:
     """activation(dense(x)), by a kernel where that is GELU and there is one."""
     approximate = gelu_of(activation)
-    ops = kernels_for(x, dense.out_features) if is_plain(dense, nn.Linear) else None
+    ops = kernels_for(x, dense.out_features) if is_product(dense) else None
     if ops is None or approximate is None:
         return activation(dense(x))
     kind = product_dtype(x)
@@ -245,8 +285,7 @@ def linear_gelu(x: Tensor, dense: Any, activation: Any) -> Tensor:
 def gelu_norm(x: Tensor, dense: Any, activation: Any, norm: Any) -> Tensor:
     """norm(activation(dense(x))), by a kernel where that is GELU and there is one."""
     approximate = gelu_of(activation)
-    plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm)
-    ops = kernels_for(x, dense.out_features) if plain else None
+    ops = kernels_for(x, dense.out_features) if is_product(dense) and is_norm(norm) else None
     if ops is None or approximate is None:
         return norm(activation(dense(x)))
     x = F.linear(x, dense.weight)

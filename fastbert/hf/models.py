@@ -10,6 +10,7 @@ B sequences padded to S, T tokens kept, M labelled tokens, V vocabulary, H hidde
 import inspect
 from dataclasses import replace
 from functools import wraps
+from logging import INFO
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +30,9 @@ import fastbert.hf.attention  # noqa: F401  attn_implementation="fastbert"
 from fastbert.hf import layers
 from fastbert.hf.layers import (
     is_known,
+    is_of_libraries,
     is_plain,
+    is_product,
     is_watched,
     kernels_for,
     note,
@@ -93,7 +96,8 @@ class Encoder(_Keywords):
         if isinstance(plan, str):
             note(f"{type(self).__name__}: transformers' own path: {plan}")
             return super().forward(**given)  # type: ignore[misc]
-        note(f"{type(self).__name__}: no padding is computed, on {plan.cu_seqlens.device.type}")
+        where = plan.cu_seqlens.device.type
+        note(f"{type(self).__name__}: no padding is computed, on {where}", INFO)
         if fastbert_pooled:
             plan = self._wanting(plan, None, True, given)
         return self._packed(plan, given)
@@ -141,7 +145,7 @@ class Encoder(_Keywords):
             return "both or none of input_ids and inputs_embeds"
         shape = inputs.shape if embeds is None else embeds.shape[:-1]
         if len(shape) != 2 or not shape.numel():
-            return f"inputs of shape {tuple(shape)}"
+            return "inputs that are not (batch, sequence), or empty"
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             return "an attention_mask that is not (batch, sequence)"
@@ -185,7 +189,8 @@ class Encoder(_Keywords):
         *before, last = stack.layer or [None]
         if last is None or any(layer is last for layer in before):
             return plan
-        if pooled and not is_known(getattr(self, "pooler", None)):
+        pooler = getattr(self, "pooler", None)
+        if pooled and not (is_known(pooler) and (pooler is None or not is_watched(pooler))):
             return plan
         seen = (last, last.attention, stack, self)
         if (
@@ -196,7 +201,7 @@ class Encoder(_Keywords):
             return plan
         wanted = [] if places is None else [plan.places(places)]
         wanted += [plan.first] if pooled else []
-        return replace(plan, wanted=torch.cat(wanted), last=last, pooled=pooled)
+        return replace(plan, wanted=torch.cat(wanted), last=last, pooled=pooled, _elsewhere={})
 
     def _packed(self: Any, plan: Plan, given: dict[str, Any]) -> Any:
         """The forward over kept tokens.
@@ -277,6 +282,7 @@ class Encoder(_Keywords):
         Raises:
             ValueError: the model is set up so that they cannot lie so.
         """
+        given = given | {"output_attentions": False, "output_hidden_states": False}
         why = self._why_not(given)
         if why:
             raise ValueError(f"{type(self).__name__} cannot take texts end to end: {why}")
@@ -335,11 +341,23 @@ def _base(model: Any, given: dict[str, Any]) -> Any:
     return base if knows_plans and not unreadable(given) else None
 
 
+def reads_firsts(model: Any, given: dict[str, Any]) -> bool:
+    """Whether nobody's code behind an encoder can see other tokens than the first."""
+    base = _base(model, given)
+    if base is None:
+        return False
+    if getattr(base, "pooler", None) is not None:  # what follows sees what that makes
+        return True
+    heads = (child for child in model.children() if child is not base)
+    parts = [part for child in heads for part in child.modules()]
+    return all(is_of_libraries(part) and not is_watched(part) for part in parts)
+
+
 class Pooled(_Keywords):
     """A head that reads the first token of each sequence."""
 
     def _forward(self: Any, **given: Any) -> Any:
-        if _base(self, given) is not None:
+        if reads_firsts(self, given):
             given["fastbert_pooled"] = True
         return super().forward(**given)  # type: ignore[misc]
 
@@ -347,9 +365,9 @@ class Pooled(_Keywords):
 def _on_padding(labels: Tensor | None, given: dict[str, Any]) -> bool:
     """Whether a token is labelled that has no hidden state here, and one in transformers."""
     mask = given.get("attention_mask")
-    if labels is None or mask is None or mask.shape != labels.shape:
+    if labels is None or mask is None or mask.numel() != labels.numel():
         return False
-    return bool(((labels != -100) & (mask == 0)).any())
+    return bool(((labels.reshape(mask.shape) != -100) & (mask == 0)).any())
 
 
 _LABELLED_PADDING = "labels on padding"
@@ -389,6 +407,10 @@ class Words(_Keywords):
     def _around(self: Any) -> tuple[nn.Module, ...]:
         """Modules that `_scores` calls and the other two pass by."""
         return self.cls, getattr(self.cls, "predictions", self.cls)
+
+    def _before(self: Any) -> nn.Module | None:
+        """The module that makes features, where that is none of these."""
+        return getattr(self._around()[-1], "transform", None)
 
 
 class MaskedWords(Words):
@@ -476,11 +498,16 @@ def labelled_rows(
     plan = base._plan(given) if base is not None else ""
     if isinstance(plan, str) or _on_padding(labels, given):
         return None
-    for part in model._around():
+    for part in (*model._around(), model._before()):
         if not is_known(part) or isinstance(part, nn.Linear):
-            note(f"{type(model).__name__}: every token is scored: a {type(part).__name__} does it")
-            return None
-    if labels.shape != plan.shape:
+            why = f"a {type(part).__name__} does it"
+        elif part is not None and is_watched(part):
+            why = f"a hook on {type(part).__name__}"
+        else:
+            continue
+        note(f"{type(model).__name__}: every token is scored: {why}")
+        return None
+    if labels.shape not in (plan.shape, (plan.shape[0] * plan.shape[1],)):
         raise ValueError(f"labels must be {plan.shape}, not {tuple(labels.shape)}")
     places = (labels.flatten() != -100).nonzero().squeeze(1)
     plan = base._wanting(plan, places, pooled, given)
@@ -502,8 +529,7 @@ def words_loss(
 ) -> Tensor:
     """The loss of labelled tokens: their mean, or their sum divided by `num_items`."""
     decoder = model._decoder()
-    plain = is_plain(decoder, nn.Linear) and decoder.bias is not None
-    plain = plain and all(is_plain(one, type(one)) for one in model._around())
+    plain = is_product(decoder) and all(is_plain(one, type(one)) for one in model._around())
     ops = kernels_for(x, x.shape[-1], decoder.in_features) if plain and len(targets) else None
     if ops is None:
         return _mean(F.cross_entropy, model._scores(x).squeeze(0), targets, num_items)

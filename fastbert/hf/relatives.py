@@ -31,6 +31,7 @@ from fastbert.hf.models import (
     Span,
     _base,
     _Keywords,
+    reads_firsts,
 )
 from fastbert.hf.packing import Plan
 
@@ -116,6 +117,9 @@ class _ElectraWords(MaskedWords):
     def _around(self: Any) -> tuple[nn.Module, ...]:
         return ()
 
+    def _before(self: Any) -> nn.Module:
+        return self.generator_predictions
+
 
 class _Discriminator(_Keywords):
     """Which tokens were replaced. Its loss reads only those that the mask calls real."""
@@ -132,7 +136,7 @@ class _Summary(_Keywords):
         if _base(self, given) is None:
             pass
         elif kind == "first":
-            given["fastbert_pooled"] = True
+            given["fastbert_pooled"] = reads_firsts(self, given)
         elif mask is not None and not bool((mask != 0).all()):
             given["fastbert_plan"] = f"a summary ({kind}) over padding"
         return super().forward(**given)  # type: ignore[misc]
@@ -231,6 +235,9 @@ class _DistilWords(MaskedWords):
 
     def _around(self: Any) -> tuple[nn.Module, ...]:
         return ()
+
+    def _before(self: Any) -> None:
+        return None
 
 
 # Families

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from fastbert.hf import layers
 from fastbert.hf.packing import Plan, attend
 
 _children_of = itemgetter("_modules")
 _PROJECTIONS = ("query", "key", "value")
+_WEIGHTS = {"weight", "bias"}
 _disturbed = itemgetter("training", *layers.HOOKS)
 
 
@@ -30,7 +32,7 @@ class _Parts:
     def __init__(self, layer: Any) -> None:
         attention, first, last = layer.attention.self, layer.attention.output, layer.output
         self.layer, self.attention = layer, attention
-        self.activation = layer.intermediate.intermediate_act_fn
+        self.intermediate = layer.intermediate
         self.norms = first.LayerNorm, last.LayerNorm
         self.parameters = [
             vars(module)
@@ -60,6 +62,17 @@ class _Parts:
         )
 
 
+def _is_idle(state: dict[str, Any]) -> bool:
+    """Whether a module is in evaluation, and its hooks record for nobody."""
+    nobody = output_capturing._active_collector.get() is None
+    return nobody and not state["training"] and layers.only_records(state)
+
+
+def _has_parameters(state: dict[str, Any]) -> bool:
+    """False of a weight that was put in a parameter's place as a tensor of its own."""
+    return state["_parameters"].keys() == _WEIGHTS
+
+
 def _is_made_of(module: nn.Module, mixin: type) -> bool:
     """Whether a module's class is a mixin of ours and transformers' class, and no subclass."""
     return type(module).__mro__[1] is mixin
@@ -76,6 +89,7 @@ class Stack:
         self.children = self._children()
         readable = all(map(_Parts.can_be_read, stack.layer))
         self.parts = [_Parts(layer) for layer in stack.layer] if readable else []
+        self.read = list(chain.from_iterable(part.parameters for part in self.parts))
 
     def __reduce__(self) -> Any:
         """A copy, or what is read from a file, begins without one."""
@@ -99,9 +113,11 @@ class Stack:
         if kept is None or not kept._is_of(stack):
             kept = vars(owner)["_fastbert_stack"] = cls(stack)
         disturbed = any(chain.from_iterable(map(_disturbed, kept.states)))
-        if disturbed or any(map(contains, kept.states, repeat("forward"))):
+        if disturbed and not all(map(_is_idle, kept.states)):
             return None
-        return kept if kept.parts else None
+        if any(map(contains, kept.states, repeat("forward"))):
+            return None
+        return kept if kept.parts and all(map(_has_parameters, kept.read)) else None
 
     def _is_of(self, stack: Any) -> bool:
         return (
@@ -134,7 +150,7 @@ def _layer(part: _Parts, x: Tensor, plan: Plan, wanted: Tensor | None) -> Tensor
     if wanted is not None:
         context, x = context.index_select(0, wanted), x.index_select(0, wanted)
     x = _add_norm(F.linear(context, out["weight"], out["bias"]), x, norm, part.norms[0])
-    inner = part.activation(F.linear(x, up["weight"], up["bias"]))
+    inner = part.intermediate.intermediate_act_fn(F.linear(x, up["weight"], up["bias"]))
     return _add_norm(F.linear(inner, down["weight"], down["bias"]), x, last_norm, part.norms[1])
 
 

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import io
-import logging
 import pickle
 
 import pytest
@@ -16,7 +15,6 @@ from transformers import AutoModel, RobertaConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
 import fastbert
-from fastbert.hf import layers
 
 from .berts import (
     HEADS,
@@ -32,25 +30,6 @@ from .berts import (
 
 def fast(model) -> bool:
     return type(model).__module__ == "fastbert.hf.models"
-
-
-class _Lines(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
-@pytest.fixture
-def said():
-    """What the log says, as if in a new process. (pytest's own would catch torch's traces, too.)"""
-    layers._say.cache_clear()
-    handler = _Lines()
-    logging.getLogger("fastbert").addHandler(handler)
-    yield handler.lines
-    logging.getLogger("fastbert").removeHandler(handler)
 
 
 # The same model

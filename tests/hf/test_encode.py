@@ -56,6 +56,14 @@ def test_as_sentence_transformers(folder: str, pooling: str, normalize: bool) ->
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_outputs_that_a_configuration_asks_for_are_not_made(folder: str) -> None:
+    asking = BertModel.from_pretrained(folder, output_attentions=True, output_hidden_states=True)
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    np.testing.assert_array_equal(
+        fastbert.encode(TEXTS, asking, tokenizer), fastbert.encode(TEXTS, folder)
+    )
+
+
 def by_transformers(folder: str, text: str, pooling: str) -> np.ndarray:
     tokenizer = BertTokenizer.from_pretrained(folder)
     inputs = tokenizer([text], truncation=True, max_length=64, return_tensors="pt")

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from fastbert.hf import layers
-
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 PRINTED = {
     "embeddings": "tensor([[1.0",
@@ -19,9 +17,7 @@ PRINTED = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs(path, monkeypatch, tmp_path, capsys):
-    said = []
-    monkeypatch.setattr(layers, "_say", said.append)
+def test_an_example_runs(path, monkeypatch, tmp_path, capsys, said):
     monkeypatch.setattr(sys, "argv", [str(path)])
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(path), run_name="__main__")

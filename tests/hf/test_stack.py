@@ -54,7 +54,17 @@ def train_one_dropout(model: Any) -> None:
     dropout.p = 1.0
 
 
-CHANGES = (exchange, patch, hook, swap_class, new_layers, new_weights, train_one_dropout)
+def a_tensor_for_a_parameter(model: Any) -> None:
+    dense = model.encoder.layer[0].output.dense
+    weight = dense.weight.detach()
+    del dense.weight
+    dense.weight = weight * 2
+
+
+CHANGES = (
+    *(exchange, patch, hook, swap_class, new_layers, new_weights, train_one_dropout),
+    a_tensor_for_a_parameter,
+)
 READABLE = (new_layers, new_weights)
 
 
@@ -97,6 +107,29 @@ def test_a_change_after_the_first_use_is_seen(pair: tuple[Any, Any], change: Any
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(after, states(theirs), atol=1e-5, rtol=0)
     assert is_read(ours) == (change in READABLE)
+
+
+def test_a_function_as_activation_is_looked_up_at_each_call(pair: tuple[Any, Any]) -> None:
+    theirs, ours = pair
+    for model in pair:
+        for layer in model.encoder.layer:
+            del layer.intermediate.intermediate_act_fn  # a module of that name
+    for function in (torch.tanh, torch.relu):
+        for model in pair:
+            for layer in model.encoder.layer:
+                layer.intermediate.intermediate_act_fn = function
+        torch.testing.assert_close(states(ours), states(theirs), atol=1e-5, rtol=0)
+        assert is_read(ours)
+
+
+def test_hooks_that_stay_after_a_recording_change_nothing(pair: tuple[Any, Any]) -> None:
+    theirs, ours = pair
+    for _ in range(2):
+        recorded = [model(IDS, output_hidden_states=True).hidden_states for model in pair]
+        torch.testing.assert_close(recorded[1], recorded[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(states(ours), states(theirs), atol=1e-5, rtol=0)
+    assert any(module._forward_hooks for module in ours.modules())
+    assert is_read(ours)
 
 
 def test_a_copy_reads_its_own_weights(pair: tuple[Any, Any]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.autograd import forward_ad
 from transformers import AttentionInterface, EncoderDecoderModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -14,18 +15,6 @@ import fastbert
 from fastbert.hf import layers
 
 from .berts import VOCAB, assert_close, assert_same_training, batch, bert, config, gradients, pair
-
-
-@pytest.fixture
-def said():
-    """What the log says, as if in a new process."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    layers._say.cache_clear()
-    logging.getLogger("fastbert").addHandler(handler)
-    yield lines
-    logging.getLogger("fastbert").removeHandler(handler)
 
 
 def test_one_layer_that_is_run_twice():
@@ -259,3 +248,104 @@ def test_a_hook_that_takes_a_token_away(path, said):
         model.bert.get_submodule(path).register_forward_hook(without_first)
     assert_same_training(theirs, ours, batch("BertForMaskedLM"))
     assert any("transformers' own path: a hook on Bert" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("head", "path"),
+    [
+        ("BertForPreTraining", "bert.pooler"),
+        ("BertForPreTraining", "cls"),
+        ("BertForMaskedLM", "cls.predictions.transform"),
+        ("ElectraForMaskedLM", "generator_predictions"),
+        ("RobertaForMaskedLM", "lm_head"),
+        ("RobertaForSequenceClassification", "classifier"),
+        ("ElectraForSequenceClassification", "classifier"),
+    ],
+)
+def test_a_hook_on_a_head_sees_what_it_sees_in_transformers(head, path):
+    given, seen = batch(head.replace("Electra", "Bert").replace("Roberta", "Bert")), []
+    kind = getattr(transformers, head)
+    theirs = kind(kind.config_class(**config().to_dict() | {"pad_token_id": 0})).train()
+    for model in (theirs, fastbert.accelerate(copy.deepcopy(theirs))):
+        part = model.get_submodule(path)
+        part.register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0].shape))
+        model(**given)
+    assert seen[0] == seen[1] == (*given["input_ids"].shape, 32)
+
+
+class Mean(nn.Module):
+    def forward(self, states):
+        return states[:, :3].mean(1)
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "Electra"])
+def test_a_classifier_of_ones_own_sees_every_token(kind):
+    kind = getattr(transformers, f"{kind}ForSequenceClassification")
+    torch.manual_seed(0)
+    theirs = kind(kind.config_class(**config().to_dict() | {"pad_token_id": 0})).eval()
+    theirs.classifier = nn.Sequential(Mean(), nn.Linear(32, 2))
+    ours = fastbert.accelerate(copy.deepcopy(theirs))
+    given = batch(labels=False)
+    given["attention_mask"][:, :3] = 1
+    torch.testing.assert_close(ours(**given).logits, theirs(**given).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_labels_laid_flat(training):
+    theirs, ours = pair("BertForMaskedLM")
+    given = batch("BertForMaskedLM")
+    for on_padding in (False, True):
+        if on_padding:
+            given["labels"][1, -1] = 5
+        flat = given | {"labels": given["labels"].flatten()}
+        losses = [model.train(training)(**flat).loss for model in (theirs, ours)]
+        torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_forward_mode_gradients_are_those_of_transformers():
+    given = batch()
+    embeds = torch.randn(*given.pop("input_ids").shape, 32)
+    found = []
+    for model in pair("BertModel"):
+        model.set_attn_implementation("eager")
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(embeds, embeds.cos())
+            states = model(inputs_embeds=dual, **given).pooler_output
+            found.append(forward_ad.unpack_dual(states).tangent)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_as_asked_for_is_no_warning(caplog):
+    layers._say.cache_clear()
+    _, ours = pair("BertModel")
+    with caplog.at_level(logging.WARNING, "fastbert"):
+        ours(**batch())
+        assert not caplog.records
+        ours(**batch(), output_attentions=True)
+    with caplog.at_level(logging.INFO, "fastbert"):
+        for _ in range(2):
+            ours(**batch())
+    own_path, fast = [one for one in caplog.records if one.name == "fastbert"]
+    assert (own_path.levelname, fast.levelname) == ("WARNING", "INFO")
+    assert "output_attentions" in own_path.getMessage()
+    assert fast.getMessage() == "BertModel: no padding is computed, on cpu"
+
+
+def test_kernels_read_ordinary_products_only():
+    class Quantised(torch.Tensor):
+        pass
+
+    assert layers.is_product(nn.Linear(8, 8))
+    assert layers.is_norm(nn.LayerNorm(8))
+    weight = torch.randn(8, 8).as_subclass(Quantised)
+    odd = nn.Linear(8, 8)
+    odd.weight = nn.Parameter(weight, requires_grad=False)
+    assert not layers.is_product(odd)
+    assert not layers.is_product(nn.Linear(8, 8, bias=False))
+    assert not layers.is_norm(nn.LayerNorm(8, bias=False))
+
+
+def test_a_graphics_card_without_kernels_is_told_of(said):
+    layers._kernels.cache_clear()
+    assert layers._kernels(torch.device("cpu"), "ieee") is None
+    assert said == ["no kernels on cpu, plain PyTorch: they need a GPU"]

@@ -1,6 +1,5 @@
 """What people put around a BERT: accelerate, PEFT, sentence-transformers, pipelines, DDP."""
 
-import logging
 import multiprocessing
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertTokenizer, pipeline
 
 import fastbert
-from fastbert.hf import layers
 
 from .berts import (
     HEADS,
@@ -33,18 +31,6 @@ from .berts import (
 
 TEXTS = ["the cat sat", "one dog ran to town where rain fell and the cat sat on a mat", "rain"]
 WORDS = sorted(set(" ".join(TEXTS).split()))
-
-
-@pytest.fixture
-def said():
-    """What the log says, as if in a new process."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    layers._say.cache_clear()
-    logging.getLogger("fastbert").addHandler(handler)
-    yield lines
-    logging.getLogger("fastbert").removeHandler(handler)
 
 
 def fast(lines: list[str]) -> bool:
