@@ -235,7 +235,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
         too_long: "cannot be written: File name too long",
     }  # fmt: skip
     requests = [f"{command} --json {path}" for command in commands for path in refused]
-    requests += ["bench convergence --png folder", "profile kernel adamw --png no/x.png",
+    requests += ["bench convergence --png no/x.png", "profile kernel adamw --png no/x.png",
                  "profile step --trace folder"]  # fmt: skip
     code = (
         "import sys; from fastbert.cli import main\n"
