@@ -191,7 +191,7 @@ def _gpu_kernels(content: Any, file: str) -> Result:
 
 
 _STAGES = {"step": _gpu_step, "kernels": _gpu_kernels}
-_CHECKS = ("gpu", "smoke", "pretrain")
+_CHECKS = ("gpu", "smoke", "pretrain", "dropin")
 """Stages that tell what held and what ran, not how fast."""
 
 
