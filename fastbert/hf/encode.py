@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import chain, islice
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -129,6 +130,30 @@ def _moved(model: Any, dtype: torch.dtype | None, device: str | torch.device | N
     return copy.deepcopy(model).to(wanted, dtype)
 
 
+class _Use:
+    """A model made ready, and what it was before."""
+
+    def __init__(self, model: nn.Module, modules: list[nn.Module]) -> None:
+        self.threads = 0
+        self.swapped = not any(isinstance(module, Encoder) for module in modules)
+        if self.swapped:
+            accelerate(model)
+        self.encoders: list[Any] = [module for module in modules if isinstance(module, Encoder)]
+        self.training = [module for module in modules if module.training]
+        for module in self.training:
+            module.training = False
+
+    def end(self, model: nn.Module) -> None:
+        if self.swapped:
+            decelerate(model)
+        for module in self.training:
+            module.training = True
+
+
+_USES: dict[nn.Module, _Use] = {}  # of models that a thread computes with just now
+_LOCK = Lock()
+
+
 class _Encode:
     """What a call keeps."""
 
@@ -156,24 +181,22 @@ class _Encode:
 
     @contextmanager
     def _ready(self) -> Iterator[Any]:
-        """The encoder, accelerated and in evaluation."""
-        training = [module for module in self.modules if module.training]
-        encoders = [module for module in self.modules if isinstance(module, Encoder)]
-        swapped = not encoders
-        if swapped:
-            accelerate(self.model)
-            encoders = [module for module in self.modules if isinstance(module, Encoder)]
+        """The encoder, accelerated and in evaluation, until the last thread is done with it."""
+        with _LOCK:
+            use = _USES.get(self.model)
+            if use is None:
+                use = _USES[self.model] = _Use(self.model, self.modules)
+            use.threads += 1
         try:
-            for module in training:
-                module.training = False
-            if len(encoders) > 1:
-                raise ValueError(f"{type(self.model).__name__} holds {len(encoders)} encoders")
-            yield encoders[0]
+            if len(use.encoders) > 1:
+                raise ValueError(f"{type(self.model).__name__} holds {len(use.encoders)} encoders")
+            yield use.encoders[0]
         finally:
-            if swapped:
-                decelerate(self.model)
-            for module in training:
-                module.training = True
+            with _LOCK:
+                use.threads -= 1
+                if not use.threads:
+                    del _USES[self.model]
+                    use.end(self.model)
 
     def windows(self, texts: Iterable[str], total: int | None, show: bool) -> Iterator[np.ndarray]:
         """(n, H) float32 of each window in turn."""

@@ -1,7 +1,9 @@
 """fastbert.encode: the vectors of sentence-transformers, of any number of texts, in their order."""
 
 import logging
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -62,6 +64,22 @@ def test_outputs_that_a_configuration_asks_for_are_not_made(folder: str) -> None
     np.testing.assert_array_equal(
         fastbert.encode(TEXTS, asking, tokenizer), fastbert.encode(TEXTS, folder)
     )
+
+
+def test_threads_share_a_model(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BertModel.from_pretrained(folder).train()
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    want = fastbert.encode(TEXTS, folder)
+    calls = encode_module._Encode._vectors
+    monkeypatch.setattr(  # each waits for the others
+        encode_module._Encode, "_vectors", lambda *args: (time.sleep(0.002), calls(*args))[1]
+    )
+    with ThreadPoolExecutor(4) as pool:
+        tasks = [pool.submit(fastbert.encode, TEXTS, model, tokenizer) for _ in range(40)]
+        for task in tasks:
+            np.testing.assert_allclose(task.result(), want, atol=1e-6)
+    assert type(model) is BertModel
+    assert all(module.training for module in model.modules())
 
 
 def by_transformers(folder: str, text: str, pooling: str) -> np.ndarray:
