@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import gc
+import importlib.util
 import os
 import shutil
 import signal
@@ -16,6 +17,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+# Triton reads TRITON_INTERPRET where the functions of its library are defined. tests/kernels need
+# those interpreted, and transformers' Trainer and PEFT, which other tests import, bring Triton along.
+if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton"):
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("triton.language")
+    del os.environ["TRITON_INTERPRET"]
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and their processes as well.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -27,13 +27,13 @@ Losses = Callable[[Path], list[tuple[int, float]]]
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[Batch]]:
     """The batches of each step."""
     steps: list[list[Batch]] = []
-    call = TrainStep.__call__
+    call = TrainStep.eager
 
     def spy(self: TrainStep, batches: Sequence[Batch]) -> None:
         call(self, batches)
         steps.append(list(batches))
 
-    monkeypatch.setattr(TrainStep, "__call__", spy)
+    monkeypatch.setattr(TrainStep, "eager", spy)
     return steps
 
 
