@@ -19,7 +19,7 @@ import pytest
 import torch
 
 # Triton reads TRITON_INTERPRET where the functions of its library are defined. tests/kernels need
-# those interpreted, and transformers' Trainer and PEFT, which other tests import, bring Triton along.
+# those interpreted; transformers' Trainer and PEFT, which other tests import, bring Triton along.
 if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("triton.language")
