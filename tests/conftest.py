@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -66,6 +67,29 @@ def _seeded() -> None:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no loss.png, which takes a quarter of a small one; test_loop.py looks at it."""
     monkeypatch.setattr("fastbert.train.report.draw_loss", lambda run: run / "loss.png")
+
+
+@pytest.fixture(scope="session")
+def save_bert() -> Callable[[Path, list[str], int], Path]:
+    """Makes a folder of a little BERT for masked words: (where, its vocabulary, its positions)."""
+    import transformers
+
+    def save(path: Path, words: list[str], positions: int) -> Path:
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=64, max_position_embeddings=positions,
+        )  # fmt: skip
+        model = transformers.BertForMaskedLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(path)
+        ids = {word: index for index, word in enumerate(words)}
+        transformers.BertTokenizer(vocab=ids).save_pretrained(path)
+        return path
+
+    return save
 
 
 @dataclasses.dataclass(frozen=True)

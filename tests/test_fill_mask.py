@@ -3,11 +3,11 @@
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, pipeline
+from transformers import BertModel, pipeline
 
 from fastbert.cli import main
 
@@ -19,29 +19,20 @@ ONE, TWO = "the [MASK] sat", "the [MASK] sat on the mat, the dog on the [MASK]"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
-    model = BertForMaskedLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(path)
-    return path
+def folder(tmp_path_factory: pytest.TempPathFactory, save_bert: Callable[..., Path]) -> Path:
+    return save_bert(tmp_path_factory.mktemp("model"), WORDS, 32)
 
 
 def lines_of(capsys: pytest.CaptureFixture[str], *argv: object) -> list[str]:
     assert main(["fill-mask", *map(str, argv)]) == 0
     return capsys.readouterr().out.splitlines()
+
+
+def test_a_run_stands_for_its_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "run/hf")
+    assert lines_of(capsys, tmp_path / "run", ONE) == lines_of(capsys, folder, ONE)
 
 
 def test_as_transformers_pipeline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,8 +103,7 @@ def is_known(module: nn.Module | None) -> bool:
     """
     if module is None:
         return True
-    known = _of_known_make(type(module).forward)
-    return known and ("forward" not in vars(module) or own_forward(module))
+    return _of_known_make(type(module).forward) and own_forward(module)
 
 
 @cache
@@ -115,8 +114,7 @@ def _of_known_make(forward: Any) -> bool:
 def is_of_libraries(module: nn.Module) -> bool:
     """Whether a module's forward is of those whose modules take whatever a head's input is."""
     make = type(module).forward.__module__.partition(".")[0]
-    own = "forward" not in vars(module) or own_forward(module)
-    return own and make in ("fastbert", *_LIBRARIES)
+    return own_forward(module) and make in ("fastbert", *_LIBRARIES)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -137,7 +135,8 @@ def kernels_for(x: Tensor, *widths: int) -> Ops | None:
         return None
     if not x.numel() or any(width % 8 or width > MAX_WIDTH for width in widths):
         return None
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # `allow_tf32` raises where somebody has set precisions by the names of torch 2.9 and newer.
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return _kernels(x.device, "tf32" if tf32 else "ieee")
 
 

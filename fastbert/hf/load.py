@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 from transformers.utils import logging as their_logging
 
 from fastbert.errors import UserError
+from fastbert.hf.weights import local_folder
 
 
 def load_model(
@@ -23,7 +24,7 @@ def load_model(
     """The model, in evaluation; other heads that were saved with it are left behind.
 
     Args:
-        folder: or a name of the hub.
+        folder: of a model or of a run; or a name of the hub.
         mlm: with the head that predicts masked words; else the encoder alone, without pooler.
         dtype: None: as it was saved.
 
@@ -31,7 +32,7 @@ def load_model(
         UserError: there is no such model, or one that lacks weights.
     """
     auto: Any = AutoModelForMaskedLM if mlm else AutoModel
-    where = os.fspath(folder)
+    where = _place(folder)
     try:
         config = AutoConfig.from_pretrained(where)
         kind: Any = auto._model_mapping.get(type(config), None)
@@ -44,7 +45,7 @@ def load_model(
                 where, config=config, dtype=dtype, output_loading_info=True, **options
             )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: no model to load: {_first_line(error)}") from None
+        raise UserError(_complaint(where, "model", error)) from None
     if lacking := sorted(found["missing_keys"]):
         raise UserError(f"{where}: lacks {len(lacking)} weights, {lacking[0]} first")
     loaded: nn.Module = model.eval()
@@ -57,19 +58,27 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     Raises:
         UserError: there is none.
     """
-    where = os.fspath(folder)
+    where = _place(folder)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: no tokenizer to load: {_first_line(error)}") from None
+        raise UserError(_complaint(where, "tokenizer", error)) from None
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise UserError(f"{where}: holds no tokenizer (tokenizer.json or vocab.txt)")
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _place(folder: str | os.PathLike[str]) -> str:
+    return os.fspath(local_folder(folder) if os.path.isdir(folder) else folder)
+
+
+def _complaint(where: str, what: str, error: Exception) -> str:
+    if os.path.isdir(where):
+        why = f"no {what} to load: "
+    else:
+        why = "not a folder, and not to be had from a hub: "
+    return f"{where}: {why}{(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ sequences of similar length, padded to s; P slots of all groups.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -341,6 +341,11 @@ def dropout_seed(device: torch.device, dropout_p: float) -> Tensor:  # (3,) int6
 
     Checkpointing restores that generator, so a forward made again draws the same.
     """
-    if dropout_p == 0.0:
+    return torch.randint(2**29, (3,), device=device) if dropout_p else _no_seed(device)
+
+
+@cache
+def _no_seed(device: torch.device) -> Tensor:
+    """What no kernel reads: one for all, not a launch for each of three in every layer."""
+    with torch.inference_mode(False):  # a backward may keep it
         return torch.zeros(3, dtype=torch.int64, device=device)
-    return torch.randint(2**29, (3,), device=device)

@@ -244,9 +244,16 @@ def _check_parts(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> l
 
 
 def local_folder(name_or_folder: str | os.PathLike[str]) -> Path:
+    """A Hugging Face folder: the one named, `hf/` of a run, or what a hub or its cache has.
+
+    Raises:
+        UserError: there is none.
+    """
     folder = Path(name_or_folder)
     if folder.is_dir():
-        return folder
+        of_run = folder / "hf"
+        is_run = not (folder / "config.json").exists() and (of_run / "config.json").exists()
+        return of_run if is_run else folder
     try:
         from transformers.utils.hub import cached_file
 

@@ -152,6 +152,10 @@ class Bert(nn.Module):
         last_layer_masked_only: bool = True,
     ) -> None:
         super().__init__()
+        kind: type = type(config)
+        if not issubclass(kind, ModelConfig):  # one of transformers may be of a decoder
+            name = kind.__name__
+            raise TypeError(f"a {name} is no ModelConfig: fastbert.model_config(folder) makes one")
         self.config, self.ops = config, ops
         self.gradient_checkpointing = gradient_checkpointing
         self.last_layer_masked_only = last_layer_masked_only

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,25 +24,8 @@ TEXTS = ["the cat", "", "dog ran far [PAD] the mat", "the dog sat on the mat", "
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    model = BertForMaskedLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
-    tokenizer.save_pretrained(path)
-    return str(path)
+def folder(tmp_path_factory: pytest.TempPathFactory, save_bert: Callable[..., Path]) -> str:
+    return str(save_bert(tmp_path_factory.mktemp("model"), WORDS, 64))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -349,3 +350,19 @@ def test_a_graphics_card_without_kernels_is_told_of(said):
     layers._kernels.cache_clear()
     assert layers._kernels(torch.device("cpu"), "ieee") is None
     assert said == ["no kernels on cpu, plain PyTorch: they need a GPU"]
+
+
+def test_precisions_set_by_their_new_names(monkeypatch):
+    """torch then refuses to tell `allow_tf32`; a kernel's precision is found all the same."""
+    found = []
+    monkeypatch.setattr(layers, "_kernels", lambda device, precision: found.append(precision))
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, numel=lambda: 1)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            layers.kernels_for(x)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.get_float32_matmul_precision() == before
+    assert found == ["tf32", "ieee"]

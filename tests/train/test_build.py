@@ -159,6 +159,10 @@ def test_weights_come_from_a_folder_and_go_to_one(batches: list[Batch], tmp_path
     assert (tmp_path / "again/tokenizer.json").exists()
 
     model = fastbert.load_pretrained(tmp_path / "hf")
+    of_run = fastbert.load_pretrained(tmp_path)  # a run's folder holds hf/
+    assert torch.equal(of_run.embeddings.word, model.embeddings.word)
+    with pytest.raises(TypeError, match=r"a BertConfig is no ModelConfig: fastbert\.model_config"):
+        fastbert.Bert(transformers.BertConfig())  # type: ignore[arg-type]
     copied = fastbert.make_step(recipe(), model)
     assert torch.equal(copied.flat.master, step.flat.master)
     mlm = fastbert.make_step(recipe(nsp=False), model)
