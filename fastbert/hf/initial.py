@@ -49,8 +49,8 @@ def load_pretrained(name_or_folder: str | os.PathLike[str]) -> Bert:
     """The packed model of a Hugging Face checkpoint, with the heads it has, in fp32.
 
     Args:
-        name_or_folder: a folder holding config.json and weights, or a hub name where transformers
-            can reach a hub or its cache.
+        name_or_folder: a folder holding config.json and weights, or a run; or a hub name where
+            transformers can reach a hub or its cache.
 
     Raises:
         UserError: no such folder, unreadable or mis-shapen weights, an encoder weight missing.
