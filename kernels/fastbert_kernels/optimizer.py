@@ -136,6 +136,8 @@ def _adamw_kernel(
     decay2,
     eps,
     weight_decay,
+    embedding_end,
+    embedding_factor,
     BLOCK: tl.constexpr,
     WRITE_BACK: tl.constexpr,
 ):
@@ -147,10 +149,11 @@ def _adamw_kernel(
     m, v = _moments(
         grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, offsets, inside, decay1, decay2
     )
-    shrink = 1.0 - tl.load(scalars_ptr + _LR) * weight_decay
+    factor = tl.where(offsets < embedding_end, embedding_factor, 1.0)
+    shrink = 1.0 - tl.load(scalars_ptr + _LR) * factor * weight_decay
     w = tl.where(offsets < decay_end, w * shrink, w)
     step_size, root = tl.load(scalars_ptr + _STEP_SIZE), tl.load(scalars_ptr + _ROOT)
-    w -= step_size * (m / (tl.sqrt(v) / root + eps))
+    w -= step_size * factor * (m / (tl.sqrt(v) / root + eps))
     tl.store(master_ptr + offsets, w, mask=inside)
     if WRITE_BACK:
         tl.store(weights_ptr + offsets, w.to(weights_ptr.dtype.element_ty), mask=inside)
@@ -208,7 +211,7 @@ def _lamb_moments_kernel(
     tl.store(partials_ptr + tl.num_programs(0) + block, tl.sum(u_squares, 0))
 
 
-@triton.jit(do_not_specialize=["blocks", "decay_end"])
+@triton.jit(do_not_specialize=["blocks", "decay_end", "embedding_end"])
 def _lamb_ratios_kernel(
     partials_ptr,  # (2, blocks) fp32
     first_block_ptr,  # (parameters + 1,) int32
@@ -217,6 +220,8 @@ def _lamb_ratios_kernel(
     rates_ptr,  # (parameters,) fp32: lr times the trust ratio
     blocks,
     decay_end,
+    embedding_end,
+    embedding_factor,
     BLOCK: tl.constexpr,
 ):
     if tl.load(scalars_ptr + _FINITE) == 0.0:
@@ -230,8 +235,10 @@ def _lamb_ratios_kernel(
         w_squares += tl.load(partials_ptr + cols, mask=cols < last, other=0.0)
         u_squares += tl.load(partials_ptr + blocks + cols, mask=cols < last, other=0.0)
     w_norm, u_norm = tl.sqrt_rn(tl.sum(w_squares, 0)), tl.sqrt_rn(tl.sum(u_squares, 0))
-    trusted = (tl.load(bounds_ptr + first * 2) < decay_end) & (w_norm > 0) & (u_norm > 0)
+    start = tl.load(bounds_ptr + first * 2)
+    trusted = (start < decay_end) & (w_norm > 0) & (u_norm > 0)
     ratio = tl.where(trusted, w_norm / tl.where(trusted, u_norm, 1.0), 1.0)
+    ratio *= tl.where(start < embedding_end, embedding_factor, 1.0)
     tl.store(rates_ptr + parameter, tl.load(scalars_ptr + _LR) * ratio)
 
 
@@ -338,6 +345,8 @@ def _step(
     eps: float,
     weight_decay: float,
     max_grad_norm: float,
+    embedding_end: int,
+    embedding_lr_factor: float,
 ) -> None:
     P = master.numel()
     programs = min(triton.cdiv(P, _NORM_BLOCK), _NORM_PROGRAMS)
@@ -351,9 +360,10 @@ def _step(
     moments = (master, grad, exp_avg, exp_avg_sq)
     rounded, write = (master, False) if weights is None else (weights, True)
     factors = (decay_end, 1 - beta1, 1 - beta2, eps, weight_decay)
+    embeddings = (embedding_end, embedding_lr_factor)
     if not table:
         _adamw_kernel[(triton.cdiv(P, _BLOCK),)](
-            *moments, rounded, scalars, P, *factors,
+            *moments, rounded, scalars, P, *factors, *embeddings,
             BLOCK=_BLOCK, WRITE_BACK=write, num_warps=_NUM_WARPS,
         )  # fmt: skip
         return
@@ -365,8 +375,9 @@ def _step(
         BLOCK=_LAMB_BLOCK, PIECE=_BLOCK, num_warps=_NUM_WARPS,
     )  # fmt: skip
     _lamb_ratios_kernel[(parameters,)](
-        partials, first_block, bounds, scalars, rates, blocks, decay_end, BLOCK=_BLOCK, num_warps=4
-    )
+        partials, first_block, bounds, scalars, rates, blocks, decay_end, *embeddings,
+        BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
     _lamb_apply_kernel[(blocks,)](
         master, exp_avg, exp_avg_sq, rounded, scalars, bounds, parameter, rates,
         decay_end, eps, weight_decay,
@@ -398,10 +409,12 @@ def _check(op: str, buffers: Buffers, hyper: Hyperparameters) -> None:
         if tensor is not None:
             require_tensor(op, name, tensor, shape, dtype, device)
     require(P > 0, f"{op}: master is empty")
-    betas, decay_end = (hyper.beta1, hyper.beta2), hyper.decay_end
+    betas = (hyper.beta1, hyper.beta2)
     inside = all(0 < beta < 1 for beta in betas)
     require(inside, f"{op}: betas {betas[0]}, {betas[1]} are not inside (0, 1)")
-    require(0 <= decay_end <= P, f"{op}: decay_end = {decay_end} is outside [0, {P}]")
+    for name in ("decay_end", "embedding_end"):
+        end = getattr(hyper, name)
+        require(0 <= end <= P, f"{op}: {name} = {end} is outside [0, {P}]")
 
 
 def adamw_step(buffers: Buffers, hyper: Hyperparameters) -> None:
@@ -438,7 +451,8 @@ def compile_cases() -> list[CompileCase]:
     """Every kernel in every shipped configuration, for the compile report."""
     others = dict.fromkeys(("bounds_ptr", "step_ptr", "skipped_ptr"), "*i64")
     others |= dict.fromkeys(("parameter_ptr", "first_block_ptr"), "*i32")
-    others |= dict.fromkeys(("decay1", "decay2", "weight_decay"), "fp32")
+    factors = ("decay1", "decay2", "weight_decay", "embedding_factor")
+    others |= dict.fromkeys(factors, "fp32")
     lamb = {"BLOCK": _LAMB_BLOCK, "PIECE": _BLOCK}
     prepare = {
         "MAX_GRAD_NORM": 1.0, "LOG_BETA1": math.log(0.9), "LOG_BETA2": math.log(0.999),
@@ -474,6 +488,6 @@ def compile_cases() -> list[CompileCase]:
         label = f"grad {grad}, weights {weights}"
         cases.append(
             CompileCase(name, label, kernel, signature, constexprs, num_warps,
-                        divisible_by_16=("P", "decay_end", "programs"))
+                        divisible_by_16=("P", "decay_end", "embedding_end", "programs"))
         )  # fmt: skip
     return cases

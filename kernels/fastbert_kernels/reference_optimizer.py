@@ -1,4 +1,4 @@
-"""The update of flat buffers, and MLM masking, in plain PyTorch: oracle of `optimizer` and `mask`.
+"""Updates of flat buffers and MLM masking in plain PyTorch: oracle of `optimizer`, `muon`, `mask`.
 
 P elements of all parameters laid end to end, T tokens packed, V vocabulary. The updates change
 their buffers in place and, unlike the kernels, read the device (`bool(finite)`).
@@ -9,6 +9,7 @@ max_grad_norm <= 0 clips nothing. A gradient that holds an inf or a nan changes 
 `grad_norm`, and adds 1 to `skipped`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Buffers(NamedTuple):
     master: Tensor  # (P,) fp32
     grad: Tensor  # (P,) fp32, bf16 or fp16: grad_scale times the gradient
     exp_avg: Tensor  # (P,) fp32
-    exp_avg_sq: Tensor  # (P,) fp32
+    exp_avg_sq: Tensor  # (P,) fp32; of `muon_step` as long as what AdamW updates
     weights: Tensor | None  # (P,) the rounded copy to compute with, if any
     lr: Tensor  # () fp32
     step: Tensor  # () int64: updates made so far
@@ -51,6 +52,37 @@ class Hyperparameters(NamedTuple):
     eps: float = 1e-6
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0  # 0: no clipping
+    embedding_end: int = 0  # elements [0, embedding_end) have a learning rate of their own:
+    embedding_lr_factor: float = 1.0  # times lr
+
+
+class MuonGroup(NamedTuple):
+    """Matrices of one shape, each (rows, columns) = (out, in) of a linear map."""
+
+    rows: int
+    columns: int
+    starts: tuple[int, ...]  # of each in the flat buffers
+
+
+class MuonHyperparameters(NamedTuple):
+    """What Muon needs beside AdamW's `Hyperparameters`."""
+
+    begin: int  # AdamW updates [0, begin), Muon the groups, which lie in [begin, P)
+    groups: tuple[MuonGroup, ...]
+    lr_ratio: float = 1.0  # Muon's learning rate over lr
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    weight_decay: float = 0.0
+    adjust_lr_fn: str = "original"  # or match_rms_adamw
+    dtype: torch.dtype = torch.bfloat16  # of Newton-Schulz
+
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_EPS = 1e-7
+
+Orthogonalize = Callable[[Tensor], Tensor]
+"""(B, rows, columns) matrices to the same of orthogonalized ones, each by itself."""
 
 
 @torch.no_grad()
@@ -84,14 +116,22 @@ def adamw_step(buffers: Buffers, hyper: Hyperparameters) -> None:
     g = _clipped(buffers, hyper.max_grad_norm)
     if g is None:
         return
+    _adamw(buffers, hyper, g, g.numel())
+    if buffers.weights is not None:
+        buffers.weights.copy_(buffers.master)
+
+
+def _adamw(buffers: Buffers, hyper: Hyperparameters, grad: Tensor, end: int) -> None:
+    """Of the elements before `end`; embeddings take lr times their factor."""
     correction1, correction2 = _corrections(buffers, hyper)
-    w, m, v, lr = buffers.master, buffers.exp_avg, buffers.exp_avg_sq, buffers.lr
-    w[: hyper.decay_end].mul_(1 - lr * hyper.weight_decay)
+    whole = (buffers.master, buffers.exp_avg, buffers.exp_avg_sq, grad)
+    w, m, v, g = (buffer[:end] for buffer in whole)
+    lr = buffers.lr.repeat(end)
+    lr[: hyper.embedding_end] *= hyper.embedding_lr_factor
+    w[: hyper.decay_end].mul_(1 - lr[: hyper.decay_end] * hyper.weight_decay)
     m.lerp_(g, 1 - hyper.beta1)
     v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
     w -= lr / correction1 * m / (v.sqrt() / correction2**0.5 + hyper.eps)
-    if buffers.weights is not None:
-        buffers.weights.copy_(w)
 
 
 @torch.no_grad()
@@ -123,7 +163,91 @@ def lamb_step(
             norms = torch.linalg.vector_norm(w), torch.linalg.vector_norm(update)
             if all(norms):
                 ratio = float(norms[0] / norms[1])
-        w -= buffers.lr * ratio * update
+        factor = hyper.embedding_lr_factor if start < hyper.embedding_end else 1.0
+        w -= buffers.lr * factor * ratio * update
+    if buffers.weights is not None:
+        buffers.weights.copy_(buffers.master)
+
+
+@torch.no_grad()
+def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:  # (B, rows, columns), both ways
+    """Each matrix U S Vᵀ to about U Vᵀ, by a quintic iteration (Jordan et al. 2024, "Muon").
+
+    X ← X / ‖X‖_F, then `steps` times A = X Xᵀ, B = b A + c A², X ← a X + B X, of the smaller side:
+    a matrix with more rows than columns takes A = Xᵀ X and X ← a X + X B. The coefficients are
+    torch.optim.Muon's: singular values end within about 0.7 and 1.2, not at 1. Computes in x's
+    dtype, as it does.
+    """
+    a, b, c = NS_COEFFICIENTS
+    tall = x.shape[1] > x.shape[2]
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=NS_EPS)
+    for _ in range(steps):
+        gram = x.mT @ x if tall else x @ x.mT
+        update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        left, right = (x, update) if tall else (update, x)
+        x = torch.baddbmm(x, left, right, beta=a)
+    return x
+
+
+def muon_lr_factor(group: MuonGroup, adjust_lr_fn: str) -> float:
+    """What torch.optim.Muon's `adjust_lr_fn` multiplies the learning rate with.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    rows, columns = group.rows, group.columns
+    if adjust_lr_fn == "original":
+        return max(1.0, rows / columns) ** 0.5
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * max(rows, columns) ** 0.5
+    raise ValueError(f"adjust_lr_fn = {adjust_lr_fn!r} must be original or match_rms_adamw")
+
+
+@torch.no_grad()
+def muon_step(
+    buffers: Buffers,
+    hyper: Hyperparameters,
+    muon: MuonHyperparameters,
+    spread: Callable[[Orthogonalize, Tensor], Tensor] | None = None,
+) -> None:
+    """Muon (Jordan et al. 2024) of the groups' matrices, AdamW of all before them, as one update.
+
+    In torch.optim.Muon's order of operations, of the clipped gradient g of a matrix:
+    m ← μ m + (1 - μ) g,  u = μ m + (1 - μ) g (m without nesterov),
+    w ← (1 - lr' λ) w - lr' f NS(u), with lr' = lr times `lr_ratio` and f of `muon_lr_factor`.
+    What lies between the matrices is left alone.
+
+    Args:
+        buffers, hyper, muon: see there.
+        spread: runs the function it is given on the matrices it is given, (B, rows, columns):
+            where processes divide them, each calls it with a part. None: it is called.
+
+    Raises:
+        ValueError: `adjust_lr_fn` is no such function.
+    """
+    grad = _clipped(buffers, hyper.max_grad_norm)
+    if grad is None:
+        return
+    _adamw(buffers, hyper, grad, muon.begin)
+    lr = buffers.lr * muon.lr_ratio
+
+    def orthogonalize(x: Tensor) -> Tensor:
+        return newton_schulz(x, muon.ns_steps)
+
+    for group in muon.groups:
+        rows, columns, starts = group
+        spans = [slice(start, start + rows * columns) for start in starts]
+        updates = []
+        for span in spans:
+            g, m = grad[span], buffers.exp_avg[span]
+            m.lerp_(g, 1 - muon.momentum)
+            updates.append(g.lerp(m, muon.momentum) if muon.nesterov else m)
+        x = torch.stack(updates).view(-1, rows, columns).to(muon.dtype)
+        x = spread(orthogonalize, x) if spread else orthogonalize(x)
+        factor = muon_lr_factor(group, muon.adjust_lr_fn)
+        for span, update in zip(spans, x.flatten(1), strict=True):
+            w = buffers.master[span]
+            w.mul_(1 - lr * muon.weight_decay).sub_(lr * factor * update)
     if buffers.weights is not None:
         buffers.weights.copy_(buffers.master)
 

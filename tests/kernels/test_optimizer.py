@@ -14,7 +14,7 @@ from fastbert_kernels.optimizer import adamw_step, lamb_step, lamb_table
 from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
 
 SPANS = [(0, 5000), (5008, 5108), (5120, 5121), (5136, 5236)]
-DECAY_END, P = 5120, 5248
+EMBEDDING_END, DECAY_END, P = 5008, 5120, 5248
 HYPER = Hyperparameters(DECAY_END)
 
 
@@ -64,7 +64,11 @@ def side_by_side(
     own: tuple[Any, ...],
     theirs: tuple[Any, ...],
 ) -> None:
-    """50 steps in fp32, 12 with gradients in fp16; steps 7 and 9 hold an inf and a nan."""
+    """50 steps in fp32, 12 with gradients in fp16; steps 7 and 9 hold an inf and a nan.
+
+    The first parameter has a learning rate of its own.
+    """
+    hyper = HYPER._replace(embedding_end=EMBEDDING_END, embedding_lr_factor=1.5)
     steps = 50 if dtype == torch.float32 else 12
     found = state(torch.float16)
     want = widened(found)
@@ -78,8 +82,8 @@ def side_by_side(
         if i == 9:
             grad[-20] = torch.nan
         before = {name: copy.deepcopy(t) for name, t in found.items()}
-        step(Buffers(grad=grad, **found), HYPER, *own)
-        oracle(Buffers(grad=grad, **want), HYPER, *theirs)
+        step(Buffers(grad=grad, **found), hyper, *own)
+        oracle(Buffers(grad=grad, **want), hyper, *theirs)
         if i in (7, 9):
             for name in ("master", "exp_avg", "exp_avg_sq", "step"):
                 assert torch.equal(found[name], before[name]), name
