@@ -82,8 +82,11 @@ def _rows(result: Result, results: Path) -> Iterator[str]:
                                       if "floor_share" in row else ""))
             for row in result.rows if row.get("ms") and row.get("contender", "ours") == "ours"
         ]  # fmt: skip
-    else:
-        rows = [(row["name"], _figure(row)) for row in result.rows]
+    else:  # of many shapes, only the worst
+        named = (row for row in result.rows if row.get("task") != "shapes")
+        worst = (row for row in result.rows if row["name"].startswith("worst"))
+        shown = [*named, *worst]
+        rows = [(row["name"], _figure(row)) for row in shown]
     yield f"| {head} | |"
     yield "|---|--:|"
     for name, figure in rows:
@@ -102,9 +105,14 @@ def _figure(row: Row) -> str:
     ):
         if key in row:
             shown = f"{row[key]:,.0f}" if row[key] >= 100 else f"{row[key]:.3g}"
-            compared = f" ({row['ratio']:.1f}x)" if row.get("ratio", 1) != 1 else ""
+            compared = f" ({_ratio(row['ratio'])}x)" if row.get("ratio", 1) != 1 else ""
             return f"{shown} {unit}{compared}"
     return "not available"
+
+
+def _ratio(ratio: float) -> str:
+    """A digit more where the first would hide on which side of 1 it lies."""
+    return f"{ratio:.2f}" if 0.9 < ratio < 1.1 else f"{ratio:.1f}"
 
 
 def with_section(readme: str, results: Path = RESULTS) -> str:
