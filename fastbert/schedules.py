@@ -131,7 +131,7 @@ def united(*schedules: Schedule[Any]) -> tuple[Phase, ...]:
         values = [next(value for value, last in one if end <= last) for one in schedules]
         if found and found[-1][:-1] == tuple(values):
             found.pop()
-        found.append(Phase(*values, end))
+        found.append(Phase._make((*values, end)))
     return tuple(found)
 
 

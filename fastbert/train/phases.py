@@ -10,19 +10,21 @@ from fastbert.schedules import Phase
 
 def use_dropout(model: Bert, phase: Phase) -> None:
     """Lets a model drop what the phase says; its sizes keep the model's own for who fine-tunes."""
-    hidden, attention = phase.hidden_dropout_prob, phase.attention_probs_dropout_prob
-    hidden = model.config.hidden_dropout_prob if hidden is None else hidden
+    own, hidden, attention = model.config, *phase[2:4]
+    hidden = own.hidden_dropout_prob if hidden is None else hidden
     model.embeddings.dropout_p = hidden
+    layer: Any
     for layer in model.layers:
         layer.hidden_dropout_p = hidden
         layer.attention_dropout_p = (
-            model.config.attention_probs_dropout_prob if attention is None else attention
+            own.attention_probs_dropout_prob if attention is None else attention
         )
 
 
 def dropout_in_use(model: Bert) -> tuple[float, float]:
     """Of hidden states and of attention, as `use_dropout` has set it."""
-    return model.embeddings.dropout_p, model.layers[0].attention_dropout_p
+    layer: Any = model.layers[0]
+    return layer.hidden_dropout_p, layer.attention_dropout_p
 
 
 def is_of_another(shape: dict[str, Any], now: Phase, phases: Iterable[Phase]) -> bool:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 Run = Callable[..., Path]
 
 ALL = (
-    "--max-steps 12 --save-steps 3 --eval-steps 0 --curriculum 1/2:0.5 "
+    "--max-steps 12 --save-steps 3 --validation-fraction 0 --curriculum 1/2:0.5 "
     "--mlm-probability 0.3:0.25,0.2:0.5,0.15 --hidden-dropout-prob 0:0.75,0.1 "
     "--attention-probs-dropout-prob 0.1:0.5,0.2:0.5 --lr-scheduler-type warmup_stable_decay "
     "--decay-type 1-sqrt --warmup-steps 0.25 --decay-steps 0.5 --gradient-accumulation-steps 2 "
