@@ -7,11 +7,11 @@ library only, so that a mistake is told at once.
 import json
 import math
 import os
-import re
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from fastbert.errors import UserError, did_you_mean
+from fastbert.schedules import Phase, lengths, numbers, united
 from fastbert.settings import (
     LARGEST_SEED,
     LONGEST,
@@ -326,9 +326,14 @@ def learning_rate_setting(group: Group) -> Any:
 
 def warmup_steps_setting(group: Group, default: int) -> Any:
     """Linear, from 0."""
-    help = "steps over which the learning rate rises"
+    help = "steps over which the learning rate rises, or their share of max_steps"
     aka = ("warmup", "warmup_ratio", "num_warmup_steps")
-    return setting(default, help, group, at_least=0, at_most=MOST, aka=aka)
+    return setting(default, help, group, at_least=0, at_most=MOST, aka=aka, share_too=True)
+
+
+def steps_of(given: float, max_steps: int) -> int:
+    """Steps given as a number or as a share, which is rounded up as transformers 5 does."""
+    return int(given) if given >= 1 else math.ceil(max_steps * given)
 
 
 def max_eval_batches_setting(group: Group, default: int) -> Any:
@@ -441,19 +446,21 @@ class PretrainConfig(Config):
             *("from_pretrained", "pretrained_model", "load_weights"),
         ),
     )
-    hidden_dropout_prob: float | None = setting(
+    hidden_dropout_prob: float | str | None = setting(
         None,
-        "dropout of hidden states (none = the model's own)",
+        "dropout of hidden states in training, or a schedule: 0.0:0.8,0.1 (none = the model's)",
         MODEL,
         at_least=0,
         at_most=MOST_DROPOUT,
+        schedule_too=True,
     )
-    attention_probs_dropout_prob: float | None = setting(
+    attention_probs_dropout_prob: float | str | None = setting(
         None,
-        "dropout of attention probabilities (none = the model's own)",
+        "dropout of attention in training, or a schedule: 0.0:0.8,0.1 (none = the model's)",
         MODEL,
         at_least=0,
         at_most=MOST_DROPOUT,
+        schedule_too=True,
     )
 
     data: str = data_setting(DATA)
@@ -487,8 +494,13 @@ class PretrainConfig(Config):
         DATA,
     )
     max_seq_length: int = max_seq_length_setting(DATA)
-    mlm_probability: float = setting(
-        0.15, "share of tokens to predict", DATA, more_than=0, less_than=1
+    mlm_probability: float | str = setting(
+        0.15,
+        "share of tokens to predict, or a schedule: 0.3:0.6,0.15 (evaluation: always 0.15)",
+        DATA,
+        more_than=0,
+        less_than=1,
+        schedule_too=True,
     )
     whole_word_mask: bool = setting(False, "mask all pieces of a word together", DATA)
     nsp: bool = setting(True, "train next-sentence prediction beside MLM", DATA)
@@ -509,7 +521,7 @@ class PretrainConfig(Config):
 
     curriculum: str = setting(
         "",
-        "shorter sequences first, as LENGTH:SHARE of the steps, e.g. 128:0.9 (empty = none)",
+        "shorter sequences first, as LENGTH:SHARE of the steps: 128:0.9 or 1/4:0.9 (empty = none)",
         DATA,
     )
 
@@ -554,13 +566,17 @@ class PretrainConfig(Config):
         choices=("linear", "cosine", "constant", "warmup_stable_decay"),
         aka=("scheduler", "lr_scheduler"),
     )
-    warmup_steps: int = warmup_steps_setting(TRAIN, 200)
-    decay_steps: int = setting(
+    warmup_steps: int | float = warmup_steps_setting(TRAIN, 200)
+    decay_steps: int | float = setting(
         0,
-        "steps of warmup_stable_decay's fall (0 = 10% of max_steps)",
+        "steps of warmup_stable_decay's fall, or their share of max_steps (0 = 10% of max_steps)",
         TRAIN,
         at_least=0,
         at_most=MOST_STEPS,
+        share_too=True,
+    )
+    decay_type: str = setting(
+        "cosine", "form of that fall", TRAIN, choices=("cosine", "linear", "1-sqrt")
     )
     gradient_accumulation_steps: int = setting(
         1,
@@ -618,6 +634,11 @@ class PretrainConfig(Config):
                 f"decay_steps = {self.decay_steps} belongs to lr_scheduler_type = "
                 f"'warmup_stable_decay': it must be 0 with {self.lr_scheduler_type!r}"
             )
+        if self.decay_type != "cosine" and self.lr_scheduler_type != "warmup_stable_decay":
+            raise UserError(
+                f"decay_type = {self.decay_type!r} belongs to lr_scheduler_type = "
+                f"'warmup_stable_decay': leave it out with {self.lr_scheduler_type!r}"
+            )
 
     def _check_beginning(self) -> None:
         shown = f"add_tokens = {show(self.add_tokens)}"
@@ -650,27 +671,18 @@ class PretrainConfig(Config):
         """
         return load_config(cls, path, changes)
 
-    def phases(self) -> tuple[tuple[int, int], ...]:
-        """(sequence length, the step it ends before) of each phase of `curriculum`, in order.
+    def phases(self) -> tuple[Phase, ...]:
+        """What the schedules of length, masking and dropout make of the run, in order.
 
         Raises:
-            UserError: `curriculum` cannot be read, or does not fit `max_seq_length`.
+            UserError: a schedule cannot be read, or does not fit `max_seq_length` or `max_steps`.
         """
-        shown, found, share = f"curriculum = {show(self.curriculum)}", [], 0.0
-        for part in self.curriculum.split(",") if self.curriculum else []:
-            match = re.fullmatch(r"\s*([0-9]{1,9}):([0-9]*\.?[0-9]+)\s*", part)
-            if not match:
-                raise UserError(f"{shown}: {show(part)} must be LENGTH:SHARE, e.g. 128:0.9")
-            length, share = int(match[1]), share + float(match[2])
-            if not 8 <= length <= self.max_seq_length:
-                raise UserError(
-                    f"{shown}: length {length} must be at least 8 and at most max_seq_length = "
-                    f"{self.max_seq_length}"
-                )
-            if not float(match[2]) > 0 or share >= 1:
-                raise UserError(f"{shown}: shares must be more than 0 and sum to less than 1")
-            found.append((length, round(share * self.max_steps)))
-        return (*found, (self.max_seq_length, self.max_steps))
+        scheduled = [one for one in settings(PretrainConfig) if one.schedule_too]
+        by_name = {
+            one.name: numbers(one, getattr(self, one.name), self.max_steps) for one in scheduled
+        }
+        shorter_first = lengths(self.curriculum, self.max_seq_length, self.max_steps)
+        return united(shorter_first, *(by_name[name] for name in Phase._fields[1:-1]))
 
     def accumulation_at(self, step: int) -> int:
         """Batches of optimizer step `step`, counted from 0."""
@@ -680,9 +692,19 @@ class PretrainConfig(Config):
         return min(most, 1 + step * most // self.batch_ramp_steps)
 
     @property
+    def rising_steps(self) -> int:
+        """Steps of the warm-up, where `warmup_steps` may be a share."""
+        return steps_of(self.warmup_steps, self.max_steps)
+
+    @property
     def stable_decay_steps(self) -> int:
         """Steps of warmup_stable_decay's fall, its default of 10% filled in."""
-        return self.decay_steps or math.ceil(self.max_steps / 10)
+        return stable_decay_steps(self.decay_steps, self.max_steps)
+
+
+def stable_decay_steps(decay_steps: float, max_steps: int) -> int:
+    """Steps of warmup_stable_decay's fall; by default, 0, a tenth of all."""
+    return steps_of(decay_steps, max_steps) if decay_steps else math.ceil(max_steps / 10)
 
 
 def peak_learning_rate(model: ModelConfig) -> float:

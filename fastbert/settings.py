@@ -68,6 +68,10 @@ class Setting:
     less_than: float | None = None
     number_too: bool = False
     """Whether text may be given as an integer."""
+    schedule_too: bool = False
+    """Whether text may stand for the number: what `fastbert.schedules.numbers` reads."""
+    share_too: bool = False
+    """Whether an integer may be given as a share of the whole, a number between 0 and 1."""
     aka: tuple[str, ...] = ()
     """Names that other programs give it: refused, and answered with ours."""
 
@@ -117,7 +121,8 @@ def _bound(value: float) -> str:
 def checked(setting: Setting, value: Any, where: str = "") -> Any:
     """Returns `value` in the setting's type once it is within bounds.
 
-    An int is fine for a float, and a `pathlib.Path` for text.
+    An int is fine for a float, a whole float for an int that may be a share, and a `pathlib.Path`
+    for text.
 
     Args:
         setting: what the value is for.
@@ -130,6 +135,17 @@ def checked(setting: Setting, value: Any, where: str = "") -> Any:
     if value is None and setting.optional:
         return None
     shown = f"{where}{setting.name} = {show(value)}"
+    if setting.schedule_too and type(value) is str:
+        try:
+            value = float(value)
+        except ValueError:
+            _check_text(setting, value, shown)
+            return value
+        shown = f"{where}{setting.name} = {value}"
+    if setting.share_too and type(value) is float:
+        if 0 < value < 1:
+            return value
+        value = int(value) if value.is_integer() else value
     if setting.type is float and type(value) is int:
         try:
             value = float(value)
@@ -140,11 +156,12 @@ def checked(setting: Setting, value: Any, where: str = "") -> Any:
     if setting.number_too and type(value) is int:
         value = str(value)
     if type(value) is not setting.type:
-        raise UserError(f"{shown} must be {_KINDS[setting.type]}")
+        share = "whole steps, or a share of them between 0 and 1"
+        raise UserError(f"{shown} must be {share if setting.share_too else _KINDS[setting.type]}")
     if isinstance(value, str):
         _check_text(setting, value, shown)
     elif isinstance(value, int | float):
-        _check_number(setting, value, shown)
+        check_number(setting, value, shown)
     return value
 
 
@@ -179,7 +196,17 @@ def pattern_text(setting: Setting) -> str:
     return re.sub(r"\[0-9\]\S*", "N", re.sub(r"\[a-z\]\S*", "LANGUAGE", setting.pattern))
 
 
-def _check_number(setting: Setting, value: float, shown: str) -> None:
+def check_number(setting: Setting, value: float, shown: str) -> None:
+    """Checks a number against the bounds of a setting.
+
+    Args:
+        setting: whose bounds.
+        value: the number.
+        shown: what the message begins with.
+
+    Raises:
+        UserError: it is out of bounds, or not finite.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{shown} must be a finite number")
     bounds = [

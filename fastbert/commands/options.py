@@ -7,6 +7,7 @@ import argparse
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from fastbert.config import PretrainConfig
@@ -142,11 +143,13 @@ def _parse(setting: Setting, text: str | bool) -> Any:
         return text
     if setting.optional and text == "none":
         return None
-    try:
-        return setting.type(text)
-    except ValueError:
-        kind = "an integer" if setting.type is int else "a number"
-        raise UserError(f"{setting.flag} {text}: must be {kind}") from None
+    for kind in (int, float) if setting.share_too else (setting.type,):
+        with suppress(ValueError):
+            return kind(text)
+    if setting.schedule_too:
+        return text
+    wanted = "an integer" if setting.type is int and not setting.share_too else "a number"
+    raise UserError(f"{setting.flag} {text}: must be {wanted}")
 
 
 def given(args: Namespace) -> Any:

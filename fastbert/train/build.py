@@ -3,7 +3,6 @@
 `build_step` is what a run uses, `make_step` what people with a loop of their own do.
 """
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +13,11 @@ from fastbert.config import ModelConfig, PretrainConfig, model_config, resolved
 from fastbert.data.batch import Batch
 from fastbert.errors import UserError
 from fastbert.model.bert import Bert
+from fastbert.schedules import phase_at
 from fastbert.settings import show
 from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.graph import launcher
+from fastbert.train.phases import use_dropout
 from fastbert.train.step import TrainStep, compile_model
 
 
@@ -46,6 +47,7 @@ def build_step(
         last_layer_masked_only=config.last_layer_masked_only,
     )
     model.to(execution.device)
+    use_dropout(model, config.phases()[0])
     if begin is not None:
         begin(model)
     if compiled:
@@ -62,21 +64,15 @@ def described(model: Bert) -> str:
     )
 
 
-def with_dropout(config: PretrainConfig, sizes: ModelConfig) -> ModelConfig:
-    """The sizes with the dropout that the settings ask for."""
-    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    asked = {name: getattr(config, name) for name in names}
-    return dataclasses.replace(sizes, **{k: v for k, v in asked.items() if v is not None})
-
-
 def make_step(config: PretrainConfig, model: ModelConfig | Bert | None = None) -> TrainStep:
     """The training step of `fastbert pretrain`, for a loop of your own.
 
     Device, precision, ops, compiling and CUDA graph are chosen as `fastbert pretrain` chooses them,
     by the same settings; `step.notes` says what was chosen and why. Of the other settings it reads
-    those of the model, the optimizer and its schedule, and `seed`; `tokens_per_batch` and
-    `max_seq_length` tell how much memory a step will need. With `nsp`, batches need next-sentence
-    labels. torch's global seed is set, as by a run.
+    those of the model and the optimizer, the schedules of dropout and learning rate, and `seed`;
+    `tokens_per_batch`, `max_seq_length` and `mlm_probability` tell how much memory a step will
+    need, as the batches are yours. With `nsp`, they need next-sentence labels. torch's global seed
+    is set, as by a run.
 
     A call of the step takes the micro-batches of one optimizer step, `gradient_accumulation_steps`
     at most, from the CPU or the model's device, and returns without waiting for the device:
@@ -110,7 +106,7 @@ def make_step(config: PretrainConfig, model: ModelConfig | Bert | None = None) -
     given = model.config if isinstance(model, Bert) else model
     if given is None and config.init_from:
         raise UserError("init_from is read by pretrain: give load_pretrained(folder) as the model")
-    sizes = with_dropout(config, given or model_config(config.sizes_from))
+    sizes = given or model_config(config.sizes_from)
     if config.nsp and sizes.type_vocab_size < 2:
         raise UserError(
             f"type_vocab_size = {sizes.type_vocab_size}: sentence pairs need 2; or nsp = False"
@@ -132,8 +128,11 @@ def make_step(config: PretrainConfig, model: ModelConfig | Bert | None = None) -
     accumulates = config.gradient_accumulation_steps > 1
     recording = launcher(itself, True, accumulates) if execution.graph else None
 
+    phases = config.phases()
+
     def launch(batches: Sequence[Batch]) -> None:
         _check(itself, batches)
+        use_dropout(itself.model, phase_at(phases, itself.done))
         moved = [batch.to(execution.device, non_blocking=True) for batch in batches]
         (recording or itself.eager)(moved)
 

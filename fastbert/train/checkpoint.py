@@ -139,9 +139,10 @@ def _folders(run: Path) -> Iterator[Path]:
     yield from sorted(found, key=_step_of, reverse=True)
 
 
-def newest_folder(run: Path) -> Path | None:
-    """The newest checkpoint of a run, unread."""
-    return next(_folders(run), None)
+def newest_folder(run: Path, last: int | None = None) -> Path | None:
+    """The newest checkpoint of a run, or the newest up to step `last`, unread."""
+    found = _folders(run)
+    return next((folder for folder in found if last is None or _step_of(folder) <= last), None)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -319,7 +320,8 @@ def check_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -
     Raises:
         UserError: a setting differs that a run cannot change half-way.
     """
-    for name, value in {"init_from": "", "add_tokens": "", **saved}.items():  # once there were none
+    once_absent = {one.name: one.default for one in settings(PretrainConfig)}
+    for name, value in {**once_absent, **saved}.items():
         if name in now and name not in _FREE and now[name] != value:
             raise UserError(
                 f"{name} = {now[name]!r} differs from {value!r} in {where}: leave it out to go on, "

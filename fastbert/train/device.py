@@ -38,11 +38,14 @@ class Execution:
 
 def training_flops(model: ModelConfig, config: PretrainConfig) -> float:
     """FLOPs of a whole run, a multiply-add counted as 2: 3 x forward (formula: CONTRIBUTING.md)."""
-    hidden = model.hidden_size
+    hidden, begin, masked = model.hidden_size, 0, 0.0
+    for phase in config.phases():
+        masked += phase.mlm_probability * (phase.end - begin) / config.max_steps
+        begin = phase.end
     per_token = (
         72 * model.num_hidden_layers * hidden**2
         + 12 * model.num_hidden_layers * hidden * config.max_seq_length
-        + 6 * config.mlm_probability * (hidden**2 + hidden * model.vocab_size)
+        + 6 * masked * (hidden**2 + hidden * model.vocab_size)
     )
     steps = config.max_steps * config.gradient_accumulation_steps
     return per_token * config.tokens_per_batch * steps
@@ -102,15 +105,18 @@ def _why_no_kernels(config: PretrainConfig, model: ModelConfig, device: torch.de
             f"attn_implementation = {config.attn_implementation!r} belongs to our Triton kernels: "
             f"{why_not}; use attn_implementation = 'auto'"
         )
-    dropout = config.attention_probs_dropout_prob
-    if dropout is None:
-        dropout = model.attention_probs_dropout_prob
-    if config.attn_implementation in ("fa3", "fa4") and dropout > 0:
+    if config.attn_implementation in ("fa3", "fa4") and _drops_attention(config, model):
         raise UserError(
             f"attn_implementation = {config.attn_implementation!r} has no dropout: give "
             "--attention-probs-dropout-prob 0, or use 'torch'"
         )
     return f"Triton kernels: {why_not}" if why_not else ""
+
+
+def _drops_attention(config: PretrainConfig, model: ModelConfig) -> bool:
+    """Whether it does in any phase."""
+    asked = (phase.attention_probs_dropout_prob for phase in config.phases())
+    return any((model.attention_probs_dropout_prob if p is None else p) > 0 for p in asked)
 
 
 def _graph(config: PretrainConfig, device: torch.device, ops: Ops) -> tuple[bool, str]:
@@ -251,9 +257,9 @@ def check_memory(
         layers = 1 if config.gradient_checkpointing else L
         # 0.6 GiB are counted so where BERT tiny took 0.8 (2**15 tokens in sequences of 128).
         step += T * _activations(model, dtype) * layers
-        step += int(T * config.mlm_probability) * model.vocab_size * 8  # logits, their gradient
-        dropout = config.attention_probs_dropout_prob
-        if (model.attention_probs_dropout_prob if dropout is None else dropout) > 0:
+        masked = max(phase.mlm_probability for phase in config.phases())
+        step += int(T * masked) * model.vocab_size * 8  # logits, their gradient
+        if _drops_attention(config, model):
             # The bits of a whole score matrix, a byte each, and in 8 bytes while they are drawn.
             step += T * config.max_seq_length * model.num_attention_heads * (layers + 8)
     if state + step > free:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from fastbert.data.batch import Batch
+from fastbert.train.phases import dropout_in_use
 from fastbert.train.step import TrainStep
 
 # Eager steps before recording: kernels get compiled, cuBLAS takes its workspace.
@@ -89,8 +90,8 @@ class _Recorded:
 class GraphedStep:
     """`TrainStep` as one recorded graph, or two where gradients are accumulated.
 
-    The first steps of a shape run eagerly and count as steps. A new shape, as the next phase of a
-    curriculum brings it, replaces the one before: two recordings would hold memory for both.
+    The first steps of a shape run eagerly and count as steps. A new shape or another dropout, as
+    the next phase brings them, replaces the one before: two recordings would hold memory for both.
 
     Args:
         step: what to record.
@@ -100,15 +101,15 @@ class GraphedStep:
 
     def __init__(self, step: TrainStep, accumulates: bool, record: Recorder) -> None:
         self.step, self._accumulates, self._record = step, accumulates, record
-        self._shape: tuple[int, ...] = ()
-        self._eager_steps = 0  # of this shape
+        self._recording_of: tuple[float, ...] = ()
+        self._eager_steps = 0  # of that
         self._recorded: _Recorded | None = None
 
     def __call__(self, batches: Sequence[Batch]) -> None:
         """Trains on the micro-batches of one step, all of one shape."""
-        shape = _shape(batches[0])
-        if shape != self._shape:
-            self._shape, self._eager_steps, self._recorded = shape, 0, None
+        asked = *_shape(batches[0]), *dropout_in_use(self.step.model)
+        if asked != self._recording_of:
+            self._recording_of, self._eager_steps, self._recorded = asked, 0, None
             self._record.forget()
         if self._eager_steps < WARM_UP:
             self._eager_steps += 1

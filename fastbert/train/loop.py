@@ -23,6 +23,7 @@ from fastbert.data.batch import Batch
 from fastbert.data.pack import Packer, evaluation_batches
 from fastbert.data.workers import BatchLoader, DevicePrefetcher
 from fastbert.errors import RunError, UserError
+from fastbert.schedules import changes, phase_at
 from fastbert.train import checkpoint
 from fastbert.train.build import build_step, described
 from fastbert.train.callbacks import Callback, Callbacks, PretrainResult
@@ -37,11 +38,13 @@ from fastbert.train.evaluate import (
 from fastbert.train.graph import launcher
 from fastbert.train.initial import ReadInitial
 from fastbert.train.interrupts import interruptible, noting_signals
+from fastbert.train.phases import is_of_another, use_dropout
 from fastbert.train.prepare import (
     CheckTokenizer,
     Prepared,
     begin,
     check_request,
+    check_sizes,
     held_run,
     prepare,
     restored_state,
@@ -54,6 +57,7 @@ from fastbert.train.step import Metrics
 
 Export = Callable[[Path, Mapping[str, Tensor], ModelConfig, Path], None]
 _MAX_SKIPPED_IN_A_ROW = 3
+_EVALUATED = 0.15  # of the held-out tokens, whatever is trained on: so losses can be compared
 
 
 def pretrain(
@@ -133,7 +137,12 @@ class _Trainer:
         self.model = self.train_step.model
         say(f"model: {described(self.model)}")
         self.launch = self._launcher()
-        self.loader = self._open_data(state.get("data"), adopt=self._other_phase(state))
+        self.phases = config.phases()
+        self.phase = phase_at(self.phases, self.step)
+        use_dropout(self.model, self.phase)
+        data = state.get("data")
+        moved = data is not None and is_of_another(data["shape"], self.phase, self.phases)
+        self.loader = self._open_data(data, adopt=moved)
         for note in self.loader.notes:
             say(f"data: {note}")
         self.eval_batches = self._evaluation_batches()
@@ -152,34 +161,21 @@ class _Trainer:
 
     # Data
 
-    def _packing(self, max_seq_length: int) -> dict[str, Any]:
+    def _packing(self, max_seq_length: int, mlm_probability: float) -> dict[str, Any]:
         config = self.config
         return {
             "tokens_per_batch": config.tokens_per_batch // self.split,
             "max_seq_length": max_seq_length,
             "nsp": config.nsp,
             "short_seq_prob": config.short_seq_prob,
-            "mlm_probability": config.mlm_probability,
+            "mlm_probability": mlm_probability,
             "whole_word_mask": config.whole_word_mask,
             "seed": config.seed,
         }
 
-    def _length(self) -> int:
-        """The longest sequence of the phase that the next step belongs to."""
-        phases = self.config.phases()
-        return next((length for length, end in phases if self.step < end), phases[-1][0])
-
-    def _other_phase(self, state: dict[str, Any]) -> bool:
-        """Whether a checkpoint belongs to another phase of the curriculum than the next step.
-
-        It was written at the end of a phase, or max_steps, of which phases are shares, has changed.
-        """
-        length = state["data"]["shape"]["max_seq_length"] if state else self._length()
-        return length != self._length() and length in {phase for phase, _ in self.config.phases()}
-
     def _open_data(self, state: dict[str, Any] | None, *, adopt: bool = False) -> DevicePrefetcher:
         """Batches from where `state` stands; `adopt` where that is of other shapes."""
-        packing = self._packing(self._length())
+        packing = self._packing(self.phase.max_seq_length, self.phase.mlm_probability)
         packer = Packer(self.train_shards, self.tokenizer.ids, **packing)
         if state is not None:
             (packer.adopt if adopt else packer.load_state_dict)(state)
@@ -193,7 +189,7 @@ class _Trainer:
     def _evaluation_batches(self) -> list[Batch]:
         if self.validation_shards is None:
             return []
-        packing = self._packing(self.config.max_seq_length)
+        packing = self._packing(self.config.max_seq_length, _EVALUATED)
         packing["tokens_per_batch"] //= self.eval_split
         return evaluation_batches(
             self.validation_shards,
@@ -203,26 +199,22 @@ class _Trainer:
         )
 
     def _next_phase(self) -> None:
-        """Goes on with longer sequences where the curriculum says so."""
-        state = self.loader.state_dict()
-        if state["shape"]["max_seq_length"] == self._length():
+        """Goes on as the schedules say from this step on."""
+        before, self.phase = self.phase, phase_at(self.phases, self.step)
+        if self.phase == before:
             return
-        self.loader.close()
-        self.loader = self._open_data(state, adopt=True)
-        self.reporter.say(f"step {self.step}: sequences of up to {self._length()} tokens from here")
+        use_dropout(self.model, self.phase)
+        if self.phase[:2] != before[:2]:  # other batches
+            state = self.loader.state_dict()
+            self.loader.close()
+            self.loader = self._open_data(state, adopt=True)
+        self.reporter.say(f"step {self.step}: {changes(before, self.phase)} from here")
 
     # Checkpoints
 
     def _restore(self, restored: checkpoint.Checkpoint) -> None:
         state = restored.state
-        sizes = dataclasses.asdict(self.sizes)
-        for name, value in state["sizes"].items():
-            if sizes[name] != value:
-                raise UserError(
-                    f"model = {self.config.sizes_from!r} has {name} = {sizes[name]}, but had "
-                    f"{value} at the checkpoint of step {restored.step}: put it back, or start a "
-                    "new run"
-                )
+        check_sizes(self.config, self.sizes, restored)
         try:
             self.train_step.load_state_dict(
                 {"weights": restored.weights, "optimizer": restored.optimizer, "counters": state}

@@ -25,6 +25,7 @@ from fastbert.config import (
     holds_weights,
     initial_folder,
     model_config,
+    stable_decay_steps,
     to_hf_dict,
 )
 from fastbert.data.corpus import Skipped, corpus_bytes, map_corpus
@@ -46,12 +47,12 @@ from fastbert.model.bert import Bert
 from fastbert.progress import progress_bar
 from fastbert.settings import sealed_toml, settings
 from fastbert.train import checkpoint, lock
-from fastbert.train.build import with_dropout
 from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.initial import Initial, NewTokens, ReadInitial, begin_with
 from fastbert.train.interrupts import held_signals
 
 CheckTokenizer = Callable[[WordPiece, Path], None]
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 _OF_TOKENIZER = ("vocab_size", "pad_token_id")
 RUNS = Path("runs")
 _PREPARED = ("config.toml", KEPT_SIZES, "tokenizer", "data", "metrics.jsonl", "tensorboard")
@@ -60,9 +61,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def say_of_warmup(config: PretrainConfig) -> None:
     """Says so where the learning rate never reaches its peak."""
-    if config.warmup_steps >= config.max_steps:
+    if config.rising_steps >= config.max_steps:
         say(
-            f"warmup_steps = {config.warmup_steps} is not less than max_steps = "
+            f"warmup_steps = {config.rising_steps} is not less than max_steps = "
             f"{config.max_steps}: the learning rate never reaches its peak"
         )
 
@@ -175,8 +176,44 @@ def restored_state(config: PretrainConfig, run: Path) -> checkpoint.Checkpoint |
         found.state["recipe"], dataclasses.asdict(config), f"the checkpoint of step {found.step}"
     ):
         say(f"resume: {line}")
+    _say_of_fall(config, found, run)
     say(f"resume: going on from step {found.step}")
     return found
+
+
+def _say_of_fall(config: PretrainConfig, found: checkpoint.Checkpoint, run: Path) -> None:
+    """Says so where a rate that had begun to fall rises again, as max_steps has grown."""
+    was = found.state["recipe"].get("max_steps", config.max_steps)
+    fall = was - stable_decay_steps(config.decay_steps, was)
+    wsd = config.lr_scheduler_type == "warmup_stable_decay"
+    if not wsd or config.max_steps <= was or found.step <= fall + 1:  # the rate at `fall` is whole
+        return
+    before = checkpoint.newest_folder(run, fall + 1)
+    better = f"--resume {before} goes on from before" if before else "no checkpoint is from before"
+    say(
+        f"resume: the learning rate fell from step {fall} on, and rises again with max_steps = "
+        f"{config.max_steps}: {better} its fall"
+    )
+
+
+def check_sizes(
+    config: PretrainConfig, sizes: ModelConfig, restored: checkpoint.Checkpoint
+) -> None:
+    """Compares the model's sizes with those of a checkpoint.
+
+    A dropout that the settings name is theirs (`check_recipe`): the model's own then matters to who
+    fine-tunes only, and older checkpoints have the trained one in its place.
+
+    Raises:
+        UserError: a size has changed.
+    """
+    for name, was in restored.state["sizes"].items():
+        now = getattr(sizes, name)
+        if now != was and not (name in DROPOUTS and getattr(config, name) is not None):
+            raise UserError(
+                f"model = {config.sizes_from!r} has {name} = {now}, but had {was} at the "
+                f"checkpoint of step {restored.step}: put it back, or start a new run"
+            )
 
 
 def _asked_model(config: PretrainConfig) -> ModelConfig:
@@ -208,9 +245,7 @@ def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
     sizes = _asked_model(config)
     rows = sizes.vocab_size if config.init_from else 0  # more of them than tokens may be there
     return dataclasses.replace(
-        with_dropout(config, sizes),
-        vocab_size=max(rows, tokenizer.vocab_size),
-        pad_token_id=tokenizer.pad_id,
+        sizes, vocab_size=max(rows, tokenizer.vocab_size), pad_token_id=tokenizer.pad_id
     )
 
 

@@ -9,20 +9,23 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     """The learning rate of update `step`, counted from 0.
 
     `linear` and `cosine` fall to 0 at `max_steps`; `constant` stays; `warmup_stable_decay` stays,
-    then falls to 0 along a half cosine over its last `stable_decay_steps`. All rise linearly from
-    0 over `warmup_steps`. These are transformers' get_{linear,cosine,constant,wsd}_schedule.
+    then falls to 0 over its last `stable_decay_steps`, as `decay_type` says. All rise linearly from
+    0 over `rising_steps`. These are transformers' get_{linear,cosine,constant,wsd}_schedule.
     """
     peak = config.learning_rate
     assert peak is not None, "the configuration must be resolved"
-    if step < config.warmup_steps:
-        return peak * step / config.warmup_steps
+    start = config.rising_steps
+    if step < start:
+        return peak * step / start
     if config.lr_scheduler_type == "constant":
         return peak
-    start, length = config.warmup_steps, max(1, config.max_steps - config.warmup_steps)
-    if config.lr_scheduler_type == "warmup_stable_decay":
-        length = config.stable_decay_steps
+    form, length = config.lr_scheduler_type, max(1, config.max_steps - start)
+    if form == "warmup_stable_decay":
+        form, length = config.decay_type, config.stable_decay_steps
         start = config.max_steps - length
     progress = min(max((step - start) / length, 0.0), 1.0)
-    if config.lr_scheduler_type == "linear":
+    if form == "linear":
         return peak * (1.0 - progress)
+    if form == "1-sqrt":
+        return peak * (1.0 - math.sqrt(progress))
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -247,6 +247,8 @@ def compile_model(model: Bert) -> None:
     it keeps masked and [CLS] rows only). Embeddings stay eager: a compiled scatter of their
     gradient adds in whatever order threads arrive.
     """
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 256)  # one code for each phase and shape
     for layer in model.layers:
         layer.compile(dynamic=False, fullgraph=True)
     if model.mlm is not None:

@@ -17,6 +17,7 @@ from fastbert.data.batch import Batch
 from fastbert.errors import RunError, UserError
 from fastbert.train import build, graph
 from fastbert.train.device import Execution, choose_execution
+from fastbert.train.phases import dropout_in_use
 from fastbert.train.step import TrainStep
 
 V, CLS, SEP = 120, 2, 3
@@ -73,10 +74,10 @@ def test_it_learns_and_counts(batches: list[Batch]) -> None:
 def test_it_chooses_what_a_run_chooses(batches: list[Batch]) -> None:
     config = recipe(hidden_dropout_prob=0.3, nsp=False)
     step = fastbert.make_step(config, SIZES)
-    sizes = build.with_dropout(config, SIZES)
-    execution = choose_execution(config, sizes)
-    assert step.notes == execution.reasons and sizes.hidden_dropout_prob == 0.3
-    theirs = build.build_step(config, sizes, execution)
+    execution = choose_execution(config, SIZES)
+    assert step.notes == execution.reasons and step.model.config == SIZES
+    assert dropout_in_use(step.model) == (0.3, SIZES.attention_probs_dropout_prob)
+    theirs = build.build_step(config, SIZES, execution)
     assert step.model.ops.name == theirs.model.ops.name and step.model.next_sentence is None
     for batch in batches[:2]:
         step([batch])
@@ -84,6 +85,20 @@ def test_it_chooses_what_a_run_chooses(batches: list[Batch]) -> None:
     assert torch.equal(step.flat.master, theirs.flat.master)
     preset = fastbert.make_step(recipe(model="tiny", nsp=False))
     assert preset.model.config == fastbert.model_config("tiny")
+
+
+def test_dropout_follows_its_schedule(batches: list[Batch]) -> None:
+    step = fastbert.make_step(recipe(hidden_dropout_prob="0.3:0.5,0"), SIZES)
+    state = step.state_dict()["counters"]
+    found = []
+    for _ in range(6):
+        step(batches[:1])
+        found.append(dropout_in_use(step.model)[0])
+    assert found == [0.3, 0.3, 0.3, 0.0, 0.0, 0.0]
+    assert step.model.config == SIZES
+    step.load_state_dict({**step.state_dict(), "counters": state})
+    step(batches[:1])
+    assert dropout_in_use(step.model)[0] == 0.3
 
 
 def test_a_recorded_step_is_checked_and_counted_too(

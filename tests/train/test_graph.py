@@ -9,7 +9,9 @@ import torch
 
 from fastbert.config import PretrainConfig
 from fastbert.model.bert import Bert
+from fastbert.schedules import Phase
 from fastbert.train.graph import WARM_UP, GraphedStep, Work, launcher
+from fastbert.train.phases import use_dropout
 from fastbert.train.step import TrainStep
 
 from .test_step import SIZES, S, packed, sequences
@@ -72,6 +74,22 @@ def test_recorded_steps_are_the_eager_ones(micro_batches: int) -> None:
     same = torch.equal if micro_batches == 1 else torch.allclose
     assert same(recorded.flat.master, eager.flat.master)
     assert torch.equal(recorded.model.dropout_state, eager.model.dropout_state)
+
+
+def test_another_dropout_is_recorded_anew() -> None:
+    """A phase may change nothing else: what is recorded holds the dropout as a constant."""
+    phases = [Phase(S, 0.15, p, None, 50) for p in (0.2, 0.0)]
+    eager, recorded, record = build(), build(), Repeat()
+    graphed = GraphedStep(recorded, False, record)
+    recordings = []
+    for index, step in enumerate(batches(8, 1)):
+        for one in (eager, recorded):
+            use_dropout(one.model, phases[index >= 4])
+        eager(step)
+        graphed(step)
+        recordings.append(record.recordings)
+    assert recordings == [0, 0, 1, 1, 1, 1, 2, 2] and record.forgotten == 2
+    assert torch.equal(recorded.flat.master, eager.flat.master)
 
 
 def test_a_ramp_uses_fewer_micro_batches_than_recorded() -> None:
