@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastbert.config import ModelConfig, PretrainConfig
 from fastbert.errors import RunError, UserError
+from fastbert.recipes import CLASSIC
 from fastbert.settings import checked, settings
 from fastbert.train.interrupts import held_signals
 
@@ -319,7 +320,8 @@ def check_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -
     Raises:
         UserError: a setting differs that a run cannot change half-way.
     """
-    for name, value in {"init_from": "", "add_tokens": "", **saved}.items():  # once there were none
+    once = {"recipe": CLASSIC, "init_from": "", "add_tokens": ""}  # there were none, of old
+    for name, value in {**once, **saved}.items():
         if name in now and name not in _FREE and now[name] != value:
             raise UserError(
                 f"{name} = {now[name]!r} differs from {value!r} in {where}: leave it out to go on, "

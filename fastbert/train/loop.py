@@ -46,6 +46,7 @@ from fastbert.train.prepare import (
     prepare,
     restored_state,
     say,
+    say_of_recipe,
     taken_back_on_failure,
 )
 from fastbert.train.report import Reporter
@@ -86,6 +87,7 @@ def pretrain(
         check_threads(config.num_threads)
         torch.set_num_threads(config.num_threads)
     with interruptible(), held_run(config) as run:
+        say_of_recipe(config)
         config = resolved(dataclasses.replace(config, out=str(run)))
         check_request(config)
         assert read_initial is not None or not config.init_from
