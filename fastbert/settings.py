@@ -302,11 +302,14 @@ def load_config(
     values: dict[str, Any] = {}
     if toml_path is not None:
         path = os.fspath(toml_path)
-        if sealed and not _has_seal(read_text(path, "TOML", _MOST_TOML)):
+        whole = _has_seal(read_text(path, "TOML", _MOST_TOML))
+        if sealed and not whole:
             raise UserError(
                 f"{path}: was damaged or changed since the run wrote it: put it back or, if that "
                 f"was you, give it as --config {path}"
             )
+        if whole:  # what the version that wrote it did not know was as the defaults are
+            values |= {one.name: one.default for one in settings(config_class)}
         values |= read_settings(config_class, path)
     values |= _known_values(config_class, overrides, "")
     return config_class(**values)

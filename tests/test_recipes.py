@@ -16,7 +16,7 @@ from fastbert.config import RECIPE, ModelConfig, PretrainConfig, model_config, r
 from fastbert.errors import UserError
 from fastbert.model.embeddings import sinusoids
 from fastbert.recipes import RECIPES, of_recipe, read_recipe
-from fastbert.settings import load_config, settings, to_toml
+from fastbert.settings import load_config, sealed_toml, settings, to_toml
 
 Ways = Callable[..., PretrainConfig]
 MINE = """
@@ -83,9 +83,10 @@ def test_what_is_given_overrides_the_recipe_and_that_the_defaults(ask: Ways, min
     assert config.mlm_probability == PretrainConfig(mlm_probability=0.3).mlm_probability
     assert (config.curriculum, config.base_learning_rate) == ("64:0.5", 4e-3)
     assert (config.initializer_range, config.position_init) == ("0.05", "sinusoidal")
-    of_others = [one.name for one in settings(PretrainConfig) if one.name not in read(mine)]
-    for name in {*of_others} - {"recipe", "mlm_probability"}:
-        assert getattr(config, name) == getattr(PretrainConfig(), name)
+    mine_alone = {*read(mine), "recipe", "mlm_probability"}
+    default = dataclasses.asdict(PretrainConfig())
+    for name in default.keys() - mine_alone:
+        assert getattr(config, name) == default[name]
 
 
 def read(path: str) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def test_options_override_the_file_which_overrides_its_recipe(mine: str, tmp_pat
 
 
 def test_who_holds_every_setting_needs_no_recipe(mine: str, tmp_path: Path) -> None:
-    config = PretrainConfig(recipe=Path(mine), nsp=True, hidden_dropout_prob=None)  # type: ignore[arg-type]
+    config = PretrainConfig(recipe=Path(mine), nsp=True, hidden_dropout_prob=None)
     path = tmp_path / "whole.toml"
     path.write_text(to_toml(config))
     Path(mine).unlink()
@@ -111,6 +112,19 @@ def test_who_holds_every_setting_needs_no_recipe(mine: str, tmp_path: Path) -> N
     assert of_recipe(config) == f"{mine}, which cannot be read any more: all settings are given"
     with pytest.raises(UserError, match=r"mine\.toml': no such file$"):
         PretrainConfig(recipe=mine)
+
+
+def test_a_run_of_an_earlier_version_takes_nothing_new_from_its_recipe(
+    mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.toml"
+    text = to_toml(PretrainConfig(recipe=mine)).replace('\nposition_init = "sinusoidal"\n', "\n")
+    monkeypatch.setattr("fastbert.settings.to_toml", lambda config: text)
+    path.write_text(sealed_toml(None))
+    config = load_config(PretrainConfig, path, {}, sealed=True)
+    assert (config.position_init, config.nsp) == ("normal", False)
+    path.write_text(text)  # no run's file
+    assert load_config(PretrainConfig, path, {}).position_init == "sinusoidal"
 
 
 def test_classic_is_the_defaults() -> None:
@@ -219,8 +233,8 @@ def test_auto_grows_below_base(hidden: int, std: float) -> None:
     ("value", "message"),
     [
         ("x", "initializer_range = 'x' must be model, auto or N"),
-        (-1, "initializer_range = '-1' must be model, auto or N"),
-        (math.nan, "initializer_range = 'nan' must be model, auto or N"),
+        (-1, "initializer_range = -1 must be model, auto or N"),
+        (math.nan, "initializer_range = nan must be model, auto or N"),
         (101, "initializer_range = 101.0 must be at least 0 and at most 100"),
         ("1e999", "initializer_range = inf must be a finite number"),
         (True, "initializer_range = true must be a string"),
@@ -230,7 +244,7 @@ def test_a_wrong_deviation_is_refused(value: Any, message: str) -> None:
     with pytest.raises(UserError) as raised:
         PretrainConfig(initializer_range=value)
     assert str(raised.value) == message
-    assert PretrainConfig(initializer_range=1e-5).initializer_range == "1e-05"  # type: ignore[arg-type]
+    assert PretrainConfig(initializer_range=1e-5).initializer_range == "1e-05"
 
 
 def test_the_rate_follows_its_base() -> None:

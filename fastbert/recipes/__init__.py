@@ -97,7 +97,7 @@ def with_recipes(config_class: type[Made]) -> type[Made]:
             which = " and ".join(theirs)
             raise UserError(f"{error} ({which}: of recipe = {show(name)})") from None
 
-    config_class.__init__ = made  # type: ignore[misc]
+    config_class.__init__ = made  # type: ignore[method-assign]
     return config_class
 
 

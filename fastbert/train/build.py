@@ -49,7 +49,7 @@ def build_step(
     if config.position_init == "sinusoidal":  # drawn all the same, for the bits of what follows
         table = model.embeddings.position
         with torch.no_grad():
-            table.copy_(sinusoids(*table.shape, sizes.initializer_range))
+            table.copy_(sinusoids(len(table), sizes.hidden_size, sizes.initializer_range))
     model.to(execution.device)
     if begin is not None:
         begin(model)

@@ -1,4 +1,4 @@
-"""Runs by a recipe: what they say and keep, how they go on, and what starts beside given weights."""
+"""Runs by a recipe: what they say and keep, how they go on, what starts beside given weights."""
 
 import json
 import shutil
