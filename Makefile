@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 .PHONY: compile-report compile-report-3.6 compile-report-newest compile-report-table
 
 help:
-	@echo "make demo   pre-train a tiny BERT on this machine"
+	@echo "make demo   pre-train a tiny BERT on this machine, by the recipe fast"
 	@echo "make check  lint, types and tests (none needs a GPU)"
 	@echo "make test-transformers-4  exported tokenizers under transformers 4"
 	@echo "make fuzz, fuzz-nightly  100 or 1,000 random inputs of each kind"
@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/fastbert pretrain
+	$(BIN)/fastbert pretrain --recipe fast
 
 # Two workers with one thread each: more only fight for the cores of a small machine. A file stays
 # with one worker, for what its tests share; the longest come first.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from fastbert.errors import UserError, did_you_mean
+from fastbert.recipes import CLASSIC, RECIPES, with_recipes
 from fastbert.schedules import Phase, lengths, numbers, united
 from fastbert.settings import (
     LARGEST_SEED,
@@ -36,6 +37,7 @@ from fastbert.settings import (
 )
 
 RUN = Group("run", "where and on what it runs")
+RECIPE = Group("recipe", "settings that belong together; each given beside it overrides its own")
 MODEL = Group("model", "its size and dropout")
 DATA = Group("data", "text, tokens and batches")
 TRAIN = Group("train", "the optimizer and its schedule")
@@ -318,9 +320,9 @@ def vocab_size_setting(group: Group) -> Any:
     return setting(4096, help, group, at_least=100, at_most=MOST_WORDS)
 
 
-def learning_rate_setting(group: Group) -> Any:
+def learning_rate_setting(group: Group, base: str = "2e-3") -> Any:
     """Its default belongs to the model: see `peak_learning_rate`."""
-    help = "peak learning rate (none = 2e-3 x 128 / hidden_size)"
+    help = f"peak learning rate (none = {base} x 128 / hidden_size)"
     return setting(None, help, group, more_than=0, at_most=1000, aka=("lr", "peak_lr"))
 
 
@@ -370,9 +372,12 @@ def check_batch_holds_a_sequence(model: str, tokens_per_batch: int, max_seq_leng
         )
 
 
+@with_recipes
 @dataclass(frozen=True)
 class PretrainConfig(Config):
     """Everything `fastbert pretrain` can be told.
+
+    What is not given is as `recipe` says, and what that does not say is the default.
 
     Raises:
         UserError: a value is out of bounds, or two do not fit together.
@@ -431,6 +436,10 @@ class PretrainConfig(Config):
         2, "batches that each of them prepares ahead", RUN, at_least=1, at_most=MOST_AHEAD
     )
 
+    recipe: str = setting(
+        CLASSIC, f"{', '.join(RECIPES)}, or the path of a TOML file of settings", RECIPE
+    )
+
     model: str = setting(
         "auto",
         f"preset ({', '.join(PRESETS)}) or config.json (auto: init_from's or tiny)",
@@ -461,6 +470,21 @@ class PretrainConfig(Config):
         at_least=0,
         at_most=MOST_DROPOUT,
         schedule_too=True,
+    )
+    initializer_range: str = setting(
+        "model",
+        "deviation of new weights (model = its own, auto = 0.02, below 768 wide more)",
+        MODEL,
+        choices=("model", "auto"),
+        pattern=r"[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?",
+        number_too=True,
+        aka=("init_std", "initializer_std", "init_range"),
+    )
+    position_init: str = setting(
+        "normal",
+        "how the position table starts, which is trained (sinusoidal: Vaswani et al. 2017)",
+        MODEL,
+        choices=("normal", "sinusoidal"),
     )
 
     data: str = data_setting(DATA)
@@ -533,7 +557,15 @@ class PretrainConfig(Config):
         at_most=MOST_STEPS,
         aka=("epochs", "num_epochs", "num_train_epochs", "steps", "num_steps", "total_steps"),
     )
-    learning_rate: float | None = learning_rate_setting(TRAIN)
+    learning_rate: float | None = learning_rate_setting(TRAIN, "base_learning_rate")
+    base_learning_rate: float = setting(
+        2e-3,
+        "peak where learning_rate is none, for a model 128 wide; others get it x 128 / hidden_size",
+        TRAIN,
+        more_than=0,
+        at_most=1000,
+        aka=("base_lr",),
+    )
     weight_decay: float = setting(
         0.01, "decay of weights, not of biases and LayerNorm", TRAIN, at_least=0, at_most=1000
     )
@@ -619,6 +651,7 @@ class PretrainConfig(Config):
         check_fields(self)
         check_not_empty(self, "out", "model", "data", "tokenizer")
         self._check_beginning()
+        self.initialized(ModelConfig())
         if self.tokens_per_batch < self.max_seq_length:  # else init_from needs not be there yet
             check_batch_holds_a_sequence(
                 self.sizes_from, self.tokens_per_batch, self.max_seq_length
@@ -691,6 +724,20 @@ class PretrainConfig(Config):
             return most
         return min(most, 1 + step * most // self.batch_ramp_steps)
 
+    def initialized(self, sizes: ModelConfig) -> ModelConfig:
+        """The sizes with the `initializer_range` that is asked for.
+
+        Raises:
+            UserError: a number is out of bounds.
+        """
+        if self.initializer_range == "model":
+            return sizes
+        if self.initializer_range == "auto":
+            asked = 0.02 * math.sqrt(max(1.0, 768 / sizes.hidden_size))
+        else:
+            asked = float(self.initializer_range)
+        return replace(sizes, initializer_range=asked)
+
     @property
     def rising_steps(self) -> int:
         """Steps of the warm-up, where `warmup_steps` may be a share."""
@@ -707,9 +754,9 @@ def stable_decay_steps(decay_steps: float, max_steps: int) -> int:
     return steps_of(decay_steps, max_steps) if decay_steps else math.ceil(max_steps / 10)
 
 
-def peak_learning_rate(model: ModelConfig) -> float:
-    """The default: 2e-3 at a width of 128, less for wider models."""
-    return 2e-3 * 128 / model.hidden_size
+def peak_learning_rate(model: ModelConfig, base: float) -> float:
+    """The default: `base` at a width of 128, less for wider models."""
+    return base * 128 / model.hidden_size
 
 
 def resolved(config: PretrainConfig) -> PretrainConfig:
@@ -723,4 +770,5 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
         config = replace(config, model=config.sizes_from, tokenizer=tokenizer)
     if config.learning_rate is not None:
         return config
-    return replace(config, learning_rate=peak_learning_rate(model_config(config.sizes_from)))
+    peak = peak_learning_rate(model_config(config.sizes_from), config.base_learning_rate)
+    return replace(config, learning_rate=peak)

@@ -67,7 +67,7 @@ class Setting:
     at_most: float | None = None
     less_than: float | None = None
     number_too: bool = False
-    """Whether text may be given as an integer."""
+    """Whether text may be given as a number."""
     schedule_too: bool = False
     """Whether text may stand for the number: what `fastbert.schedules.numbers` reads."""
     share_too: bool = False
@@ -121,8 +121,8 @@ def _bound(value: float) -> str:
 def checked(setting: Setting, value: Any, where: str = "") -> Any:
     """Returns `value` in the setting's type once it is within bounds.
 
-    An int is fine for a float, a whole float for an int that may be a share, and a `pathlib.Path`
-    for text.
+    An int is fine for a float, a whole float for an int that may be a share, a `pathlib.Path` for
+    text, and "none", as on the command line, for None: TOML has no other word for it.
 
     Args:
         setting: what the value is for.
@@ -132,7 +132,7 @@ def checked(setting: Setting, value: Any, where: str = "") -> Any:
     Raises:
         UserError: the type is wrong, or the value is out of bounds.
     """
-    if value is None and setting.optional:
+    if setting.optional and (value is None or (isinstance(value, str) and value == "none")):
         return None
     shown = f"{where}{setting.name} = {show(value)}"
     if setting.schedule_too and type(value) is str:
@@ -153,8 +153,8 @@ def checked(setting: Setting, value: Any, where: str = "") -> Any:
             raise UserError(f"{shown} must be a finite number") from None
     if setting.type is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if setting.number_too and type(value) is int:
-        value = str(value)
+    if setting.number_too and type(value) in (int, float):
+        value = repr(value)
     if type(value) is not setting.type:
         share = "whole steps, or a share of them between 0 and 1"
         raise UserError(f"{shown} must be {share if setting.share_too else _KINDS[setting.type]}")
@@ -328,14 +328,26 @@ def load_config(
     values: dict[str, Any] = {}
     if toml_path is not None:
         path = os.fspath(toml_path)
-        if sealed and not _has_seal(read_text(path, "TOML", _MOST_TOML)):
+        whole = _has_seal(read_text(path, "TOML", _MOST_TOML))
+        if sealed and not whole:
             raise UserError(
                 f"{path}: was damaged or changed since the run wrote it: put it back or, if that "
                 f"was you, give it as --config {path}"
             )
-        values |= _known_values(config_class, _read_toml(path), f"{path}: ")
+        if whole:  # what the version that wrote it did not know was as the defaults are
+            values |= {one.name: one.default for one in settings(config_class)}
+        values |= read_settings(config_class, path)
     values |= _known_values(config_class, overrides, "")
     return config_class(**values)
+
+
+def read_settings(config_class: type, path: str) -> dict[str, Any]:
+    """The settings by name that a TOML file holds, each checked by itself.
+
+    Raises:
+        UserError: the file is missing or broken, a name is unknown, a value is wrong.
+    """
+    return _known_values(config_class, _read_toml(path), f"{path}: ")
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -369,7 +381,7 @@ def _known_values(config_class: type, given: Mapping[str, Any], where: str) -> d
 def to_toml(config: Any) -> str:
     """Returns the configuration as TOML that `load_config` reads back exactly.
 
-    Settings stand in their groups, each below its help; one that is None is commented out.
+    Settings stand in their groups, each below its help.
     """
     lines: list[str] = []
     group = None
@@ -379,8 +391,7 @@ def to_toml(config: Any) -> str:
             lines += [*([""] if lines else []), f"## {group.name}: {group.help}"]
         allowed = choices_text(one)
         lines += ["", f"# {one.help}" + (f": {allowed}" if allowed else "")]
-        value = getattr(config, one.name)
-        lines.append(f"# {one.name} =" if value is None else f"{one.name} = {_toml(value)}")
+        lines.append(f"{one.name} = {toml_value(getattr(config, one.name))}")
     return "\n".join(lines) + "\n"
 
 
@@ -399,7 +410,10 @@ def _has_seal(text: str) -> bool:
     return digest == hashlib.sha256(text.encode()).hexdigest() + "\n"
 
 
-def _toml(value: bool | int | float | str) -> str:
+def toml_value(value: bool | int | float | str | None) -> str:
+    """A setting's value as TOML; None is "none"."""
+    if value is None:
+        return '"none"'
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):  # JSON's escapes are TOML's, but TOML escapes DEL as well

@@ -456,7 +456,7 @@ def values(setting: Setting) -> st.SearchStrategy[Any]:
 
 # These hang together; the rest may take any value of their own.
 BOUND = {"max_seq_length", "tokens_per_batch", "decay_steps", "curriculum", "batch_ramp_steps"}
-BOUND |= {"add_tokens", "decay_type"}
+BOUND |= {"add_tokens", "decay_type", "recipe"}
 FREE = {s.name: values(s) for s in settings(PretrainConfig) if s.name not in BOUND}
 
 

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FACADE = "fastbert"  # fastbert/__init__.py: lends names lazily, and only type checkers follow them
-STANDARD = ("errors", "settings", "schedules", "config")  # they import nothing else
+STANDARD = ("errors", "settings", "schedules", "recipes", "config")  # they import nothing else
 COMMON = (*STANDARD, "progress")
 ORDER = (
     *("fastbert_kernels", "ops", "model", "data", "train", "hf", "commands", "cli", "__main__"),
@@ -140,6 +140,7 @@ def test_the_law_holds(path: Path) -> None:
         ("fastbert.cli", "import importlib; importlib.import_module('fastbert_bench.commands')"),
         ("fastbert.commands.pretrain", "from fastbert.cli import main"),
         ("fastbert.settings", "from fastbert.config import ModelConfig"),
+        ("fastbert.recipes", "from fastbert.config import PretrainConfig"),
         ("fastbert_kernels.gelu", "from fastbert.config import ModelConfig"),
     ],
 )
@@ -202,10 +203,11 @@ def test_a_breach_of_the_bench_is_seen() -> None:
 
 
 def test_settings_config_and_errors_need_only_the_standard_library() -> None:
-    for name in STANDARD:
-        source = (ROOT / "fastbert" / f"{name}.py").read_text("utf-8")
-        tops = {imported.split(".")[0] for imported in imports(source, f"fastbert.{name}", False)}
-        assert tops <= {*sys.stdlib_module_names, "fastbert"}
+    ours = {path: module_name(path) for path in sources() if room(module_name(path)) in STANDARD}
+    assert sorted(ours.values()) == sorted(f"fastbert.{name}" for name in STANDARD)
+    for path, module in ours.items():
+        found = imports(path.read_text("utf-8"), module, path.name == "__init__.py")
+        assert {one.split(".")[0] for one in found} <= {*sys.stdlib_module_names, "fastbert"}
 
 
 def test_the_package_itself_imports_nothing_of_ours_at_once() -> None:

@@ -7,6 +7,17 @@ from fastbert.config import ModelConfig
 from fastbert.ops import Ops
 
 
+def sinusoids(positions: int, hidden: int, std: float) -> Tensor:
+    """Table (positions, hidden) fp32 of sines and cosines, of root mean square `std`.
+
+    Column 2i is sin(p / 10000^(2i / H)), column 2i + 1 its cosine: Vaswani et al. 2017, 3.5.
+    """
+    columns = torch.arange(0, hidden, 2, dtype=torch.float64)
+    angles = torch.arange(positions).double()[:, None] * 10000 ** (-columns / hidden)
+    table = torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)[:, :hidden]
+    return (table * (std / table.square().mean().sqrt())).float()
+
+
 class Embeddings(nn.Module):
     """(T,) ids to (T, H)."""
 

@@ -13,6 +13,7 @@ from fastbert.config import ModelConfig, PretrainConfig, model_config, resolved
 from fastbert.data.batch import Batch
 from fastbert.errors import UserError
 from fastbert.model.bert import Bert
+from fastbert.model.embeddings import sinusoids
 from fastbert.schedules import phase_at
 from fastbert.settings import show
 from fastbert.train.device import Execution, check_memory, choose_execution
@@ -46,6 +47,10 @@ def build_step(
         gradient_checkpointing=config.gradient_checkpointing,
         last_layer_masked_only=config.last_layer_masked_only,
     )
+    if config.position_init == "sinusoidal":  # drawn all the same, for the bits of what follows
+        table = model.embeddings.position
+        with torch.no_grad():
+            table.copy_(sinusoids(len(table), sizes.hidden_size, sizes.initializer_range))
     model.to(execution.device)
     use_dropout(model, config.phases()[0])
     if begin is not None:
@@ -62,6 +67,13 @@ def described(model: Bert) -> str:
         f"{sizes.num_hidden_layers} layers x {sizes.hidden_size}, {sizes.num_attention_heads} "
         f"heads, vocabulary {sizes.vocab_size}, {parameters / 1e6:.1f}M parameters"
     )
+
+
+def unused_position_init(config: PretrainConfig) -> tuple[str, ...]:
+    """A line for the log where the weights to begin with bring a position table."""
+    if config.position_init == "normal":
+        return ()
+    return (f"position_init = {config.position_init!r} is not used: the position table is given",)
 
 
 def make_step(config: PretrainConfig, model: ModelConfig | Bert | None = None) -> TrainStep:
@@ -106,7 +118,7 @@ def make_step(config: PretrainConfig, model: ModelConfig | Bert | None = None) -
     given = model.config if isinstance(model, Bert) else model
     if given is None and config.init_from:
         raise UserError("init_from is read by pretrain: give load_pretrained(folder) as the model")
-    sizes = given or model_config(config.sizes_from)
+    sizes = config.initialized(given or model_config(config.sizes_from))
     if config.nsp and sizes.type_vocab_size < 2:
         raise UserError(
             f"type_vocab_size = {sizes.type_vocab_size}: sentence pairs need 2; or nsp = False"
@@ -123,6 +135,7 @@ def make_step(config: PretrainConfig, model: ModelConfig | Bert | None = None) -
             instead = ", or nsp = False" if optional else ""
             raise UserError(f"the model has no {lost[0]}: give one with it{instead}")
         step.set_weights(weights)
+        step.notes += unused_position_init(config)
     # What the step holds may not hold it: its memory is free as soon as nobody has it.
     itself: Any = weakref.proxy(step)
     accumulates = config.gradient_accumulation_steps > 1

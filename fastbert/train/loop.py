@@ -49,6 +49,7 @@ from fastbert.train.prepare import (
     prepare,
     restored_state,
     say,
+    say_of_recipe,
     taken_back_on_failure,
 )
 from fastbert.train.report import Reporter
@@ -90,13 +91,14 @@ def pretrain(
         check_threads(config.num_threads)
         torch.set_num_threads(config.num_threads)
     with interruptible(), held_run(config) as run:
-        config = resolved(dataclasses.replace(config, out=str(run)))
+        asked, config = config, resolved(dataclasses.replace(config, out=str(run)))
         check_request(config)
         assert read_initial is not None or not config.init_from
         restored = restored_state(config, run)
         with taken_back_on_failure(run):
             read = read_initial if restored is None else None
             prepared = prepare(config, run, check_tokenizer, read)
+            say_of_recipe(asked)
             trainer = _Trainer(config, run, prepared, restored, told)
         with noting_signals() as stop:
             trainer.run(stop)

@@ -45,8 +45,10 @@ from fastbert.data.vocabulary import with_words_of_file, with_words_of_text
 from fastbert.errors import RunError, UserError
 from fastbert.model.bert import Bert
 from fastbert.progress import progress_bar
+from fastbert.recipes import CLASSIC, of_recipe
 from fastbert.settings import sealed_toml, settings
 from fastbert.train import checkpoint, lock
+from fastbert.train.build import unused_position_init
 from fastbert.train.device import Execution, check_memory, choose_execution
 from fastbert.train.initial import Initial, NewTokens, ReadInitial, begin_with
 from fastbert.train.interrupts import held_signals
@@ -66,6 +68,11 @@ def say_of_warmup(config: PretrainConfig) -> None:
             f"warmup_steps = {config.rising_steps} is not less than max_steps = "
             f"{config.max_steps}: the learning rate never reaches its peak"
         )
+
+
+def say_of_recipe(config: PretrainConfig) -> None:
+    """Says what a run's recipe sets, and which of that was given otherwise."""
+    say(f"recipe: {of_recipe(config)}")
 
 
 def say(line: str) -> None:
@@ -153,7 +160,7 @@ def begin(config: PretrainConfig, initial: Initial, tokenizer: WordPiece, model:
             f"{config.out} was prepared: put it back, or start a new run with another --out"
         )
     new = NewTokens(base.vocab_size, base.pieces(tokenizer.tokens[base.vocab_size :]))
-    for line in begin_with(initial, model, new):
+    for line in (*begin_with(initial, model, new), *unused_position_init(config)):
         say(line)
 
 
@@ -168,6 +175,7 @@ def restored_state(config: PretrainConfig, run: Path) -> checkpoint.Checkpoint |
     if config.resume == "auto":
         found = checkpoint.load_newest(run, say)
         if found is None:
+            _check_recipe_name(config, run)
             say(f"resume: {run} has no checkpoint yet, starting at step 0")
             return None
     else:
@@ -214,6 +222,13 @@ def check_sizes(
                 f"model = {config.sizes_from!r} has {name} = {now}, but had {was} at the "
                 f"checkpoint of step {restored.step}: put it back, or start a new run"
             )
+def _check_recipe_name(config: PretrainConfig, run: Path) -> None:
+    began = _written(run, "recipe") or CLASSIC  # once there were none
+    if (run / "config.toml").exists() and config.recipe != began:
+        raise UserError(
+            f"recipe = {config.recipe!r}, but the run in {run} began with {began!r}: leave it out "
+            "to go on, or start a new run with another --out"
+        )
 
 
 def _asked_model(config: PretrainConfig) -> ModelConfig:
@@ -245,7 +260,9 @@ def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
     sizes = _asked_model(config)
     rows = sizes.vocab_size if config.init_from else 0  # more of them than tokens may be there
     return dataclasses.replace(
-        sizes, vocab_size=max(rows, tokenizer.vocab_size), pad_token_id=tokenizer.pad_id
+        config.initialized(sizes),
+        vocab_size=max(rows, tokenizer.vocab_size),
+        pad_token_id=tokenizer.pad_id,
     )
 
 
