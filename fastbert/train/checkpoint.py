@@ -2,7 +2,7 @@
 
     checkpoints/step-000010/
         weights.safetensors     fp32 masters under the model's parameter names
-        optimizer.safetensors   AdamW's moments
+        optimizer.safetensors   the optimizer's moments
     state.json              step, data position, counters, recipe, SHA-256 of all three
 
 A checkpoint is written under a temporary name, flushed to the disk, and renamed. What a resume
@@ -319,7 +319,8 @@ def check_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -
     Raises:
         UserError: a setting differs that a run cannot change half-way.
     """
-    for name, value in {"init_from": "", "add_tokens": "", **saved}.items():  # once there were none
+    once_unknown = {"init_from": "", "add_tokens": "", "embedding_lr_factor": 1.0}
+    for name, value in {**once_unknown, **saved}.items():
         if name in now and name not in _FREE and now[name] != value:
             raise UserError(
                 f"{name} = {now[name]!r} differs from {value!r} in {where}: leave it out to go on, "
