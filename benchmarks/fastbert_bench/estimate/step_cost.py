@@ -440,15 +440,15 @@ def price(
 def muon_launches(paper: Paper, sizes: ModelConfig, of_muon: Muon) -> list[Priced]:
     """What Muon's update launches for each shape of matrices, booked as the optimizer's.
 
-    Momentum (g and m read, m and X written), X by its norm, three products a step of Newton-Schulz,
-    and the update (w and X read, w and its rounded copy written). X, A and B are bf16, and a
-    product reads its operands once and what it adds to: on a CPU all are fp32.
+    Momentum (g and m read, m and X written), X's norms, their clamp, X by them, three products a
+    step of Newton-Schulz, and the update (w and X read, w and its rounded copy written). X, A and B
+    are bf16, on a CPU fp32; a product reads its operands once, and what it adds to.
     """
     item = 2 if paper.machine else 4
     found: list[tuple[int, float, str, float | None, float, float]] = []
     for shape, count in muon.shapes(sizes, of_muon.split_qkv).items():
         (m, n), elements = sorted(shape), count * math.prod(shape)
-        for touched in (12 + item, 2 * item, 8 + item + 2):
+        for touched in (12 + item, item, 0, 2 * item, 8 + item + 2):
             moved = float(elements * touched)
             found.append((1, paper.memory(moved), "memory", None, moved, 0.0))
         products = (
