@@ -193,7 +193,7 @@ class _TorchFused(FlatOptimizer):
         self._adamw.step()
         self.skipped.add_(skip)
         self.updates.add_(~skip)
-        if self._matrices is not None and not bool(skip):  # no graph holds it: see `_graph`
+        if self._matrices is not None and not bool(skip):  # plain PyTorch is in no CUDA graph
             self.flat.grad[self._matrices.begin :].div_(grad_scale)
             buffers = self._buffers(grad_scale)
             update_matrices(buffers, self.flat.grad, self._matrices, self._spread)

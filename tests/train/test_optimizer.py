@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fastbert.config import ModelConfig, PretrainConfig
+from fastbert.errors import UserError
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE
+from fastbert.train.checkpoint import check_recipe
 from fastbert.train.flat import FlatParameters
 from fastbert.train.optimizer import FlatOptimizer, flat_parameters, make_optimizer
 from fastbert.train.report import read_metrics
@@ -164,6 +166,13 @@ def test_embeddings_have_a_rate_of_their_own(optim: str, gradient_precision: str
         wanted, other = (fast, slow) if name in tables else (slow, fast)
         torch.testing.assert_close(weight, wanted[name], rtol=0, atol=1e-7, msg=name)
         assert not torch.equal(weight, other[name]), name
+
+
+def test_a_run_from_before_that_rate_goes_on_without_it() -> None:
+    saved = {"optim": "adamw"}
+    assert check_recipe(saved, {"optim": "adamw", "embedding_lr_factor": 1.0}, "here") == []
+    with pytest.raises(UserError, match=r"^embedding_lr_factor = 3\.0 differs from 1\.0 in"):
+        check_recipe(saved, {"optim": "adamw", "embedding_lr_factor": 3.0}, "here")
 
 
 def poison_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
