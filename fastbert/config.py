@@ -583,10 +583,48 @@ class PretrainConfig(Config):
     )
     optim: str = setting(
         "adamw",
-        "the optimizer (adamw, lamb = the fastest form here)",
+        "the optimizer (adamw, lamb, muon = the fastest form here)",
         TRAIN,
-        choices=("adamw", "lamb", "adamw_torch_fused", "adamw_apex_fused", "lamb_apex_fused"),
+        choices=(
+            *("adamw", "lamb", "muon"),
+            *("adamw_torch_fused", "adamw_apex_fused", "lamb_apex_fused"),
+        ),
         aka=("optimizer",),
+    )
+    muon_learning_rate: float = setting(
+        0.01,
+        "of optim = muon: peak rate of its matrices, over time as learning_rate",
+        TRAIN,
+        more_than=0,
+        at_most=1000,
+        aka=("muon_lr", "matrix_lr"),
+    )
+    muon_momentum: float = setting(
+        0.95, "of optim = muon: decay of its one moment", TRAIN, at_least=0, less_than=1
+    )
+    muon_nesterov: bool = setting(True, "of optim = muon: Nesterov's momentum", TRAIN)
+    muon_ns_steps: int = setting(
+        5, "of optim = muon: steps of Newton-Schulz", TRAIN, at_least=1, at_most=20
+    )
+    muon_weight_decay: float = setting(
+        0.0, "of optim = muon: decay of its matrices", TRAIN, at_least=0, at_most=1000
+    )
+    muon_adjust_lr_fn: str = setting(
+        "original",
+        "of optim = muon: how the rate follows a matrix's shape (torch.optim.Muon's names)",
+        TRAIN,
+        choices=("original", "match_rms_adamw"),
+    )
+    muon_split_qkv: bool = setting(
+        True, "of optim = muon: query, key and value each a matrix, not one joined", TRAIN
+    )
+    embedding_lr_factor: float = setting(
+        1.0,
+        "learning rate of the embedding tables over the others'",
+        TRAIN,
+        more_than=0,
+        at_most=1000,
+        aka=("embedding_lr_multiplier", "embedding_lr", "embedding_learning_rate"),
     )
     gradient_precision: str = setting(
         "fp32", "of the gradients that a step adds up", TRAIN, choices=("fp32", "bf16")

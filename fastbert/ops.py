@@ -40,6 +40,7 @@ class Ops:
     qkv_linear_at: Callable[..., tuple[Tensor, Tensor, Tensor]] = main_grad.qkv_linear_at
     adamw_step: Callable[..., None] = reference_optimizer.adamw_step
     lamb_step: Callable[..., None] = reference_optimizer.lamb_step
+    muon_step: Callable[..., None] = reference_optimizer.muon_step
     kernels: bool = False
     """Whether these are our Triton kernels."""
     gelu_in_products: bool = False

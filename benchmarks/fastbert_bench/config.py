@@ -390,6 +390,10 @@ class EstimateConfig:
     gpus: str = _estimate(
         "1", "how many, with one copy of the model each; several to compare them: 1,8,64"
     )
+    optim: str = _estimate("adamw", "the optimizer of the step", choices=("adamw", "muon"))
+    muon_split_qkv: bool = _estimate(
+        True, "of optim = muon: query, key and value each a matrix, not one joined"
+    )
     price_per_hour: float | None = _estimate(
         None, "dollars for one GPU and hour (none = no costs)", at_least=0, at_most=1e9
     )

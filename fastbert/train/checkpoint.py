@@ -2,7 +2,7 @@
 
     checkpoints/step-000010/
         weights.safetensors     fp32 masters under the model's parameter names
-        optimizer.safetensors   AdamW's moments
+        optimizer.safetensors   the optimizer's moments
     state.json              step, data position, counters, recipe, SHA-256 of all three
 
 A checkpoint is written under a temporary name, flushed to the disk, and renamed. What a resume

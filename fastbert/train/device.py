@@ -13,7 +13,9 @@ from fastbert.config import ModelConfig, PretrainConfig
 from fastbert.data.parallel import available_cores
 from fastbert.errors import UserError
 from fastbert.ops import REFERENCE, Ops, cpu_ops, triton_ops, why_no_kernels
+from fastbert.train import muon
 from fastbert.train.flat import FlatParameters
+from fastbert.train.optimizer import described
 
 # On 2 cores the compiled pieces cost 15 s at the start and then save a quarter of the time.
 _COMPILE_WORTH_FLOPS = {"cpu": 1e13, "cuda": 1e16}
@@ -90,6 +92,7 @@ def choose_execution(config: PretrainConfig, model: ModelConfig) -> Execution:
             f"ops: {ops.name}" + (f" ({why_not})" if why_not else ""),
             f"torch.compile: {compile_reason}",
             f"step: {step_reason}",
+            f"optimizer: {described(config, model, ops)}",
         ),
     )
 
@@ -172,7 +175,8 @@ def what_fits(
 ) -> str:
     """Advice where `too_many` tokens do not fit, with the number that would."""
     buffers = {b.data_ptr(): b for b in (flat.master, flat.weights, flat.grad)}
-    state = sum(b.numel() * b.element_size() for b in buffers.values()) + 8 * flat.master.numel()
+    state = sum(b.numel() * b.element_size() for b in buffers.values())
+    state += 4 * (flat.master.numel() + flat.last_begin)  # the moments
     per_token = _activations(model, dtype) * model.num_hidden_layers
     if device.type == "cuda":  # what others hold on this GPU is not ours to use
         free, total = torch.cuda.mem_get_info(device)
@@ -247,8 +251,11 @@ def check_memory(
             data workers need more memory than is free.
     """
     free = free_memory(device)
-    each = 12 + (2 if config.gradient_precision == "bf16" else 4)  # master, two moments; gradient
+    # Master and two moments, and the gradient.
+    each: float = 12 + (2 if config.gradient_precision == "bf16" else 4)
     each += dtype.itemsize if dtype != torch.float32 else 0
+    if config.optim == "muon":  # one moment of its matrices
+        each -= 4 * muon.num_parameters(model) / model.num_parameters(nsp=config.nsp)
     state = check_weights(config.sizes_from, model, device, each, nsp=config.nsp)
     T, L = config.tokens_per_batch, model.num_hidden_layers
     batches = (config.gradient_accumulation_steps + 1) * T * _BATCH_BYTES
@@ -262,6 +269,9 @@ def check_memory(
         if _drops_attention(config, model):
             # The bits of a whole score matrix, a byte each, and in 8 bytes while they are drawn.
             step += T * config.max_seq_length * model.num_attention_heads * (layers + 8)
+    if config.optim == "muon":  # when activations have gone
+        item = 2 if device.type == "cuda" else 4
+        step = max(step, muon.scratch_bytes(model, config.muon_split_qkv, item))
     if state + step > free:
         raise UserError(
             f"tokens_per_batch = {T} with gradient_accumulation_steps = "
@@ -273,7 +283,7 @@ def check_memory(
 
 
 def check_weights(
-    name: str, model: ModelConfig, device: torch.device, each: int = 16, *, nsp: bool = True
+    name: str, model: ModelConfig, device: torch.device, each: float = 16, *, nsp: bool = True
 ) -> int:
     """Bytes of a model's parameters with what belongs to each, once they are known to fit.
 
@@ -292,10 +302,10 @@ def check_weights(
         whole = "weights" if each == 4 else "weights, gradients and moments"
         raise UserError(
             f"model = {name!r} needs {_gib(count * each)} GiB ({count / 1e6:,.1f}M parameters x "
-            f"{each} bytes of {whole}), but only {_gib(free)} GiB are free on {device}: give a "
+            f"{each:.3g} bytes of {whole}), but only {_gib(free)} GiB are free on {device}: give a "
             "smaller --model"
         )
-    return count * each
+    return round(count * each)
 
 
 def check_workers(name: str, workers: int) -> None:

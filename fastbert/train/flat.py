@@ -4,6 +4,8 @@ A step then clips, updates and writes back in a handful of passes whatever the n
 (199 in BERT-base), gradients never need to be allocated, and a checkpoint is a few large tensors.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +22,10 @@ def _rounded_up(size: int, unit: int) -> int:
 class FlatParameters:
     """Moves a model's parameters into flat buffers; the module's parameters become views.
 
-    The buffers are split once: the first part holds matrices, the second biases and LayerNorms, so
-    that an optimizer sees two tensors. In 16 bits the module computes with rounded copies and the
-    fp32 masters stay here.
+    The buffers are split once: the first part holds matrices, the tables of the embeddings before
+    all, the second biases and LayerNorms, so that an optimizer sees two tensors; matrices that
+    another optimizer takes lie behind them. In 16 bits the module computes with rounded copies and
+    the fp32 masters stay here.
 
     Args:
         model: whose parameters they are.
@@ -30,6 +33,7 @@ class FlatParameters:
         gradient_dtype: of `grad`.
         main_grads: whether matrix products add weight gradients straight to `grad`; torch.compile
             cannot trace that.
+        last: names of matrices that lie behind everything else.
 
     Attributes:
         master: (P,) fp32.
@@ -37,7 +41,9 @@ class FlatParameters:
         grad: (P,).
         names: parameter names in buffer order.
         spans: where each parameter starts and stops.
-        decay_end: `master[:decay_end]` is weight-decayed, the rest is not.
+        embedding_end: `master[:embedding_end]` are the tables of the embeddings.
+        decay_end: `master[:decay_end]` is weight-decayed, what follows is not.
+        last_begin: `master[last_begin:]` are the matrices of `last`.
     """
 
     def __init__(
@@ -47,18 +53,24 @@ class FlatParameters:
         gradient_dtype: torch.dtype = torch.float32,
         *,
         main_grads: bool = True,
+        last: Collection[str] = (),
     ) -> None:
         named = dict(model.named_parameters())
-        self.names = sorted(named, key=lambda name: named[name].dim() < 2)  # stable
+        tables = [n for n, p in named.items() if n.startswith("embeddings.") and p.dim() > 1]
+        part = {name: 2 if name in last else int(named[name].dim() < 2) for name in named}
+        self.names = sorted(named, key=part.__getitem__)  # stable
+        assert self.names[: len(tables)] == tables, "an embedding_end needs them to be the first"
         self._parameters = [named[name] for name in self.names]
         self.spans: list[tuple[int, int]] = []
-        end = self.decay_end = 0
+        end, ends = 0, dict.fromkeys(self.names, 0)
         rows = [_rounded_up(len(p), _ROWS if p.dim() > 1 else 1) for p in self._parameters]
-        for parameter, padded in zip(self._parameters, rows, strict=True):
+        for name, parameter, padded in zip(self.names, self._parameters, rows, strict=True):
             self.spans.append((end, end + parameter.numel()))
             end += _rounded_up(parameter[0].numel() * padded, _ALIGNMENT)
-            if parameter.dim() > 1:
-                self.decay_end = end
+            ends[name] = end
+        self.embedding_end = max((ends[name] for name in tables), default=0)
+        self.decay_end = max((ends[name] for name in self.names if part[name] == 0), default=0)
+        self.last_begin = max(ends[name] for name in self.names if part[name] < 2)
         device = self._parameters[0].device
         self.master = torch.zeros(end, device=device)
         self.grad = torch.zeros(end, device=device, dtype=gradient_dtype)
@@ -75,15 +87,13 @@ class FlatParameters:
                 parameter.main_grad = main_grad if main_grads else None  # type: ignore[attr-defined]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The named parameters' places in a buffer laid out like `master`."""
+        """The named parameters' places in a buffer laid out like `master`, or like its beginning:
+        without those beyond its end."""
         return {
             name: flat[slice(*span)].view_as(parameter)
             for name, span, parameter in zip(self.names, self.spans, self._parameters, strict=True)
+            if span[1] <= len(flat)
         }
-
-    def groups(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """The decayed and the undecayed part of a buffer laid out like `master`."""
-        return flat[: self.decay_end], flat[self.decay_end :]
 
     def forget_gradients(self) -> None:
         """Lets the next gradient of each parameter overwrite its place: no memset."""

@@ -15,8 +15,7 @@ from torch import Tensor
 from fastbert.config import PretrainConfig
 from fastbert.data.batch import Batch
 from fastbert.model.bert import Bert
-from fastbert.train.flat import FlatParameters
-from fastbert.train.optimizer import make_optimizer
+from fastbert.train.optimizer import flat_parameters, make_optimizer
 from fastbert.train.schedule import learning_rate
 
 # Micikevicius et al. 2018, section 3.2, with the constants of torch.amp.GradScaler.
@@ -78,8 +77,7 @@ class TrainStep:
         self.done = 0
         self.notes: tuple[str, ...] = ()
         self.launch: Callable[[Sequence[Batch]], None] | None = None
-        gradient_dtype = torch.bfloat16 if config.gradient_precision == "bf16" else torch.float32
-        self.flat = FlatParameters(model, dtype, gradient_dtype, main_grads=main_grads)
+        self.flat = flat_parameters(model, config, dtype, main_grads=main_grads)
         self.optimizer = make_optimizer(self.flat, config, model.ops)
         device = self.flat.master.device
 
@@ -221,7 +219,7 @@ class TrainStep:
         """Goes on from a `state_dict`, with the same next step bit for bit.
 
         Raises:
-            KeyError: something is missing.
+            KeyError, UserError: something is missing.
             RuntimeError: a tensor has another shape.
         """
         state = whole["counters"]

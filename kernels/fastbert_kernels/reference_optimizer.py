@@ -229,6 +229,19 @@ def muon_step(
     if grad is None:
         return
     _adamw(buffers, hyper, grad, muon.begin)
+    update_matrices(buffers, grad, muon, spread)
+    if buffers.weights is not None:
+        buffers.weights.copy_(buffers.master)
+
+
+@torch.no_grad()
+def update_matrices(
+    buffers: Buffers,
+    grad: Tensor,  # (P,) fp32, clipped
+    muon: MuonHyperparameters,
+    spread: Callable[[Orthogonalize, Tensor], Tensor] | None = None,
+) -> None:
+    """What `muon_step` does to the groups' matrices, the rounded copy aside."""
     lr = buffers.lr * muon.lr_ratio
 
     def orthogonalize(x: Tensor) -> Tensor:
@@ -248,8 +261,6 @@ def muon_step(
         for span, update in zip(spans, x.flatten(1), strict=True):
             w = buffers.master[span]
             w.mul_(1 - lr * muon.weight_decay).sub_(lr * factor * update)
-    if buffers.weights is not None:
-        buffers.weights.copy_(buffers.master)
 
 
 def share(probability: float) -> int:

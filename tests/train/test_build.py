@@ -59,7 +59,7 @@ def test_it_learns_and_counts(batches: list[Batch]) -> None:
     step = fastbert.make_step(recipe(), SIZES)
     assert isinstance(step, TrainStep) and step.model.config == SIZES
     assert [note.partition(":")[0] for note in step.notes] == [
-        *("device", "precision", "ops", "torch.compile", "step"),
+        *("device", "precision", "ops", "torch.compile", "step", "optimizer"),
     ]
     losses = []
     for _ in range(6):

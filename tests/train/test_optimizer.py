@@ -1,5 +1,6 @@
 """AdamW over flat buffers against torch's, parameter by parameter, and what it does with NaN."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +9,18 @@ import pytest
 import torch
 
 from fastbert.config import ModelConfig, PretrainConfig
+from fastbert.errors import UserError
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE
+from fastbert.train.checkpoint import check_recipe
 from fastbert.train.flat import FlatParameters
-from fastbert.train.optimizer import FlatOptimizer, make_optimizer
+from fastbert.train.optimizer import FlatOptimizer, flat_parameters, make_optimizer
 from fastbert.train.report import read_metrics
 from fastbert.train.step import TrainStep
 
+from .test_recipes import apex
+
+__all__ = ["apex"]  # the fixture
 SIZES = ModelConfig(97, 16, 2, 2, 24, max_position_embeddings=16)
 CONFIG = PretrainConfig(weight_decay=0.1, adam_beta2=0.98, adam_epsilon=1e-8)
 
@@ -127,6 +133,46 @@ def test_rows_behind_a_matrix_are_seen_by_nobody() -> None:
     random_gradients(optimizer, torch.Generator().manual_seed(1))
     assert update(optimizer, 1e-3)
     assert not flat.master[stop:following].any() and flat.master[start:stop].all()
+
+
+@pytest.mark.parametrize(
+    ("optim", "gradient_precision"),
+    [
+        *(("adamw", "fp32"), ("adamw", "bf16"), ("lamb", "fp32"), ("muon", "fp32")),
+        *(("muon", "bf16"), ("adamw_torch_fused", "fp32"), ("adamw_apex_fused", "fp32")),
+        ("lamb_apex_fused", "fp32"),
+    ],
+)
+@pytest.mark.usefixtures("apex")
+def test_embeddings_have_a_rate_of_their_own(optim: str, gradient_precision: str) -> None:
+    """The tables move as at three times the rate, and all else as at the rate itself."""
+
+    def masters(factor: float, learning_rate: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        config = dataclasses.replace(
+            CONFIG, optim=optim, gradient_precision=gradient_precision, embedding_lr_factor=factor,
+            learning_rate=1e-3, muon_learning_rate=1e-2,
+        )  # fmt: skip
+        optimizer = make_optimizer(flat_parameters(Bert(SIZES), config), config, REFERENCE)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            random_gradients(optimizer, generator)
+            assert update(optimizer, learning_rate)
+        return optimizer.flat.views(optimizer.flat.master)
+
+    ours, slow, fast = masters(3.0, 2.0**-9), masters(1.0, 2.0**-9), masters(1.0, 3 * 2.0**-9)
+    tables = {f"embeddings.{name}" for name in ("word", "position", "token_type")}
+    for name, weight in ours.items():
+        wanted, other = (fast, slow) if name in tables else (slow, fast)
+        torch.testing.assert_close(weight, wanted[name], rtol=0, atol=1e-7, msg=name)
+        assert not torch.equal(weight, other[name]), name
+
+
+def test_a_run_from_before_that_rate_goes_on_without_it() -> None:
+    saved = {"optim": "adamw"}
+    assert check_recipe(saved, {"optim": "adamw", "embedding_lr_factor": 1.0}, "here") == []
+    with pytest.raises(UserError, match=r"^embedding_lr_factor = 3\.0 differs from 1\.0 in"):
+        check_recipe(saved, {"optim": "adamw", "embedding_lr_factor": 3.0}, "here")
 
 
 def poison_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:

@@ -22,16 +22,20 @@ import torch
 
 from fastbert.config import ModelConfig, PretrainConfig, model_config
 from fastbert.errors import RunError, UserError
+from fastbert.train import muon
 from fastbert_bench.config import EstimateConfig
 from fastbert_bench.estimate.launch_list import sizes_of
 from fastbert_bench.estimate.step_cost import (
     AMPERE,
     CPU,
     HOPPER,
+    OPTIMIZER,
     SHORTEST,
+    SYMMETRIC_TILE,
     TRITON,
     Lengths,
     Moods,
+    Muon,
     StepCost,
     step_cost,
 )
@@ -84,9 +88,11 @@ class Device:
     nvlink: float = 0.0
     """Bytes a second and direction; 0: no link."""
 
-    def step(self, sizes: ModelConfig, tokens: float, lengths: Lengths) -> StepCost:
-        """The model of a step on it."""
-        return step_cost(sizes, tokens, lengths, self.ceilings, self.moods, self.arch)
+    def step(
+        self, sizes: ModelConfig, tokens: float, lengths: Lengths, of_muon: Muon | None = None
+    ) -> StepCost:
+        """The model of a step on it, of AdamW alone or with Muon."""
+        return step_cost(sizes, tokens, lengths, self.ceilings, self.moods, self.arch, of_muon)
 
 
 _DATASHEET = "assumed: 90% of the data sheet's bandwidth"
@@ -152,10 +158,12 @@ class Memory:
     device_bytes: float
 
     @classmethod
-    def of(cls, sizes: ModelConfig, device: Device) -> "Memory":
+    def of(cls, sizes: ModelConfig, device: Device, *, with_muon: bool = False) -> "Memory":
         layer = (8 * sizes.hidden_size + 2 * sizes.intermediate_size) * 2
         logits = MLM_PROBABILITY * sizes.vocab_size * 2
         state = (2 + 4 + 4 + 8) * parameters(sizes)
+        if with_muon:  # one moment of its matrices; its scratch comes when activations have gone
+            state -= 4 * muon.num_parameters(sizes)
         return cls(state, layer * sizes.num_hidden_layers + logits, device.memory_bytes)
 
     def needed(self, tokens: float) -> float:
@@ -341,7 +349,8 @@ def estimate(config: EstimateConfig, results: Path = RESULTS) -> Estimate:
         sizes = dataclasses.replace(sizes, vocab_size=config.vocab_size)
     drawn = drawn_lengths(config)
     lengths = Lengths.of(drawn)
-    memory = Memory.of(sizes, device)
+    of_muon = Muon(config.muon_split_qkv) if config.optim == "muon" else None
+    memory = Memory.of(sizes, device, with_muon=of_muon is not None)
     T = micro_batch(config, memory)
     committed = measurements(device, results)
     measured = nearest(committed, sizes, T, lengths)
@@ -352,13 +361,15 @@ def estimate(config: EstimateConfig, results: Path = RESULTS) -> Estimate:
     tokens, price = tokens_asked(config), config.price_per_hour
 
     def plan(gpus: int, micro: int) -> Plan:
-        cost = device.step(sizes, micro, lengths)
+        cost = device.step(sizes, micro, lengths, of_muon)
         alone = factor * cost.seconds
         exposed = exposed_seconds(sizes, gpus, factor * cost.backward_seconds, device)
         rate = micro * gpus / (alone + exposed)
         hours = tokens / rate / 3600
+        per_token = flops[0], flops[1] + cost.family(OPTIMIZER).flops / micro
         shares = [
-            one * rate / gpus / device.peak_flops if device.peak_flops else None for one in flops
+            one * rate / gpus / device.peak_flops if device.peak_flops else None
+            for one in per_token
         ]
         return Plan(
             gpus=gpus,
@@ -385,8 +396,9 @@ def estimate(config: EstimateConfig, results: Path = RESULTS) -> Estimate:
         if most < T:
             plans.append(plan(gpus, most))
     return Estimate(
-        config, sizes, device, lengths, tokens, T, memory, _source(measured, T, bool(committed)),
-        watts, watts_from, device.step(sizes, T, lengths), plans,
+        config, sizes, device, lengths, tokens, T, memory,
+        _source(measured, T, bool(committed), config.optim),
+        watts, watts_from, device.step(sizes, T, lengths, of_muon), plans,
     )  # fmt: skip
 
 
@@ -397,7 +409,7 @@ def tokens_asked(config: EstimateConfig) -> float:
     return config.tokens or BERT_TOKENS
 
 
-def _source(measured: Measured | None, T: int, known: bool) -> str:
+def _source(measured: Measured | None, T: int, known: bool, optim: str) -> str:
     if measured is None:
         what = "this model at such lengths is " if known else ""
         if not RESULTS.is_dir():
@@ -407,6 +419,8 @@ def _source(measured: Measured | None, T: int, known: bool) -> str:
     told = f"from {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}"
     if measured.tokens != T:
         told += f" ({measured.tokens:,} tokens a step; the model carries it to {T:,})"
+    if optim == "muon":
+        told += "; measured with AdamW, the model carries it to Muon"
     return told
 
 
@@ -447,8 +461,9 @@ def assumptions(found: Estimate) -> list[str]:
             f"products: {device.ceilings.matrix / 1e9:,.0f} GFLOP/s; attention "
             f"{device.moods.likely.attention:.0%} of that, and its scores written to memory"
         )
+    rule = "Muon and AdamW" if config.optim == "muon" else "AdamW"
     lines += [
-        f"step: bf16, AdamW, {MLM_PROBABILITY:.0%} of tokens masked, one micro-batch a step, the "
+        f"step: bf16, {rule}, {MLM_PROBABILITY:.0%} of tokens masked, one micro-batch a step, the "
         "last layer on masked and [CLS] tokens only, data never waits; no evaluation, no failures",
         "launches, bytes and FLOPs: launch_list.json; MFU by the model's FLOPs of real "
         "tokens, and by those executed: the last layer skips rows",
@@ -457,6 +472,8 @@ def assumptions(found: Estimate) -> list[str]:
         f"lengths: mean {found.lengths.mean:.0f}, by tokens {found.lengths.attended:.0f}",
         f"power: {found.watts_from}" + ("; the GPU alone, no host, no cooling" * bool(found.watts)),
     ]
+    if config.optim == "muon":
+        lines.append(_of_muon(found))
     if config.epochs is None and config.tokens is None:
         lines.append(f"tokens: {BERT_TOKENS:.3g} as BERT's own run, 1M steps of 256 x 512")
     if config.vocab_size is None:
@@ -474,6 +491,22 @@ def assumptions(found: Estimate) -> list[str]:
             "latency, no stragglers",
         ]
     return lines
+
+
+def _of_muon(found: Estimate) -> str:
+    sizes, split, defaults = found.model, found.config.muon_split_qkv, Muon()
+    flops = muon.newton_schulz_flops(sizes, split, defaults.ns_steps)
+    how = "on a CPU in fp32"
+    if found.device.arch:
+        how = (
+            f"of symmetric products half the tiles of {SYMMETRIC_TILE} and the diagonal; each GPU "
+            "orthogonalizes all matrices"
+        )
+    return (
+        f"Muon: {sum(muon.shapes(sizes, split).values())} matrices, 4 bytes a parameter less; "
+        f"Newton-Schulz {defaults.ns_steps} times, {flops / 1e12:.2f} TFLOP a step, which MFU by "
+        f"the model's FLOPs does not count; launches from the matrices' shapes, {how}"
+    )
 
 
 def warnings(found: Estimate) -> list[str]:

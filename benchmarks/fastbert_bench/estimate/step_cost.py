@@ -3,8 +3,9 @@
 The kernels are those of `estimate.launch_list`. A product takes the time of its tiles, in waves
 over the multiprocessors, its sum cut in as many parts as is fastest; attention the cycles of
 `kernels.counts` for each tile that the lengths need, dropout included; all else its bytes over
-the bandwidth. None of this is reached in full: `Shares` says how much of it, likely, at best and at
-worst. No share was measured on a GPU yet, but for a product of 8192 x 8192 x 8192.
+the bandwidth. Muon's launches are not in the list: they follow from its matrices' shapes. None of
+this is reached in full: `Shares` says how much of it, likely, at best and at worst. No share was
+measured on a GPU yet, but for a product of 8192 x 8192 x 8192.
 
 T tokens in N sequences, M masked tokens, R = M + N rows of the last layer, H hidden size, A heads
 of size D.
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from fastbert.config import ModelConfig
+from fastbert.train import muon
 from fastbert_bench.estimate import launch_list
 from fastbert_bench.estimate.launch_list import Kernel
 from fastbert_bench.kernels import counts
@@ -56,6 +58,10 @@ RAMP = 1000
 TAIL = 64  # columns, as in fastbert_kernels.attention_kernels
 PRODUCT_TILES = ((128, 256), (256, 128), (128, 128))
 STEP_K = 64
+SYMMETRIC_TILE = 128
+"""Of a symmetric product of t x t such tiles, Muon's kernels compute t (t + 1) / 2."""
+CPU_FP32 = 95 / 430
+"""A CPU's rate in fp32, in which it orthogonalizes, over that in bf16: GFLOP/s a core."""
 # cub sorts int64 by 8 bits at a time: keys and values read and written eight times.
 _SORT_PASSES, _SORT_LAUNCHES = 8, 10
 
@@ -95,6 +101,14 @@ AMPERE = Moods(
 )
 # A CPU's rates are of whole steps, and its ops follow each other without a launch.
 CPU = Moods(*(Shares(1.0, share, 1.0) for share in (0.5, 0.6, 0.4)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """How Muon takes the layers' matrices, where it does."""
+
+    split_qkv: bool = True
+    ns_steps: int = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,14 +221,26 @@ class Paper:
         k: int,
         moved: float,  # bytes
         item: int = 2,  # bytes of an element of the result
+        *,
+        batch: int = 1,
+        symmetric: bool = False,
     ) -> tuple[float, str, float | None]:
-        """(seconds, limit, share of the multiprocessors' time that tiles fill) of a product."""
+        """(seconds, limit, share of the multiprocessors' time that tiles fill) of a product.
+
+        Args:
+            m, n, k, moved, item: the sizes.
+            batch: how many such products one launch makes.
+            symmetric: whether it computes one half of a symmetric result only.
+        """
         machine = self.machine
         if machine is None:
-            by_rate = 2.0 * m * n * k / (self.ceilings.matrix * self.shares.product)
+            by_rate = 2.0 * batch * m * n * k / (self.ceilings.matrix * self.shares.product)
             return max(by_rate, self.memory(moved)), "tensor", None
         found = []
-        for rows, columns in PRODUCT_TILES:
+        for rows, columns in [(SYMMETRIC_TILE,) * 2] if symmetric else PRODUCT_TILES:
+            result = math.ceil(m / rows) * math.ceil(n / columns)
+            if symmetric:
+                result = (result + math.ceil(m / rows)) // 2
             tensor = 2 * rows * columns * STEP_K / machine.tensor
             # Two neighbours share the longer side's operand where a copy can reach both (sm_90).
             sides = rows + columns - (max(rows, columns) / 2 if self.arch == 90 else 0)
@@ -222,14 +248,14 @@ class Paper:
             for splits in range(1, self.shares.splits + 1):
                 if splits > 1 and k < 1024 * splits:
                     break
-                tiles = math.ceil(m / rows) * math.ceil(n / columns) * splits
+                tiles = batch * result * splits
                 waves = math.ceil(tiles / machine.multiprocessors)
                 steps = math.ceil(math.ceil(k / splits) / STEP_K)
                 out = rows * columns * (item if splits == 1 else 4) / machine.l2
                 cycles = waves * (steps * max(tensor, l2) + RAMP + out)
                 seconds = cycles / machine.clock / self.shares.product
                 if splits > 1:  # parts are written, read and added
-                    seconds += self.memory(2.0 * splits * m * n * 4)
+                    seconds += self.memory(2.0 * splits * batch * m * n * 4)
                 limit = "L2" if l2 > tensor else "tensor"
                 found.append((seconds, limit, tiles / (waves * machine.multiprocessors)))
         seconds, limit, filled = min(found)
@@ -365,19 +391,26 @@ def price(
     ceilings: Ceilings,
     shares: Shares,
     arch: int | None,
+    of_muon: Muon | None = None,
 ) -> list[Priced]:
-    """Every kernel of a step of AdamW in bf16 on `tokens` real tokens, and what it takes."""
+    """Every kernel of a step in bf16 on `tokens` real tokens, and what it takes.
+
+    AdamW updates everything, or what Muon leaves.
+    """
     paper = Paper(ceilings, shares, arch)
     T, N = round(tokens), max(1, round(tokens / lengths.mean))
     M = max(1, round(MLM_PROBABILITY * T))
     drawn = lengths.drawn.astype(np.int64)
     asking = np.maximum(1, np.rint(MLM_PROBABILITY * drawn)).astype(np.int64) + 1  # and [CLS]
     scale = tokens / float(drawn.sum())
-    found, op = [], ""
+    found, op = muon_launches(paper, sizes, of_muon) if of_muon else [], ""
+    rest = 1 - muon.num_parameters(sizes) / launch_list.sizes_of(sizes, T, N, M)["P"]
     for times, kernel in launch_list.read(launch_list.sizes_of(sizes, T, N, M)):
         if not kernel.name.startswith("reduce."):
             op = next((_OPS[start] for start in _OPS if kernel.name.startswith(start)), "")
         moved, flops = bytes_of(kernel), float(kernel.flops)
+        if of_muon and kernel.name == "optimizer._adamw_kernel":
+            moved *= rest
         launches, limit, filled = 1, "memory", None
         if kernel.product:
             item = kernel.outputs[0].dtype.itemsize
@@ -402,6 +435,45 @@ def price(
             )
         )  # fmt: skip
     return found
+
+
+def muon_launches(paper: Paper, sizes: ModelConfig, of_muon: Muon) -> list[Priced]:
+    """What Muon's update launches for each shape of matrices, booked as the optimizer's.
+
+    Momentum (g and m read, m and X written), X's norms, their clamp, X by them, three products a
+    step of Newton-Schulz, and the update (w and X read, w and its rounded copy written). X, A and B
+    are bf16, on a CPU fp32; a product reads its operands once, and what it adds to.
+    """
+    item = 2 if paper.machine else 4
+    found: list[tuple[int, float, str, float | None, float, float]] = []
+    for shape, count in muon.shapes(sizes, of_muon.split_qkv).items():
+        (m, n), elements = sorted(shape), count * math.prod(shape)
+        for touched in (12 + item, item, 0, 2 * item, 8 + item + 2):
+            moved = float(elements * touched)
+            found.append((1, paper.memory(moved), "memory", None, moved, 0.0))
+        products = (
+            (m, n, True, m * n + m * m), (m, m, True, 2 * m * m), (n, m, False, m * m + 2 * m * n),
+        )  # fmt: skip
+        for columns, k, symmetric, touched in products:
+            moved = float(item * count * touched)
+            seconds, limit, filled = paper.product(
+                m, columns, k, moved, item, batch=count, symmetric=symmetric
+            )
+            flops = 2.0 * count * m * columns * k
+            if paper.machine is None:
+                seconds /= CPU_FP32
+            elif symmetric:
+                tiles = math.ceil(m / SYMMETRIC_TILE)
+                flops *= (tiles + 1) / (2 * tiles)
+            found.append((of_muon.ns_steps, seconds, limit, filled, moved, flops))
+    shortest = SHORTEST if paper.arch else 0.0
+    return [
+        Priced(
+            OPTIMIZER, "", "step", times, times * max(seconds, shortest),
+            limit if seconds >= shortest else "launch", filled, times * moved, times * flops,
+        )
+        for times, seconds, limit, filled, moved, flops in found
+    ]  # fmt: skip
 
 
 class Family(NamedTuple):
@@ -441,6 +513,10 @@ class StepCost:
     def high(self) -> float:
         return sum(family.high for family in self.families)
 
+    def family(self, name: str) -> Family:
+        """Its line of that name."""
+        return next(family for family in self.families if family.name == name)
+
     @property
     def launches(self) -> int:
         return sum(family.launches for family in self.families)
@@ -453,9 +529,12 @@ def step_cost(
     ceilings: Ceilings,
     moods: Moods,
     arch: int | None,
+    of_muon: Muon | None = None,
 ) -> StepCost:
     """A step by family, each at its likely shares and between its best and its worst."""
-    priced = [price(sizes, tokens, lengths, ceilings, shares, arch) for shares in moods]
+    priced = [
+        price(sizes, tokens, lengths, ceilings, shares, arch, of_muon) for shares in moods
+    ]
     rows = [
         _family(name, *([one for one in every if one.family == name] for every in priced))
         for name in FAMILIES[:-1]

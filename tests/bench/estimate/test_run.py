@@ -17,7 +17,7 @@ from fastbert.ops import REFERENCE
 from fastbert_bench.config import EstimateConfig
 from fastbert_bench.estimate import run as est
 from fastbert_bench.estimate.run import DEVICES, Device, Memory, estimate
-from fastbert_bench.estimate.step_cost import CPU, FAMILIES, RESIDUAL_ADDS, Lengths
+from fastbert_bench.estimate.step_cost import CPU, FAMILIES, OPTIMIZER, RESIDUAL_ADDS, Lengths
 from fastbert_bench.kernels.costs import Ceilings
 from fastbert_bench.measure import result
 
@@ -217,6 +217,32 @@ def test_heads_that_no_kernel_has_are_told_of(tmp_path, capsys):
             assert cli.main(["estimate", "--model", str(path), "--gpu", gpu]) == 0
             said = "warning: heads of 96: our kernels have 32, 64, 128" in capsys.readouterr().out
             assert said == (told and gpu == "h100")
+
+
+def test_muon_costs_time_and_executed_flops_and_spares_a_moment(tmp_path, capsys):
+    adamw, split, joined = (
+        estimate(asked(**changes), tmp_path)
+        for changes in ({}, {"optim": "muon"}, {"optim": "muon", "muon_split_qkv": False})
+    )
+    seconds = [one.plans[0].step_seconds for one in (adamw, joined, split)]
+    assert seconds == sorted(seconds)
+    assert split.plans[0].mfu < adamw.plans[0].mfu
+    before, after = (
+        one.plans[0].mfu_executed * one.plans[0].step_seconds * 989e12 for one in (adamw, split)
+    )
+    orthogonalized = split.cost.family(OPTIMIZER).flops
+    assert after - before == pytest.approx(orthogonalized)
+    assert 1.2e12 < orthogonalized < 1.64e12  # 1.64e12, but for halves of symmetric products
+    assert adamw.memory.state_bytes - split.memory.state_bytes == 4 * 85_524_480
+    assert cli.main(["estimate", "--optim", "muon"]) == 0
+    shown = capsys.readouterr().out
+    assert "- step: bf16, Muon and AdamW, " in shown
+    assert "- Muon: 73 matrices, 4 bytes a parameter less; Newton-Schulz 5 times, 1.64 TF" in shown
+    measured(tmp_path)
+    found = estimate(asked(optim="muon"), tmp_path)
+    assert found.source.endswith("; measured with AdamW, the model carries it to Muon")
+    ratio = found.plans[0].step_seconds / 0.040
+    assert ratio == pytest.approx(split.cost.seconds / adamw.cost.seconds)
 
 
 def test_epochs_are_times_the_corpus():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastbert.config import ModelConfig, model_config
+from fastbert.train import muon
 from fastbert_bench.estimate import launch_list
 from fastbert_bench.estimate import step_cost as sc
 from fastbert_bench.estimate.launch_list import Array, Kernel
@@ -185,6 +186,49 @@ def test_a_long_sum_is_cut_where_that_fills_the_gpu():
     assert filled > 0.9 and seconds < alone.product(*args)[0] / 3.5
     assert free.product(*args)[0] < paid.product(*args)[0] < alone.product(*args)[0]
     assert free.product(768, 768, 1024, 0)[0] == alone.product(768, 768, 1024, 0)[0]
+
+
+def test_half_of_a_symmetric_product_is_made_in_tiles_of_128():
+    """768 x 768: 21 tiles of 36; seven such products are 147, in two waves."""
+    paper = Paper(ENDLESS, Shares(1.0, 1.0, 1.0, splits=1), 90)
+    seconds, limit, filled = paper.product(768, 768, 3072, 0, batch=7, symmetric=True)
+    l2 = 2 * 64 * 1.5 * 128 / 32  # two neighbours share an operand: slower than the tensor cores
+    assert seconds == pytest.approx(2 * (48 * l2 + sc.RAMP + 128 * 128 * 2 / 32) / CLOCK)
+    assert (limit, filled) == ("L2", pytest.approx(147 / 264))
+    assert paper.product(128 * 12, 256, 1024, 0, batch=11)[0] == pytest.approx(by_hand(1, 16))
+    assert paper.product(128 * 12, 256, 1024, 0, batch=12)[0] > by_hand(1, 16)
+
+
+def test_muons_launches_by_hand():
+    """Base: 49 matrices of 768 x 768, 12 of 3072 x 768 and 12 of 768 x 3072."""
+    priced = sc.muon_launches(Paper(H100, WHOLE, 90), BASE, sc.Muon())
+    assert sum(one.launches for one in priced) == 3 * (5 + 3 * 5)
+    H, F = 768.0, 3072.0
+    square, long = 49 * 2 * H**3, 24 * 2 * H * H * F
+    half = 7 / 12  # 21 tiles of 36
+    symmetric = square + long + (square + 24 * 2 * H**3)
+    assert sum(one.flops for one in priced) == pytest.approx(
+        5 * (half * symmetric + square + long), rel=1e-12
+    )
+    passes = sum(one.bytes for one in priced if not one.flops)
+    assert passes == (14 + 2 + 4 + 12) * muon.num_parameters(BASE)
+    on_cpu = sc.muon_launches(Paper(Ceilings(1e30, 430e9), WHOLE, None), BASE, sc.Muon(ns_steps=3))
+    flops = muon.newton_schulz_flops(BASE, True, 3)
+    assert sum(one.flops for one in on_cpu) == flops
+    assert sum(one.seconds for one in on_cpu) == pytest.approx(flops / 95e9)
+
+
+def test_adamw_updates_what_muon_leaves():
+    args = (BASE, 16_384, Lengths.of(np.array([128])), H100, WHOLE, 90)
+    alone, beside = (
+        [one for one in sc.price(*args, of_muon) if one.family == sc.OPTIMIZER]
+        for of_muon in (None, sc.Muon(split_qkv=False))
+    )
+    ours = sc.muon_launches(Paper(H100, WHOLE, 90), BASE, sc.Muon(split_qkv=False))
+    assert beside[: len(ours)] == ours and len(beside) == len(ours) + len(alone)
+    saved = sum(one.bytes for one in alone) - sum(one.bytes for one in beside[len(ours) :])
+    # As the list has it: g, m, v, w and the rounded copy, of which all but g are written too.
+    assert saved == pytest.approx(32 * muon.num_parameters(BASE), rel=1e-6)
 
 
 def test_the_best_product_is_the_measured_one():
