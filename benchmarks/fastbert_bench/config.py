@@ -39,6 +39,7 @@ DROPIN_TASKS = ("mlm", "classification")
 KERNEL_OPS = (
     *("attention", "dropout_add_layer_norm", "linear_cross_entropy", "adamw", "linear_gelu"),
     *("gelu_layer_norm", "bias_gelu", "embed_layer_norm", "lamb", "mask_tokens"),
+    "symmetric_product",
 )
 KERNEL_PEER_NAMES = (
     *("reference", "eager", "compile", "fa2", "fa3", "fa4", "cudnn", "liger", "torch-own"),

@@ -38,12 +38,12 @@ _NORM_PROGRAMS, _NORM_BLOCK, _NORM_WARPS = 1024, 4096, 8  # 7 programs a multipr
 _LAMB_BLOCK = 4096  # 27,000 blocks in BERT-base, so partial norms are 0.02% of the bytes
 
 # Places in the fp32 scalars that the finishing program leaves for the update.
-_FINITE = tl.constexpr(0)  # 1 where the update is to be made
-_FACTOR = tl.constexpr(1)  # what the gradient is multiplied with
-_LR = tl.constexpr(2)
-_STEP_SIZE = tl.constexpr(3)  # lr / (1 - beta1^t), for AdamW; 1 / (1 - beta1^t), for LAMB
-_ROOT = tl.constexpr(4)  # sqrt(1 - beta2^t)
-_SCALARS = 5
+FINITE = tl.constexpr(0)  # 1 where the update is to be made
+FACTOR = tl.constexpr(1)  # what the gradient is multiplied with
+LR = tl.constexpr(2)
+STEP_SIZE = tl.constexpr(3)  # lr / (1 - beta1^t), for AdamW; 1 / (1 - beta1^t), for LAMB
+ROOT = tl.constexpr(4)  # sqrt(1 - beta2^t)
+SCALARS = 5
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _prepare_kernel(
     skipped_ptr,  # () int64
     grad_scale_ptr,  # () fp32
     grad_norm_ptr,  # () fp32
-    scalars_ptr,  # (_SCALARS,) fp32
+    scalars_ptr,  # (SCALARS,) fp32
     programs,
     MAX_GRAD_NORM: tl.constexpr,
     LOG_BETA1: tl.constexpr,
@@ -98,11 +98,11 @@ def _prepare_kernel(
     step_size = 1.0 / correction1
     if LR_IN_STEP_SIZE:
         step_size = lr / correction1
-    tl.store(scalars_ptr + _FINITE, finite.to(tl.float32))
-    tl.store(scalars_ptr + _FACTOR, clip / scale)
-    tl.store(scalars_ptr + _LR, lr)
-    tl.store(scalars_ptr + _STEP_SIZE, step_size)
-    tl.store(scalars_ptr + _ROOT, tl.sqrt_rn(correction2))
+    tl.store(scalars_ptr + FINITE, finite.to(tl.float32))
+    tl.store(scalars_ptr + FACTOR, clip / scale)
+    tl.store(scalars_ptr + LR, lr)
+    tl.store(scalars_ptr + STEP_SIZE, step_size)
+    tl.store(scalars_ptr + ROOT, tl.sqrt_rn(correction2))
     tl.store(grad_norm_ptr, norm)
     tl.store(step_ptr, step)
     tl.store(skipped_ptr, tl.load(skipped_ptr) + 1 - finite.to(tl.int64))
@@ -114,7 +114,7 @@ def _moments(grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, offsets, inside
     g = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(exp_avg_ptr + offsets, mask=inside, other=0.0)
     v = tl.load(exp_avg_sq_ptr + offsets, mask=inside, other=0.0)
-    g *= tl.load(scalars_ptr + _FACTOR)
+    g *= tl.load(scalars_ptr + FACTOR)
     m += (g - m) * decay1
     v += (g * g - v) * decay2
     tl.store(exp_avg_ptr + offsets, m, mask=inside)
@@ -129,7 +129,7 @@ def _adamw_kernel(
     exp_avg_ptr,  # (P,) fp32
     exp_avg_sq_ptr,  # (P,) fp32
     weights_ptr,  # (P,), not touched unless WRITE_BACK
-    scalars_ptr,  # (_SCALARS,) fp32
+    scalars_ptr,  # (SCALARS,) fp32
     P,
     decay_end,
     decay1,
@@ -141,7 +141,7 @@ def _adamw_kernel(
     BLOCK: tl.constexpr,
     WRITE_BACK: tl.constexpr,
 ):
-    if tl.load(scalars_ptr + _FINITE) == 0.0:
+    if tl.load(scalars_ptr + FINITE) == 0.0:
         return
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < P
@@ -150,9 +150,9 @@ def _adamw_kernel(
         grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, offsets, inside, decay1, decay2
     )
     factor = tl.where(offsets < embedding_end, embedding_factor, 1.0)
-    shrink = 1.0 - tl.load(scalars_ptr + _LR) * factor * weight_decay
+    shrink = 1.0 - tl.load(scalars_ptr + LR) * factor * weight_decay
     w = tl.where(offsets < decay_end, w * shrink, w)
-    step_size, root = tl.load(scalars_ptr + _STEP_SIZE), tl.load(scalars_ptr + _ROOT)
+    step_size, root = tl.load(scalars_ptr + STEP_SIZE), tl.load(scalars_ptr + ROOT)
     w -= step_size * factor * (m / (tl.sqrt(v) / root + eps))
     tl.store(master_ptr + offsets, w, mask=inside)
     if WRITE_BACK:
@@ -161,7 +161,7 @@ def _adamw_kernel(
 
 @triton.jit
 def _lamb_update(w, m, v, scalars_ptr, weight_decay, eps):
-    step_size, root = tl.load(scalars_ptr + _STEP_SIZE), tl.load(scalars_ptr + _ROOT)
+    step_size, root = tl.load(scalars_ptr + STEP_SIZE), tl.load(scalars_ptr + ROOT)
     return step_size * (m / (tl.sqrt(v) / root + eps)) + weight_decay * w
 
 
@@ -178,7 +178,7 @@ def _lamb_moments_kernel(
     grad_ptr,  # (P,)
     exp_avg_ptr,  # (P,) fp32
     exp_avg_sq_ptr,  # (P,) fp32
-    scalars_ptr,  # (_SCALARS,) fp32
+    scalars_ptr,  # (SCALARS,) fp32
     bounds_ptr,  # (blocks, 2) int64: where each block starts and its parameter stops
     partials_ptr,  # (2, blocks) fp32: of w² and of u²
     decay_end,
@@ -190,7 +190,7 @@ def _lamb_moments_kernel(
     PIECE: tl.constexpr,
 ):
     """Moments, and the partial norms of weights and updates; a block lies in one parameter."""
-    if tl.load(scalars_ptr + _FINITE) == 0.0:
+    if tl.load(scalars_ptr + FINITE) == 0.0:
         return
     block = tl.program_id(0)
     start, stop = _bounds(bounds_ptr, block)
@@ -216,7 +216,7 @@ def _lamb_ratios_kernel(
     partials_ptr,  # (2, blocks) fp32
     first_block_ptr,  # (parameters + 1,) int32
     bounds_ptr,  # (blocks, 2) int64
-    scalars_ptr,  # (_SCALARS,) fp32
+    scalars_ptr,  # (SCALARS,) fp32
     rates_ptr,  # (parameters,) fp32: lr times the trust ratio
     blocks,
     decay_end,
@@ -224,7 +224,7 @@ def _lamb_ratios_kernel(
     embedding_factor,
     BLOCK: tl.constexpr,
 ):
-    if tl.load(scalars_ptr + _FINITE) == 0.0:
+    if tl.load(scalars_ptr + FINITE) == 0.0:
         return
     parameter = tl.program_id(0)
     first, last = tl.load(first_block_ptr + parameter), tl.load(first_block_ptr + parameter + 1)
@@ -239,7 +239,7 @@ def _lamb_ratios_kernel(
     trusted = (start < decay_end) & (w_norm > 0) & (u_norm > 0)
     ratio = tl.where(trusted, w_norm / tl.where(trusted, u_norm, 1.0), 1.0)
     ratio *= tl.where(start < embedding_end, embedding_factor, 1.0)
-    tl.store(rates_ptr + parameter, tl.load(scalars_ptr + _LR) * ratio)
+    tl.store(rates_ptr + parameter, tl.load(scalars_ptr + LR) * ratio)
 
 
 @triton.jit(do_not_specialize=["decay_end"])
@@ -248,7 +248,7 @@ def _lamb_apply_kernel(
     exp_avg_ptr,  # (P,) fp32
     exp_avg_sq_ptr,  # (P,) fp32
     weights_ptr,  # (P,), not touched unless WRITE_BACK
-    scalars_ptr,  # (_SCALARS,) fp32
+    scalars_ptr,  # (SCALARS,) fp32
     bounds_ptr,  # (blocks, 2) int64
     parameter_ptr,  # (blocks,) int32: which parameter a block belongs to
     rates_ptr,  # (parameters,) fp32
@@ -259,7 +259,7 @@ def _lamb_apply_kernel(
     PIECE: tl.constexpr,
     WRITE_BACK: tl.constexpr,
 ):
-    if tl.load(scalars_ptr + _FINITE) == 0.0:
+    if tl.load(scalars_ptr + FINITE) == 0.0:
         return
     # Backwards: what the first pass read last is still in L2.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -327,7 +327,7 @@ _MUTATED = ("master", "exp_avg", "exp_avg_sq", "weights", "step", "skipped", "gr
 
 
 @torch.library.custom_op("fastbert::optimizer_step", mutates_args=_MUTATED)
-def _step(
+def flat_update(
     table: list[Tensor],  # of LAMB; empty for AdamW. Then `Buffers`, then `Hyperparameters`
     master: Tensor,
     grad: Tensor,
@@ -347,11 +347,14 @@ def _step(
     max_grad_norm: float,
     embedding_end: int,
     embedding_lr_factor: float,
-) -> None:
-    P = master.numel()
-    programs = min(triton.cdiv(P, _NORM_BLOCK), _NORM_PROGRAMS)
-    partials, scalars = (_fp32(master.device, size) for size in (programs, _SCALARS))
-    _square_sums_kernel[(programs,)](grad, partials, P, BLOCK=_NORM_BLOCK, num_warps=_NORM_WARPS)
+    end: int,  # AdamW updates [0, end)
+) -> Tensor:  # (SCALARS,) fp32
+    """One update of everything but Muon's matrices, whose kernels read the scalars, too."""
+    programs = min(triton.cdiv(grad.numel(), _NORM_BLOCK), _NORM_PROGRAMS)
+    partials, scalars = (_fp32(master.device, size) for size in (programs, SCALARS))
+    _square_sums_kernel[(programs,)](
+        grad, partials, grad.numel(), BLOCK=_NORM_BLOCK, num_warps=_NORM_WARPS
+    )
     _prepare_kernel[(1,)](
         partials, lr, step, skipped, grad_scale, grad_norm, scalars, programs,
         MAX_GRAD_NORM=max_grad_norm, LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2),
@@ -362,11 +365,12 @@ def _step(
     factors = (decay_end, 1 - beta1, 1 - beta2, eps, weight_decay)
     embeddings = (embedding_end, embedding_lr_factor)
     if not table:
-        _adamw_kernel[(triton.cdiv(P, _BLOCK),)](
-            *moments, rounded, scalars, P, *factors, *embeddings,
-            BLOCK=_BLOCK, WRITE_BACK=write, num_warps=_NUM_WARPS,
-        )  # fmt: skip
-        return
+        if end:
+            _adamw_kernel[(triton.cdiv(end, _BLOCK),)](
+                *moments, rounded, scalars, end, *factors, *embeddings,
+                BLOCK=_BLOCK, WRITE_BACK=write, num_warps=_NUM_WARPS,
+            )  # fmt: skip
+        return scalars
     bounds, parameter, first_block = table
     blocks, parameters = bounds.shape[0], first_block.numel() - 1
     partials, rates = _fp32(master.device, 2 * blocks), _fp32(master.device, parameters)
@@ -383,23 +387,28 @@ def _step(
         decay_end, eps, weight_decay,
         BLOCK=_LAMB_BLOCK, PIECE=_BLOCK, WRITE_BACK=write, num_warps=_NUM_WARPS,
     )  # fmt: skip
+    return scalars
 
 
-@_step.register_fake
-def _(*args):
-    return None
+@flat_update.register_fake
+def _(table, master, *args):
+    return _fp32(master.device, SCALARS)
 
 
 def _fp32(device: torch.device, size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=device)
 
 
-def _check(op: str, buffers: Buffers, hyper: Hyperparameters) -> None:
+def check_buffers(
+    op: str, buffers: Buffers, hyper: Hyperparameters, end: int | None = None
+) -> None:
+    """Raises ValueError unless `op` can update these buffers, [0, end) of them by AdamW."""
     device, P = buffers.master.device, buffers.master.numel()
     require_launchable(op, _adamw_kernel, device, f"reference_optimizer.{op}")
     kinds: dict[str, tuple[tuple[int | None, ...], Any]] = {
         "master": ((None,), torch.float32),
-        **dict.fromkeys(("exp_avg", "exp_avg_sq"), ((P,), torch.float32)),
+        "exp_avg": ((P,), torch.float32),
+        "exp_avg_sq": ((P if end is None else end,), torch.float32),
         **dict.fromkeys(("grad", "weights"), ((P,), STORAGE_DTYPES)),
         **dict.fromkeys(("lr", "grad_scale", "grad_norm"), ((), torch.float32)),
         **dict.fromkeys(("step", "skipped"), ((), torch.int64)),
@@ -423,8 +432,8 @@ def adamw_step(buffers: Buffers, hyper: Hyperparameters) -> None:
     Raises:
         ValueError: a buffer's shape, dtype or device does not fit, or a setting is out of range.
     """
-    _check("adamw_step", buffers, hyper)
-    _step([], *buffers, *hyper)
+    check_buffers("adamw_step", buffers, hyper)
+    flat_update([], *buffers, *hyper, buffers.master.numel())
 
 
 def lamb_step(
@@ -438,13 +447,13 @@ def lamb_step(
         ValueError: a buffer's shape, dtype or device does not fit, or a setting is out of range.
     """
     op, P, device = "lamb_step", buffers.master.numel(), buffers.master.device
-    _check(op, buffers, hyper)
+    check_buffers(op, buffers, hyper)
     blocks = table.bounds.shape[0]
     require_tensor(op, "table.bounds", table.bounds, (None, 2), torch.int64, device)
     require_tensor(op, "table.parameter", table.parameter, (blocks,), torch.int32, device)
     require_tensor(op, "table.first_block", table.first_block, (None,), torch.int32, device)
     require(table.end <= P, f"lamb_step: table needs {table.end} elements, the buffers have {P}")
-    _step([table.bounds, table.parameter, table.first_block], *buffers, *hyper)
+    flat_update([table.bounds, table.parameter, table.first_block], *buffers, *hyper, P)
 
 
 def compile_cases() -> list[CompileCase]:

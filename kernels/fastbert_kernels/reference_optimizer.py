@@ -170,6 +170,22 @@ def lamb_step(
 
 
 @torch.no_grad()
+def symmetric_product(
+    x: Tensor,  # (B, m, k)
+    *,
+    transposed: bool = False,  # x is (B, k, m)
+    add: Tensor | None = None,  # (B, m, m), symmetric
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> Tensor:  # (B, m, m)
+    """alpha X Xᵀ + beta add of each matrix; XᵀX where transposed."""
+    left, right = (x.mT, x) if transposed else (x, x.mT)
+    if add is None:
+        return alpha * (left @ right)
+    return torch.baddbmm(add, left, right, beta=beta, alpha=alpha)
+
+
+@torch.no_grad()
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:  # (B, rows, columns), both ways
     """Each matrix U S Vᵀ to about U Vᵀ, by a quintic iteration (Jordan et al. 2024, "Muon").
 

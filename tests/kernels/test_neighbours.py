@@ -25,12 +25,18 @@ from fastbert_kernels import (
     layer_norm,
     linear,
     mask,
+    muon,
     optimizer,
     reference,
     reference_optimizer,
 )
 from fastbert_kernels.cpu import CpuOps
-from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
+from fastbert_kernels.reference_optimizer import (
+    Buffers,
+    Hyperparameters,
+    MuonGroup,
+    MuonHyperparameters,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 LIBRARY = ROOT / "kernels" / "fastbert_kernels"
@@ -104,6 +110,16 @@ OPS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "lamb_step": (
         by_name(optimizer.lamb_step),
         UPDATE | {"table": optimizer.lamb_table([(0, 16), (16, 60)], "cpu")},
+    ),
+    "symmetric_product": (
+        muon.symmetric_product,
+        {"x": torch.zeros(2, R, H), "add": torch.zeros(2, R, R)},
+    ),
+    "muon_step": (
+        by_name(muon.muon_step),
+        UPDATE
+        | {"exp_avg_sq": torch.zeros(32)}
+        | {"muon": MuonHyperparameters(32, (MuonGroup(2, 8, (32, 48)),), dtype=torch.float16)},
     ),
     "mask_tokens": (
         mask.mask_tokens,

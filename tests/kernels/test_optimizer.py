@@ -111,20 +111,24 @@ def test_lamb_over_many_steps(dtype: torch.dtype) -> None:
 
 
 def test_the_reference_is_torch_adamw() -> None:
+    """The embeddings, which have a learning rate of their own, are a group of torch's."""
     ours = state(None)
-    theirs = [torch.nn.Parameter(part.clone()) for part in ours["master"].split(DECAY_END)]
+    sizes = [EMBEDDING_END, DECAY_END - EMBEDDING_END, P - DECAY_END]
+    theirs = [torch.nn.Parameter(part.clone()) for part in ours["master"].split(sizes)]
     groups = [
-        {"params": theirs[:1], "weight_decay": 0.01},
-        {"params": theirs[1:], "weight_decay": 0.0},
+        {"params": theirs[:1], "weight_decay": 0.01, "lr": 0.05},
+        {"params": theirs[1:2], "weight_decay": 0.01},
+        {"params": theirs[2:], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=0.02, betas=(0.9, 0.999), eps=1e-6)
+    hyper = HYPER._replace(embedding_end=EMBEDDING_END, embedding_lr_factor=2.5)
     for i in range(50):
         grad = gradient(ours, torch.float32, 0.004 if i % 3 else 0.1)
-        for parameter, part in zip(theirs, grad.split(DECAY_END), strict=True):
+        for parameter, part in zip(theirs, grad.split(sizes), strict=True):
             parameter.grad = part / 8.0
         norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         adamw.step()
-        reference_optimizer.adamw_step(Buffers(grad=grad, **ours), HYPER)
+        reference_optimizer.adamw_step(Buffers(grad=grad, **ours), hyper)
         assert torch.allclose(ours["grad_norm"], norm)
     assert torch.allclose(ours["master"], torch.cat([p.detach() for p in theirs]), atol=1e-6)
 
@@ -177,8 +181,8 @@ def test_opcheck() -> None:
         grad = gradient(buffers, torch.float32, 0.1)
         lamb = lamb_table(SPANS, "cpu")
         for table in ([], [lamb.bounds, lamb.parameter, lamb.first_block]):
-            call = buffers | HYPER._asdict() | {"grad": grad, "table": table}
-            torch.library.opcheck(optimizer._step, (), call, test_utils=tests)
+            call = buffers | HYPER._asdict() | {"grad": grad, "table": table, "end": P}
+            torch.library.opcheck(optimizer.flat_update, (), call, test_utils=tests)
 
 
 def test_compiles_without_a_graph_break() -> None:

@@ -23,6 +23,9 @@ SPECIALIZED = {
     "square_sums": ["P"],
     "prepare": ["programs"],
     "adamw": ["P", "decay_end"],
+    "symmetric_product": ["M", "K"],
+    "muon_momentum": ["size"],
+    "muon_apply": ["size"],
 }
 
 ARGUMENTS = """

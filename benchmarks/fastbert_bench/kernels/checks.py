@@ -23,7 +23,12 @@ from torch import Tensor
 from fastbert_bench.kernels.costs import VOCABULARY
 from fastbert_kernels import reference, reference_optimizer
 from fastbert_kernels.philox import keep_mask, keep_threshold, score_mask
-from fastbert_kernels.reference_optimizer import Buffers, Hyperparameters
+from fastbert_kernels.reference_optimizer import (
+    Buffers,
+    Hyperparameters,
+    MuonGroup,
+    MuonHyperparameters,
+)
 
 Row = dict[str, Any]
 Op = Callable[..., Tensor]
@@ -610,6 +615,72 @@ def optimizer_checks(name: str, device: torch.device, quick: bool) -> Iterator[R
         yield from mutating_checks(label, step, found, grad, device, trace)
 
 
+def symmetric_product_checks(device: torch.device, quick: bool) -> Iterator[Row]:
+    """X Xᵀ and XᵀX + C beside the oracle: symmetric, and the same in a CUDA graph."""
+    from fastbert_kernels.muon import symmetric_product
+
+    shapes = [(12, 768, 3072), (3, 1024, 1024), (1, 129, 8), (5, 77, 1000), (1, 1, 1)]
+    if quick:
+        shapes = [(2, 33, 40)] if device.type == "cpu" else shapes[:3]
+    for dtype, (B, m, k) in itertools.product(dtypes(device), shapes):
+        torch.manual_seed(m)
+        x, c = torch.randn(B, m, k, device=device), torch.randn(B, m, m, device=device)
+        calls: dict[str, dict[str, Any]] = {
+            "XXᵀ": {"x": x},
+            "XᵀX + C": {"x": x.mT.contiguous(), "transposed": True, "add": c + c.mT, "beta": -2.0},
+        }
+        for name, call in calls.items():
+            told = f"{short(dtype)} {B} of {m} x {k} {name}"
+            given = {n: v.to(dtype) if isinstance(v, Tensor) else v for n, v in call.items()}
+            wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in given.items()}
+
+            def run(given: dict[str, Any] = given) -> dict[str, Tensor]:
+                return {"product": symmetric_product(**given)}
+
+            with poisoned():
+                found = run()
+            oracle = reference_optimizer.symmetric_product
+            plain, want = {"product": oracle(**given)}, {"product": oracle(**wide)}
+            yield from compare(told, found, plain, want, dtype)
+            symmetric = torch.equal(found["product"], found["product"].mT)
+            yield {"check": f"{told}: symmetric", "ok": symmetric}
+            again = in_graph(run) if device.type == "cuda" else run()
+            same = torch.equal(again["product"], found["product"])
+            yield {"check": f"{told}: the same bits again", "ok": same}
+
+
+def muon_checks(device: torch.device, quick: bool) -> Iterator[Row]:
+    """Some steps beside the oracle in fp64, Newton-Schulz in fp32; then in bf16, repeated."""
+    from fastbert_kernels.muon import muon_step
+
+    groups = (MuonGroup(64, 192, (1024, 13_312)), MuonGroup(160, 96, (32_768,)))
+    muon = MuonHyperparameters(1024, groups, dtype=torch.float32)
+    hyper = HYPER._replace(decay_end=512)
+    found = optimizer_state(device, dtypes(device)[-1])
+    found["exp_avg_sq"] = found["exp_avg_sq"][: muon.begin].clone()
+    first, want = copied(found), copied(found, wide=True)
+    grad = torch.randn(ELEMENTS, device=device)
+    for i in range(2 if quick else 5):
+        grad = torch.randn(ELEMENTS, device=device)
+        if i == 1:
+            grad[20_000] = torch.inf
+        with poisoned():
+            muon_step(Buffers(grad=grad, **found), hyper, muon)
+        oracle = muon._replace(dtype=torch.float64)
+        reference_optimizer.muon_step(Buffers(grad=grad, **want), hyper, oracle)
+    change, wanted = found["master"] - first["master"], want["master"] - first["master"]
+    error = float((change - wanted).abs().max() / wanted.abs().max())
+    yield {"check": "muon_step", "ok": error <= 1e-4, "error": error, "allowed": 1e-4}
+    counted = int(found["step"]) == int(want["step"]) and int(found["skipped"]) == 1
+    yield {"check": "muon_step: an inf changes nothing", "ok": counted}
+    half = muon._replace(dtype=dtypes(device)[-1])
+
+    def step(state: dict[str, Tensor], grad: Tensor) -> None:
+        muon_step(Buffers(grad=grad, **state), hyper, half)
+
+    yield from mutating_checks("muon_step", step, found, torch.ones_like(grad), device, False)
+
+
 def mutating_checks(
     label: str,
     step: Callable[[dict[str, Tensor], Tensor], None],
@@ -689,6 +760,9 @@ def checks_of(op: str, device: torch.device, quick: bool) -> Iterator[tuple[str,
         yield "all", mask_checks(device, quick)
     elif op in ("adamw", "lamb"):
         yield "all", optimizer_checks(op, device, quick)
+    elif op == "symmetric_product":
+        yield "products", symmetric_product_checks(device, quick)
+        yield "muon_step", muon_checks(device, quick)
     else:
         traced = False
         for case in CASES[op](device, quick):

@@ -6,7 +6,7 @@ files under benchmarks/results/<device>/kernels.json measured.
 Bytes count every input once and every output once, in bf16 where the op is free to choose, and what
 the forward must keep for the backward; vectors of H or F elements are left out. FLOPs are those of
 matrix products (a multiply-add is 2). T tokens, S sequence length, H hidden size, A heads, F = 4 H,
-M masked tokens, V vocabulary, P parameters.
+M masked tokens, V vocabulary, L layers, P parameters.
 """
 
 import argparse
@@ -83,8 +83,13 @@ COSTS = (
     # The norm of a parameter's update must be known before the parameter moves: m, v, w twice.
     Cost("lamb", "step", "clipped LAMB, fp32 masters, bf16 weights", "46 * P"),
     Cost("mask_tokens", "step", "80 / 10 / 10 of 15% of the tokens", "24 * T"),
+    # Of a feed-forward's matrix in each layer: what lies on and below the diagonal is computed.
+    Cost("symmetric_product", "step", "X Xᵀ, in Muon's Newton-Schulz",
+         "2 * L * H * (F + H)", "L * H * (H + 1) * F"),
 )  # fmt: skip
 OPS = tuple(dict.fromkeys(cost.op for cost in COSTS))
+WHOLE = ("adamw", "lamb", "symmetric_product")
+"""Ops of an update, which take as long for every batch."""
 
 
 def cost_of(op: str, direction: str) -> Cost:
@@ -108,7 +113,7 @@ def model_sizes(H: int, S: int, T: int = TOKENS) -> dict[str, int]:
     P += 2 * H * H + 6 * H + VOCABULARY + 2  # pooler, masked-word transform, both heads
     return {
         "T": T, "S": S, "H": H, "A": max(1, H // 64), "F": 4 * H, "V": VOCABULARY,
-        "M": max(1, round(0.15 * T)), "P": P,
+        "M": max(1, round(0.15 * T)), "L": layers, "P": P,
     }  # fmt: skip
 
 
@@ -168,6 +173,8 @@ def target_of(op: str, direction: str, S: int, hopper: bool) -> Target | None:
         return Target("tflops", at_least=333 if direction == "forward" else 272)
     if op == "lamb":
         return Target("ratios/adamw", at_most=1.3)
+    if op == "symmetric_product":
+        return Target("ratios/bare gemm", at_most=1.0)
     if op == "linear_gelu":
         return Target("ratios/bare gemm", at_most=1 / 0.95) if direction == "forward" else None
     if op == "linear_cross_entropy":

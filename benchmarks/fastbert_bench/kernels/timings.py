@@ -30,6 +30,7 @@ from fastbert.ops import cpu_ops
 from fastbert_bench.kernels.checks import with_rest
 from fastbert_bench.kernels.costs import (
     TOKENS,
+    WHOLE,
     Ceilings,
     cost_of,
     model_sizes,
@@ -144,7 +145,8 @@ def shapes(op: str, device: torch.device, quick: bool, model: str = "auto") -> l
     if device.type == "cpu":
         if model != "auto":
             return [sizes_of(model, 16, T=48)]
-        return [model_sizes(64, 16, T=48) | {"V": 1000, "P": sum(parameter_sizes(64, 1, 1000))}]
+        few = {"V": 1000, "L": 1, "P": sum(parameter_sizes(64, 1, 1000))}
+        return [model_sizes(64, 16, T=48) | few]
     lengths = (128, 512) if op in ("attention", "embed_layer_norm") and not quick else (512,)
     if model != "auto":
         return [sizes_of(model, S, TOKENS) for S in lengths]
@@ -545,7 +547,7 @@ def optimizer(name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes)
     from fastbert_kernels.optimizer import adamw_step, lamb_step, lamb_table
 
     H = sizes["H"]
-    layers = sizes.get("L", {768: 12, 1024: 24}.get(H, 1))
+    layers = sizes["L"]
     numels = parameter_sizes(H, layers, sizes["V"], sizes["F"])
     spans = aligned_spans(numels)
     count = 3 + 6 * layers + 3
@@ -632,6 +634,18 @@ def mask_tokens(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workl
     return Workload("mask_tokens", sizes, inputs, contenders, by, ("step",))
 
 
+def symmetric_product(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Workload:
+    from fastbert_kernels.muon import symmetric_product as ours
+
+    by = in_place("x")
+    contenders = [Contender("ours", by(ours)), Contender("bare gemm", by(lambda x: x @ x.mT))]
+
+    def inputs() -> Inputs:
+        return {"x": random_like((sizes["L"], sizes["H"], sizes["F"]), dtype, device)}
+
+    return Workload("symmetric_product", sizes, inputs, contenders, by, ("step",))
+
+
 WORKLOADS: dict[str, Callable[[torch.device, torch.dtype, Sizes], Workload]] = {
     "attention": attention,
     "dropout_add_layer_norm": dropout_add_layer_norm,
@@ -643,6 +657,7 @@ WORKLOADS: dict[str, Callable[[torch.device, torch.dtype, Sizes], Workload]] = {
     "embed_layer_norm": embed_layer_norm,
     "lamb": functools.partial(optimizer, "lamb"),
     "mask_tokens": mask_tokens,
+    "symmetric_product": symmetric_product,
 }
 
 
@@ -723,9 +738,8 @@ def figures(row: Row, device: torch.device) -> Row:
     """What a row's time says of the batch of T tokens; None where there is nothing to say."""
     sizes, seconds = row["sizes"], row["ms"] / 1e3
     model = costs(row["op"], row["direction"], sizes)[2]
-    whole = row["op"] not in ("adamw", "lamb")  # which take as long for every batch
     return {
-        "real_tokens_per_second": sizes["T"] / seconds if whole else None,
+        "real_tokens_per_second": sizes["T"] / seconds if row["op"] not in WHOLE else None,
         "sequences_per_second": sizes["N"] / seconds if "N" in sizes else None,
         "mfu": mfu(model / seconds, device) if model else None,
     }
@@ -801,7 +815,7 @@ def warm_up(
     op: str, device: torch.device, quick: bool, part: int, parts: int, asked: Asked = STAGE
 ) -> None:
     """Compiles what the part-th of `parts` shares of the timings needs; failures come up later."""
-    if op in ("adamw", "lamb", "mask_tokens"):
+    if op in (*WHOLE, "mask_tokens"):
         return
     for workload in workloads(op, device, quick, asked):
         inputs = workload.inputs()

@@ -29,7 +29,7 @@ from fastbert_bench.config import ProfileKernelConfig, check_kernel
 from fastbert_bench.kernels import sass
 from fastbert_bench.kernels import timings as kernel_timings
 from fastbert_bench.kernels.compile_report import cases_of, compile_case
-from fastbert_bench.kernels.costs import POSITIONS, cost_of, model_sizes
+from fastbert_bench.kernels.costs import POSITIONS, WHOLE, cost_of, model_sizes
 from fastbert_bench.kernels.timings import Contender, Workload
 from fastbert_bench.measure import result, timing
 from fastbert_bench.profile.step import ceilings, figures, op_bytes, side_stream
@@ -52,6 +52,7 @@ _KERNELS: dict[str, tuple[tuple[str, str], ...]] = {
     "embed_layer_norm": (("embedding", ""), ("reduce", "")),
     "lamb": (("optimizer", "square_sums"), ("optimizer", "prepare"), ("optimizer", "lamb")),
     "mask_tokens": (("mask", ""),),
+    "symmetric_product": (("muon", "symmetric_product"),),
 }
 _TOLD_OF_A_KERNEL = ("registers", "shared", "spills", "stack", "hmma", "hgmma", "instructions")
 _NCU_METRICS = (
@@ -89,7 +90,7 @@ def sizes_of(op: str, shape: Mapping[str, int], cuda: bool) -> dict[str, int]:
     T = shape.get("T", max(S, T // S * S))
     H = shape.get("H", 64 * shape["A"] if "A" in shape else H)
     sizes = model_sizes(H, S, T) | {"A": _divisor(H, max(1, H // 64))}
-    sizes |= ({} if cuda else {"V": 1000}) | dict(shape)
+    sizes |= ({} if cuda else {"V": 1000, "L": 1}) | dict(shape)
     if sees_ends and T % S:
         raise UserError(f"shape: T = {T} must be a multiple of S = {S}")
     if op == "embed_layer_norm" and S > POSITIONS:
@@ -105,12 +106,12 @@ def _divisor(number: int, most: int) -> int:
 
 
 def sweep(op: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
-    """Growing sizes, the last of which is `sizes`; an optimizer grows with the model's width."""
+    """Growing sizes, the last of which is `sizes`; an update grows with the model's width."""
     found = []
     S = 1 if sizes["T"] % sizes["S"] else sizes["S"]
     for power in reversed(range(POINTS)):
         part = dict(sizes)
-        if op in ("adamw", "lamb"):
+        if op in WHOLE:
             part["H"] = max(8, sizes["H"] * (POINTS - power) // POINTS // 8 * 8)
         else:
             part["T"] = max(S, sizes["T"] // STEP_BETWEEN**power // S * S)
@@ -394,7 +395,7 @@ def run(op: str, config: ProfileKernelConfig) -> dict[str, Any]:
         op=op,
         dtype=str(dtype).removeprefix("torch."),
         implementation="Triton kernels" if cuda else "plain PyTorch, as the step runs it on a CPU",
-        grows="P" if op in ("adamw", "lamb") else "T",
+        grows="T" if op not in WHOLE else "H" if op == "symmetric_product" else "P",
         ceilings=found,
         kernels=kernels,
         ncu=ncu,

@@ -42,7 +42,7 @@ from fastbert.train.device import (
 from fastbert_bench.config import KERNEL_OPS, KernelBenchConfig
 from fastbert_bench.kernels import stage as kernel_stage
 from fastbert_bench.kernels import timings as kernel_timings
-from fastbert_bench.kernels.costs import model_sizes, rates
+from fastbert_bench.kernels.costs import WHOLE, model_sizes, rates
 from fastbert_bench.kernels.timings import (
     Asked,
     Contender,
@@ -100,7 +100,7 @@ def cpu_workload(op: str, quick: bool, asked: Asked = kernel_timings.STAGE) -> W
     }.get(op)
     ours = missing(why_not) if why_not else by(kernel_timings.cpu_op(op, compiler))
     same, compiled = by(law), missing("torch.compile needs a C++ compiler here")
-    if op in ("adamw", "lamb"):
+    if op in WHOLE:
         same = missing("on a CPU, ours is the reference")
     elif compiler:
         compiled = by(torch.compile(law, dynamic=False))
