@@ -96,6 +96,7 @@ def triton_ops(
         ModuleNotFoundError: Triton is not installed.
     """
     from fastbert_kernels import attention, cross_entropy, embedding, gelu, layer_norm, optimizer
+    from fastbert_kernels.muon import muon_step
 
     def linear_gelu_residual(
         x: Tensor, weight: Tensor, bias: Tensor, approximate: str = "none"
@@ -122,6 +123,7 @@ def triton_ops(
         linear_cross_entropy=cross_entropy.linear_cross_entropy,
         adamw_step=optimizer.adamw_step,
         lamb_step=lamb_step,
+        muon_step=muon_step,
         kernels=True,
         gelu_in_products=gelu_in_products,
     )

@@ -48,10 +48,14 @@ def trained(ops: Ops, steps: int = 2, **changes: Any) -> TrainStep:
     return step
 
 
-@pytest.mark.parametrize("optim", ["adamw", "lamb"])
-def test_steps_on_kernels_lie_on_those_in_plain_pytorch(optim: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"optim": "adamw"}, {"optim": "lamb"}, {"optim": "muon", "muon_ns_steps": 1}],
+    ids=["adamw", "lamb", "muon"],
+)
+def test_steps_on_kernels_lie_on_those_in_plain_pytorch(changes: dict[str, Any]) -> None:
     """Dropout on: the same bits. Weight gradients go straight to the flat buffer in both."""
-    kernels, cpu = trained(triton_ops(), optim=optim), trained(cpu_ops(False), optim=optim)
+    kernels, cpu = trained(triton_ops(), **changes), trained(cpu_ops(False), **changes)
     assert math.isclose(kernels.read().loss, cpu.read().loss, rel_tol=1e-5)
     assert math.isclose(kernels.read().grad_norm, cpu.read().grad_norm, rel_tol=1e-4)
     # AdamW's first steps divide rounding by rounding: compare where the gradient is no rounding.
