@@ -38,7 +38,7 @@ from fastbert.settings import (
 
 RUN = Group("run", "where and on what it runs")
 RECIPE = Group("recipe", "settings that belong together; each given beside it overrides its own")
-MODEL = Group("model", "its size and dropout")
+MODEL = Group("model", "its size, start and dropout")
 DATA = Group("data", "text, tokens and batches")
 TRAIN = Group("train", "the optimizer and its schedule")
 LOGS = Group("logs", "what is reported, evaluated and saved")
@@ -510,11 +510,11 @@ class PretrainConfig(Config):
         aka=("new_tokens", "additional_tokens", "extend_vocab", "vocab_extension"),
     )
     do_lower_case: bool | None = setting(
-        None, "lower-case the text (unset = as the tokenizer's files say, else yes)", DATA
+        None, "lower-case the text (none = as the tokenizer's files say, else yes)", DATA
     )
     strip_accents: bool | None = setting(
         None,
-        "take accents off (unset = as the files say, else with lower case, where they are accents)",
+        "take accents off (none = as the files say, else with lower case, where they are accents)",
         DATA,
     )
     max_seq_length: int = max_seq_length_setting(DATA)

@@ -29,6 +29,7 @@ from fastbert.train import checkpoint
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 PATHS = ("out", "data", "model", "tokenizer", "resume", "device", "init_from", "add_tokens")
+PATHS += ("recipe",)
 CASES = range(int(os.environ.get("FASTBERT_FUZZ", "20")))
 SECONDS = 60
 TEXT = "\n\n".join(
@@ -317,7 +318,8 @@ def printed(argv: list[str]) -> dict[str, Any]:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         assert main(["pretrain", *argv, "--print-config"]) == 0
-    return {"dataloader_num_workers": 0, **tomllib.loads(shown.getvalue())}
+    found = tomllib.loads(shown.getvalue())
+    return {name: None if value == "none" else value for name, value in found.items()}
 
 
 @pytest.mark.parametrize("case", CASES)

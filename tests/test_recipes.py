@@ -17,6 +17,7 @@ from fastbert.errors import UserError
 from fastbert.model.embeddings import sinusoids
 from fastbert.recipes import RECIPES, of_recipe, read_recipe
 from fastbert.settings import load_config, sealed_toml, settings, to_toml
+from fastbert.train.checkpoint import check_recipe
 
 Ways = Callable[..., PretrainConfig]
 MINE = """
@@ -206,6 +207,12 @@ def test_the_line_of_the_log(mine: str) -> None:
         'position_init = "sinusoidal"; given otherwise: curriculum = "", '
         'hidden_dropout_prob = "none"'
     )
+
+
+def test_checkpoints_of_before_recipes_are_classic() -> None:
+    assert check_recipe({"nsp": True}, {"recipe": "classic", "nsp": True}, "it") == []
+    with pytest.raises(UserError, match=r"^recipe = 'fast' differs from 'classic' in it: leave it"):
+        check_recipe({"nsp": True}, {"recipe": "fast", "nsp": False}, "it")
 
 
 def test_every_recipe_stands_in_its_folder() -> None:

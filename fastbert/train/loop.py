@@ -96,8 +96,7 @@ def pretrain(
         assert read_initial is not None or not config.init_from
         restored = restored_state(config, run)
         with taken_back_on_failure(run):
-            read = read_initial if restored is None else None
-            prepared = prepare(config, run, check_tokenizer, read)
+            prepared = prepare(config, run, check_tokenizer, None if restored else read_initial)
             say_of_recipe(asked)
             trainer = _Trainer(config, run, prepared, restored, told)
         with noting_signals() as stop:
@@ -123,8 +122,7 @@ class _Trainer:
         self.sizes, self.execution = prepared.sizes, prepared.execution
         self.device, self.tokenizer = prepared.execution.device, prepared.tokenizer
         self.train_shards, self.validation_shards = prepared.train, prepared.validation
-        state = restored.state if restored else {}
-        self.step = restored.step if restored else 0
+        self.step, state = (restored.step, restored.state) if restored else (0, {})
         self.tokens = state.get("tokens", 0)
         self.split = state.get("split", 1)
         """Parts that a batch is cut into for want of memory, each a micro-batch."""
