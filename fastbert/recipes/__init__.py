@@ -7,7 +7,7 @@ told at once.
 import functools
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -70,8 +70,9 @@ def _settable(config_class: type) -> set[str]:
 def with_recipes(config_class: type[Made]) -> type[Made]:
     """Has a dataclass of settings take from its `recipe` what it is not given.
 
-    A value that is given counts, the default's as well; whoever gives all, as `dataclasses.replace`
-    and a run's config.toml do, needs no recipe any more, and none is read.
+    A value that is given counts, the default's as well, and what of the recipe does not fit it gives
+    way; whoever gives all, as `dataclasses.replace` and a run's config.toml do, needs no recipe any
+    more, and none is read.
     """
     plain: Any = config_class.__init__
     signature, settable = inspect.signature(plain), _settable(config_class)
@@ -87,18 +88,29 @@ def with_recipes(config_class: type[Made]) -> type[Made]:
         if isinstance(name, str) and not settable <= given.keys():  # else the check of types tells
             recipe = read_recipe(config_class, name)
             taken = {one: value for one, value in recipe.items() if one not in given}
-        try:
-            plain(self, **given, **taken)
-        except UserError as error:
-            theirs = [one for one in taken if f"{one} = " in str(error)]
-            theirs = [one for one in theirs if taken[one] != defaults[one]]
-            if not theirs:
-                raise
-            which = " and ".join(theirs)
-            raise UserError(f"{error} ({which}: of recipe = {show(name)})") from None
+        while True:
+            try:
+                return plain(self, **given, **taken)
+            except UserError as error:
+                unfit = [one for one in taken if f"{one} = " in str(error)]
+                unfit = [one for one in unfit if taken[one] != defaults[one]]
+                if not unfit:
+                    raise
+                _check_alone(config_class, plain, name, recipe)
+            taken = {one: value for one, value in taken.items() if one not in unfit}
 
     config_class.__init__ = made  # type: ignore[method-assign]
     return config_class
+
+
+def _check_alone(
+    config_class: type, plain: Callable[..., None], name: str, recipe: Mapping[str, Any]
+) -> None:
+    """Raises UserError where the settings of a recipe do not fit each other."""
+    try:
+        plain(config_class.__new__(config_class), **recipe)
+    except UserError as error:
+        raise UserError(f"recipe = {show(name)}: {error}") from None
 
 
 def of_recipe(config: Any) -> str:
