@@ -109,6 +109,7 @@ def test_every_number_has_bounds_that_its_message_names(
     ("config_class", "name"),
     [
         (PretrainConfig, "curriculum"),
+        (PretrainConfig, "mlm_probability"),
         (DataBenchConfig, "num_workers"),
         (DataBenchConfig, "max_seq_lengths"),
         (ProfileKernelConfig, "shape"),
@@ -117,6 +118,7 @@ def test_every_number_has_bounds_that_its_message_names(
 @pytest.mark.parametrize("number", [-1, 2**31, 2**63, 10**20, "9" * 5000])
 def test_numbers_inside_a_text_have_bounds(config_class: type, name: str, number: Any) -> None:
     forms = {"curriculum": "{}:0.5", "shape": "T={}", "num_workers": "0,{}"}
+    forms |= {"mlm_probability": "{}:0.5,0.1"}
     with pytest.raises(UserError) as raised:
         config_class(**{name: forms.get(name, "{}").format(number)})
     assert str(raised.value).startswith(f"{name} = ") and len(str(raised.value)) < 400

@@ -284,7 +284,7 @@ class ConvergenceBenchConfig:
     max_steps: int = _bench(
         400, "optimizer steps of each contender", at_least=1, at_most=settings.MOST_STEPS
     )
-    warmup_steps: int = engine.warmup_steps_setting(BENCH, 40)
+    warmup_steps: int | float = engine.warmup_steps_setting(BENCH, 40)
     learning_rate: float | None = engine.learning_rate_setting(BENCH)
     eval_steps: int = _bench(50, "steps between evaluations", at_least=1, at_most=settings.MOST)
     max_eval_batches: int = engine.max_eval_batches_setting(BENCH, 8)
