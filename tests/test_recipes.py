@@ -183,15 +183,20 @@ def test_an_unknown_recipe_is_one_line(recipe: Any, message: str) -> None:
     assert str(raised.value).startswith(message)
 
 
-def test_an_error_says_which_setting_the_recipe_brought(mine: str) -> None:
-    with pytest.raises(UserError) as raised:
-        PretrainConfig(recipe=mine, max_seq_length=32)
-    assert str(raised.value) == (
-        "curriculum = '64:0.5': length 64 must be at least 8 and at most max_seq_length = 32 "
-        f"(curriculum: of recipe = {mine!r})"
-    )
-    with pytest.raises(UserError, match=r"max_seq_length = 32$"):
+def test_what_does_not_fit_an_explicit_setting_gives_way(mine: str, tmp_path: Path) -> None:
+    config = PretrainConfig(recipe=mine, max_seq_length=32)  # the recipe's curriculum is 64:0.5
+    assert (config.max_seq_length, config.curriculum) == (32, "")
+    assert 'given otherwise: curriculum = ""' in of_recipe(config)
+    linear = PretrainConfig(recipe="fast", lr_scheduler_type="linear")
+    assert (linear.optim, linear.lr_scheduler_type) == ("muon", "linear")
+    assert (linear.decay_steps, linear.decay_type) == (0, "cosine")
+    with pytest.raises(UserError, match=r"max_seq_length = 32$"):  # both explicit
         PretrainConfig(recipe=mine, max_seq_length=32, curriculum="64:0.5")
+    torn = tmp_path / "torn.toml"  # in itself
+    torn.write_text("decay_steps = 10\n")
+    for given in ({}, {"max_steps": 100}):
+        with pytest.raises(UserError, match=r"^recipe = '.*torn.toml': decay_steps = 10 belongs"):
+            PretrainConfig(recipe=str(torn), **given)
     with pytest.raises(TypeError, match="multiple values for argument 'out'"):
         PretrainConfig("a", out="b")
 

@@ -70,9 +70,9 @@ def _settable(config_class: type) -> set[str]:
 def with_recipes(config_class: type[Made]) -> type[Made]:
     """Has a dataclass of settings take from its `recipe` what it is not given.
 
-    A value that is given counts, the default's as well, and what of the recipe does not fit it gives
-    way; whoever gives all, as `dataclasses.replace` and a run's config.toml do, needs no recipe any
-    more, and none is read.
+    A value that is given counts, the default's as well, and what of the recipe does not fit it
+    gives way; whoever gives all, as `dataclasses.replace` and a run's config.toml do, needs no
+    recipe any more, and none is read.
     """
     plain: Any = config_class.__init__
     signature, settable = inspect.signature(plain), _settable(config_class)
