@@ -69,7 +69,7 @@ class Tiles:
     maxnreg: int | None = None
 
 
-# (compute capability, half precision?): a multiprocessor holds two programs, and none spills.
+# (compute capability, half precision?): a multiprocessor holds two programs, no loop spills.
 # Without the limit, `add` would take 174 registers and the place of the second.
 TILES = {
     (90, True): Tiles(128, 64, 8, 3, 128),
@@ -146,17 +146,20 @@ def _symmetric_product_kernel(
         product = tl.dot(a, b.T, product, input_precision="ieee")
     product *= alpha
     i = tl.arange(0, BLOCK_M)
-    below = batch * M * M + tl.cast(row, tl.int64) * M + column + i[:, None] * M + i[None, :]
+    local = i[:, None] * M + i[None, :]
+    below = batch * M * M + row.to(tl.int64) * M + column  # what is left fits in 32 bits
     inside = (i < M - row)[:, None] & (i < M - column)[None, :]
     if HAS_ADD:
-        product += beta * tl.load(add_ptr + below, inside, other=0.0).to(tl.float32)
+        add = tl.load(add_ptr + below + local, inside, other=0.0)
+        product += beta * add.to(tl.float32)
     tile = product.to(out_ptr.dtype.element_ty)
-    if row == column:
-        tile = tl.where(i[:, None] >= i[None, :], tile, tile.T)
+    if row != column:
+        above = batch * M * M + column.to(tl.int64) * M + row
+        mask = (i < M - column)[:, None] & (i < M - row)[None, :]
+        tl.store(out_ptr + above + local, tile.T, mask)
     else:
-        above = batch * M * M + tl.cast(column, tl.int64) * M + row + i[:, None] * M + i[None, :]
-        tl.store(out_ptr + above, tile.T, (i < M - column)[:, None] & (i < M - row)[None, :])
-    tl.store(out_ptr + below, tile, inside)
+        tile = tl.where(i[:, None] >= i[None, :], tile, tile.T)
+    tl.store(out_ptr + below + local, tile, inside)
 
 
 @torch.library.custom_op("fastbert::symmetric_product", mutates_args=())
@@ -400,17 +403,14 @@ def compile_cases() -> list[CompileCase]:
         for (arch, half), tiles in TILES.items()
         if half == (dtype != torch.float32)
     ]
-    for dtype in STORAGE_DTYPES:  # of Newton-Schulz
+    half = torch.bfloat16
+    for dtype, updates in ((torch.float32, torch.float32), *((t, half) for t in STORAGE_DTYPES)):
         cases += [
-            _elementwise_case("muon_momentum", _momentum_kernel, dtype, grad_ptr=grad,
-                              constexprs={"NESTEROV": nesterov})
-            for grad in STORAGE_DTYPES for nesterov in (True, False)
-        ]  # fmt: skip
-        cases += [
-            _elementwise_case("muon_apply", _apply_kernel, dtype, weights_ptr=weights,
-                              constexprs={"WRITE_BACK": weights != torch.float32})
-            for weights in STORAGE_DTYPES
-        ]  # fmt: skip
+            _elementwise_case(_momentum_kernel, {"NESTEROV": nesterov}, updates, grad=dtype)
+            for nesterov in (True, False)
+        ]
+        write = {"WRITE_BACK": dtype != torch.float32}
+        cases.append(_elementwise_case(_apply_kernel, write, updates, weights=dtype))
     return cases
 
 
@@ -439,17 +439,20 @@ def _product_case(
 
 
 def _elementwise_case(
-    name: str, kernel: Any, dtype: torch.dtype, constexprs: dict[str, Any], **pointer: torch.dtype
+    kernel: Any, constexprs: dict[str, Any], updates: torch.dtype, **other: torch.dtype
 ) -> CompileCase:
-    ((argument, other),) = pointer.items()
-    constexprs |= {"BLOCK": _BLOCK}
+    ((name, dtype),) = other.items()
+    constexprs = constexprs | {"BLOCK": _BLOCK}
     numbers = ("momentum", "decay", "lr_ratio", "lr_factor", "weight_decay")
     types = dict.fromkeys(numbers, "fp32") | {"starts_ptr": "*i64"}
-    types |= {"update_ptr": f"*{triton_name(dtype)}", argument: f"*{triton_name(other)}"}
-    told = f"{argument.removesuffix('_ptr')} {triton_name(other)}, update {triton_name(dtype)}"
-    if constexprs.get("NESTEROV"):
-        told += ", nesterov"
+    types |= {"update_ptr": f"*{triton_name(updates)}", f"{name}_ptr": f"*{triton_name(dtype)}"}
+    told = f"{name} {triton_name(dtype)}, update {triton_name(updates)}"
     return CompileCase(
-        name, told, kernel, kernel_signature(kernel, constexprs, torch.float32, **types),
-        constexprs, _NUM_WARPS, divisible_by_16=("size",),
-    )  # fmt: skip
+        name="muon_momentum" if kernel is _momentum_kernel else "muon_apply",
+        configuration=told + ", nesterov" * constexprs.get("NESTEROV", False),
+        fn=kernel,
+        signature=kernel_signature(kernel, constexprs, torch.float32, **types),
+        constexprs=constexprs,
+        num_warps=_NUM_WARPS,
+        divisible_by_16=("size",),
+    )
