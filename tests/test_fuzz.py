@@ -130,7 +130,7 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, few_samples: None) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastbert.train.report.draw_loss", lambda run: run / "loss.png")
         yield Place(tmp_path_factory.mktemp("fuzz"))

@@ -9,6 +9,7 @@ import re
 from argparse import Namespace
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from fastbert.commands.checks import check_folder, check_output, check_path
@@ -30,27 +31,19 @@ from fastbert_bench.config import (
     check_kernel,
 )
 
-_COMMANDS: dict[str, dict[str, tuple[str, type]]] = {
-    "bench": {
-        "step": ("a training step, side by side with Hugging Face's", StepBenchConfig),
-        "kernels": ("each op, side by side with its peers", KernelBenchConfig),
-        "data": ("how fast batches come when a step costs nothing", DataBenchConfig),
-        "inference": (
-            "encoding and filling masks, side by side with Hugging Face's",
-            InferenceBenchConfig,
-        ),
-        "convergence": (
-            "loss over wall time, side by side with Hugging Face's",
-            ConvergenceBenchConfig,
-        ),
-        "dropin": ("what one line brings to transformers' Trainer", DropinBenchConfig),
-    },
-    "profile": {
-        "step": (
-            "a training step by layer, op and kernel, beside what the machine could do",
-            ProfileStepConfig,
-        ),
-    },
+_BENCHMARKS: dict[str, tuple[str, type]] = {
+    "step": ("a training step, side by side with Hugging Face's", StepBenchConfig),
+    "kernels": ("each op, side by side with its peers", KernelBenchConfig),
+    "data": ("how fast batches come when a step costs nothing", DataBenchConfig),
+    "inference": (
+        "encoding and filling masks, side by side with Hugging Face's",
+        InferenceBenchConfig,
+    ),
+    "convergence": (
+        "loss over wall time, side by side with Hugging Face's",
+        ConvergenceBenchConfig,
+    ),
+    "dropin": ("what one line brings to transformers' Trainer", DropinBenchConfig),
 }
 
 
@@ -60,9 +53,10 @@ def add(commands: Commands) -> None:
     profile = commands.group(
         "profile", "where a step's or a kernel's time goes", "profiles", "PROFILE"
     )
-    for group, room in ((bench, "suites"), (profile, "profile")):
-        for name, (help, config_class) in _COMMANDS[group.path.split()[-1]].items():
-            group.add(name, help, partial(_run, f"{room}.{name}"), config_class)
+    for name, (help, config_class) in _BENCHMARKS.items():
+        bench.add(name, help, partial(_bench, name), config_class)
+    help = "a training step by layer, op and kernel, beside what the machine could do"
+    profile.add("step", help, partial(_run, "profile.step"), ProfileStepConfig)
 
     help = "one op alone: time over sizes, roofline, registers and occupancy"
     kernel = profile.add("kernel", help, _profile_kernel, ProfileKernelConfig, "NAME")
@@ -95,6 +89,22 @@ def _check(config: Any) -> None:
         if path and written.setdefault(os.path.realpath(path), name) != name:
             first = written[os.path.realpath(path)]
             raise UserError(f"{name} = {path!r} is the file of {first}: give another")
+
+
+def _bench(name: str, args: Namespace) -> None:
+    """Measures by the suite of that name, prints its table, writes JSON and picture where asked.
+
+    Raises:
+        UserError: settings that do not fit.
+        RunError: contenders that do not compute the same thing, or a file that cannot be written.
+    """
+    config = given(args)
+    _check(config)
+    suite, finish = _room(f"suites.{name}"), _room("measure.result").finish
+    result = suite.run(config)
+    finish(result, config.json, suite.asked(config, result), suite.table(result))
+    if getattr(config, "png", ""):
+        suite.draw(result, Path(config.png))
 
 
 def _run(module: str, args: Namespace) -> None:

@@ -8,6 +8,7 @@ as spans of the token store and becomes tokens only in its batch.
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
@@ -387,9 +388,10 @@ def _sample(shards: Shards, planner: _Planner) -> list[Spans]:
     """Plans a sample, 32 sequences of a document at most so that no book hides the short ones."""
     rng = np.random.default_rng(0)
     sample: list[Spans] = []
+    units_of = lru_cache(SAMPLE // 32)(planner.units)  # of few documents each comes up often
     while len(sample) < SAMPLE:
         document = int(rng.integers(shards.num_documents))
-        units, unit = planner.units(document), 0
+        units, unit = units_of(document), 0
         for _ in range(max(32, SAMPLE // shards.num_documents)):
             spans, unit = planner.plan(document, units, unit)
             sample.append(spans)

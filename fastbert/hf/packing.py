@@ -32,39 +32,31 @@ class Slots:
 
     def spread(self, rows: Tensor) -> Tensor:  # (T, W) -> (P, W), zeros in empty slots
         """Each slot its row."""
-        out: Tensor = _Spread.apply(rows, self)
+        out: Tensor = _Move.apply(rows, self, True)
         return out
 
     def collect(self, slots: Tensor) -> Tensor:  # (P, W) -> (T, W)
         """Each row out of its slot, zeros for one that has none."""
-        out: Tensor = _Collect.apply(slots, self)
+        out: Tensor = _Move.apply(slots, self, False)
         return out
 
 
 # The gradient of a gather whose indices are distinct is a gather, too. Autograd would scatter with
 # an addition for each row, on a CPU one after the other.
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, slots: Slots) -> Tensor:
-        ctx.slots = slots
-        spread = rows.index_select(0, slots.source)
-        return spread if slots.pads is None else spread.masked_fill_(slots.pads, 0.0)
+class _Move(torch.autograd.Function):
+    """Rows into their slots (`spread`), or out of them; the gradient goes the other way."""
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-        return ctx.slots.collect(dout), None
-
-
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, slots: Tensor, layout: Slots) -> Tensor:
-        ctx.slots = layout
-        rows = slots.index_select(0, layout.target)
-        return rows if layout.missing is None else rows.masked_fill_(layout.missing, 0.0)
+    def forward(ctx: Any, x: Tensor, slots: Slots, spread: bool) -> Tensor:
+        ctx.slots, ctx.spread = slots, spread
+        moved = x.index_select(0, slots.source if spread else slots.target)
+        empty = slots.pads if spread else slots.missing
+        return moved if empty is None else moved.masked_fill_(empty, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-        return ctx.slots.spread(dout), None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        back = ctx.slots.collect if ctx.spread else ctx.slots.spread
+        return back(dout), None, None
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,14 +113,15 @@ CORPORA = {
 }
 
 
-@pytest.mark.parametrize("nsp", [True, False])
-@pytest.mark.parametrize(("T", "S"), [(4096, 512), (1024, 128), (512, 512)])
+@pytest.mark.parametrize(
+    ("T", "S", "nsp"), [(4096, 512, True), (4096, 512, False), (1024, 128, True), (512, 512, False)]
+)
 @pytest.mark.parametrize("name", CORPORA)
 def test_batches_are_full_and_of_one_shape(make_shards, make_ids, name, T, S, nsp):
     shards = make_shards(CORPORA[name]())
     source = packer(make_ids, shards, T, S, nsp=nsp)
     fill = []
-    for batch in islice(source, min(20, 50_000 // T)):
+    for batch in islice(source, min(12, 25_000 // T)):
         check_shape(batch, source.T, source.N, source.M, S)
         fill.append(batch.num_tokens / T)
         lengths = np.diff(batch.cu_seqlens.numpy())[: batch.num_sequences]
@@ -131,9 +132,10 @@ def test_batches_are_full_and_of_one_shape(make_shards, make_ids, name, T, S, ns
     assert source.fill == pytest.approx(np.mean(fill))
 
 
-def test_constant_shapes_over_1000_batches(make_shards, make_ids):
-    source = packer(make_ids, make_shards(ragged(np.random.default_rng(5), 400)))
-    for batch in islice(source, 1000):
+def test_constant_shapes_over_epochs(make_shards, make_ids):
+    source = packer(make_ids, make_shards(ragged(np.random.default_rng(5), 100)))
+    while source.epoch < 7:
+        batch = next(source)
         check_shape(batch, source.T, source.N, source.M, 128)
         assert batch.num_tokens >= 0.98 * 1024
 
@@ -156,7 +158,7 @@ def test_every_sequence_300_tokens(make_shards, make_ids):
     nsp=st.booleans(),
     whole_word_mask=st.booleans(),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_corpus_packs(make_shards, make_ids, documents, S, budget, nsp, whole_word_mask):
     shards = make_shards(documents)
     source = packer(make_ids, shards, budget, S, nsp=nsp, whole_word_mask=whole_word_mask)
@@ -195,9 +197,10 @@ def test_next_sentence_labels_are_true(make_shards, make_ids):
 
 @pytest.mark.parametrize("name", ["ragged", "uniform", "long sentences", "tweets", "one document"])
 def test_labels_are_half_and_half(make_shards, make_ids, name):
+    short = name == "tweets"  # of which a batch holds many
     batches = [
         [label for *_, label in segments(batch) if label != -100]
-        for batch in islice(packer(make_ids, make_shards(CORPORA[name]())), 300)
+        for batch in islice(packer(make_ids, make_shards(CORPORA[name]())), 300 - 200 * short)
     ]
     assert abs(np.mean(list(chain(*batches))) - 0.5) < 0.01
     if name != "uniform":
@@ -243,7 +246,7 @@ NO_NEXT = 'every label is "not next"'
 def test_notes_tell_what_labels_there_are(make_shards, make_ids, documents, labels, note):
     shards = make_shards(documents)
     source = packer(make_ids, shards, T=128, S=32)
-    found = {label for batch in islice(source, 40) for *_, label in segments(batch)}
+    found = {label for batch in islice(source, 15) for *_, label in segments(batch)}
     assert found - {-100} == labels
     said = next_sentence_labels(shards, max_seq_length=32, seed=1)
     assert said.mixed == (labels == {0, 1})
@@ -319,15 +322,15 @@ def test_resume_is_exact(make_shards, make_ids, name, nsp):
     shards = make_shards(CORPORA[name]())
     source = packer(make_ids, shards, nsp=nsp, whole_word_mask=True)
     states, batches = [json.dumps(source.state_dict())], []
-    for _ in range(30):
+    for _ in range(20):
         batches.append(next(source))
         states.append(json.dumps(source.state_dict()))
-    for k in (0, 1, 7, 29):
-        restored = packer(make_ids, shards, nsp=nsp, whole_word_mask=True)
+    for k in (0, 1, 7, 19):
+        restored = packer(make_ids, shards, nsp=nsp, whole_word_mask=True, num_slots=source.N)
         next(restored)
         restored.load_state_dict(json.loads(states[k]))
         assert restored.batch_index == k
-        for j in range(k, min(k + 8, 30)):
+        for j in range(k, min(k + 5, 20)):
             assert equal(next(restored), batches[j])
             assert json.dumps(restored.state_dict()) == states[j + 1]
 

@@ -34,9 +34,7 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "model.json"
+def write_model(path: Path) -> None:
     sizes = {
         "model_type": "bert",
         "vocab_size": 99,
@@ -47,12 +45,9 @@ def model(tmp_path: Path) -> Path:
         "max_position_embeddings": 64,
     }
     path.write_text(json.dumps(sizes))
-    return path
 
 
-@pytest.fixture
-def settings(corpus: Path, model: Path) -> list[str]:
-    """Options of a small run; later ones win."""
+def options_of(corpus: Path, model: Path) -> list[str]:
     text = (
         f"--data {corpus} --model {model} --max-seq-length 32 --tokens-per-batch 256 "
         "--vocab-size 300 --validation-fraction 0.1 --max-steps 20 --warmup-steps 5 "
@@ -61,6 +56,30 @@ def settings(corpus: Path, model: Path) -> list[str]:
         "--device cpu --torch-compile off --report-to none --num-threads 1"
     )
     return text.split()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.json"
+    write_model(path)
+    return path
+
+
+@pytest.fixture
+def settings(corpus: Path, model: Path) -> list[str]:
+    """Options of a small run; later ones win."""
+    return options_of(corpus, model)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, few_samples: None) -> Path:
+    """A run as `settings` has it; nobody writes into it."""
+    folder = tmp_path_factory.mktemp("plain")
+    write_corpus(folder / "corpus.txt")
+    write_model(folder / "model.json")
+    settings = options_of(folder / "corpus.txt", folder / "model.json")
+    assert main(["pretrain", *settings, "--out", str(folder / "run")]) == 0
+    return folder / "run"
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def config(place: Path, tmp_path: Path) -> Make:
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path) -> tuple[fastbert.PretrainResult, Recorder]:
+def whole(place: Path, few_samples: None) -> tuple[fastbert.PretrainResult, Recorder]:
     """What a run of 8 steps found, and what it told."""
     heard = Recorder()
     callbacks = iter([heard, fastbert.Callback()])

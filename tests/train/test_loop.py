@@ -18,16 +18,23 @@ from fastbert.data.pack import Packer, evaluation_batches
 from fastbert.data.shards import Shards
 from fastbert.data.tokenize import WordPiece
 from fastbert.settings import load_config
-from fastbert.train.report import read_metrics
+from fastbert.train.report import draw_loss, read_metrics
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 Run = Callable[..., Path]
+_draw_loss = draw_loss  # before `undrawn` replaces it
 
 ROWS = {"step", "loss", "learning_rate", "tokens_per_second"}
 EVALUATION = {"step", "eval/mlm_loss", "eval/mlm_accuracy", "eval/nsp_accuracy"}
 EVALUATION |= {"eval/unigram_loss"}
 
 
-def test_a_whole_run(pretrain: Run, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def drawn(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastbert.train.report.draw_loss", _draw_loss)
+
+
+def test_a_whole_run(pretrain: Run, drawn: None, capsys: pytest.CaptureFixture[str]) -> None:
     run = pretrain("run", "--report-to tensorboard")
     shown = capsys.readouterr()
     left = {path.name for path in run.iterdir()}
@@ -221,7 +228,7 @@ def test_learning_beats_the_unigram_baseline(
     lines = [" ".join([words[index % 12]] * 12) + "\n\n" for index in range(400)]
     corpus.write_text("".join(lines))
     out = tmp_path / "run"
-    options = "--max-steps 200 --learning-rate 1e-2 --warmup-steps 10 --no-nsp --eval-steps 0"
+    options = "--max-steps 90 --learning-rate 1e-2 --warmup-steps 10 --no-nsp --eval-steps 0"
     options += " --vocab-size 100 --save-steps 0 --hidden-dropout-prob 0"
     assert main(["pretrain", *settings, *options.split(), "--out", str(out)]) == 0
     row = read_metrics(out / "metrics.jsonl")[-1]
@@ -229,7 +236,9 @@ def test_learning_beats_the_unigram_baseline(
     assert row["eval/mlm_accuracy"] > 0.5
 
 
-def test_without_a_held_out_split(pretrain: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_held_out_split(
+    pretrain: Run, drawn: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = pretrain("run", "--max-steps 2 --validation-fraction 0")
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]

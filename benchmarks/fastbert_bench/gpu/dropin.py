@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from fastbert_bench.gpu import part
 from fastbert_bench.kernels.checks import Row
 from fastbert_bench.measure import result as results
-from fastbert_bench.measure.processes import failed
 
 HEADS = ("BertForPreTraining", "BertForMaskedLM", "BertForSequenceClassification")
 SEED = 7
@@ -186,15 +185,15 @@ def measure(device: torch.device) -> Iterator[dict[str, Any]]:
 
 def table(found: Mapping[str, Any]) -> list[str]:
     """Two lines, and one for each failure."""
-    held = sum(row["ok"] for row in found["checks"])
-    lines = [f"dropin: {held} of {len(found['checks'])} checks hold"]
+    line, failures = part.verdict("dropin", found["checks"])
+    lines = [line]
     if told := found.get("loop"):
         lines.append(
             f"  masked words, {told['sequences']} sequences of at most {told['longest']}, "
             f"{told['real_tokens']} real tokens: hf-sdpa {told['hf_sdpa_ms']:.1f} ms, after "
             f"fastbert.accelerate {told['ms']:.1f} ms: {told['ratio']:.2f}x ({told['wanted']:g})"
         )
-    return [*lines, *(f"  FAILED {line}"[:160] for line in failed(found["checks"]))]
+    return [*lines, *failures]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import argparse
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,14 @@ def checked(found: Iterable[Found], path: Path) -> int:
     for last in found:
         processes.write_json(path, last)
     return 1 if processes.failed(last.get("checks", ())) else 0
+
+
+def verdict(stage: str, checks: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
+    """How many checks hold of those possible here, and a line for each that does not."""
+    held = sum(row["ok"] is True for row in checks)
+    possible = sum(row["ok"] is not None for row in checks)
+    lines = [f"  FAILED {line}"[:160] for line in processes.failed(checks)]
+    return f"{stage}: {held} of {possible} checks hold", lines
 
 
 def kept(

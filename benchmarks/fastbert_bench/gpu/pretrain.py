@@ -18,7 +18,7 @@ from typing import Any
 
 from fastbert_bench.gpu import part
 from fastbert_bench.measure.places import importable, module_command
-from fastbert_bench.measure.processes import STDERR_LINES, failed
+from fastbert_bench.measure.processes import STDERR_LINES
 
 # 8,192 tokens, for plain PyTorch makes whole matrices of scores of them: at 32,768 those that it
 # keeps for the backward would take some 80 GB in fp32.
@@ -182,8 +182,7 @@ def _held_out(run: Path) -> dict[str, float]:
 
 def table(found: dict[str, Any]) -> list[str]:
     """One line, and one for each failure."""
-    held = sum(row["ok"] for row in found["checks"])
-    line = f"pretrain: {held} of {len(found['checks'])} checks hold"
+    line, failures = part.verdict("pretrain", found["checks"])
     numbers = {row["check"]: row for row in found["checks"]}
     for row in numbers.values():
         if "first" in row:
@@ -192,7 +191,7 @@ def table(found: dict[str, Any]) -> list[str]:
             line += f"; off from fp32 by {row['error']:.3%}"
     if found.get("tokens_per_second"):
         line += f"; {found['tokens_per_second']:,.0f} tok/s"
-    return [line, *(f"  FAILED {one}"[:160] for one in failed(found["checks"]))]
+    return [line, *failures]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

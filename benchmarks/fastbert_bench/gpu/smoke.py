@@ -27,7 +27,7 @@ from fastbert_bench.gpu import part
 from fastbert_bench.kernels import checks as kernel_checks
 from fastbert_bench.kernels.checks import Row
 from fastbert_bench.measure import result as results
-from fastbert_bench.measure.processes import failed, one_line
+from fastbert_bench.measure.processes import one_line
 from fastbert_bench.suites.contenders import make_batches, make_recipe
 
 SEED = 7
@@ -324,16 +324,14 @@ def measure(device: torch.device) -> Iterator[dict[str, Any]]:
 
 def table(found: dict[str, Any]) -> list[str]:
     """One line, and one for each failure."""
-    held = sum(row["ok"] is True for row in found["checks"])
-    possible = sum(row["ok"] is not None for row in found["checks"])
-    lines = [f"smoke: {held} of {possible} checks hold"]
+    line, failures = part.verdict("smoke", found["checks"])
     gradient = next((row for row in found["checks"] if "plain_error" in row), None)
     if gradient:
-        lines[0] += (
+        line += (
             f"; gradient off by {gradient['error']:.2%}, "
             f"plain PyTorch's by {gradient['plain_error']:.2%}"
         )
-    return lines + [f"  FAILED {line}"[:160] for line in failed(found["checks"])]
+    return [line, *failures]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

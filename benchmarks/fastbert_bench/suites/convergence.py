@@ -323,10 +323,22 @@ def why_no_trainer(device: torch.device) -> str:
     return ""
 
 
+def training_arguments(folder: str, device: torch.device, bf16: bool, **more: Any) -> Any:
+    """Of a Trainer that only trains: it saves, logs and reports nothing."""
+    from transformers import TrainingArguments
+
+    made = TrainingArguments(
+        folder, bf16=bf16, use_cpu=device.type == "cpu", logging_strategy="no",
+        save_strategy="no", report_to="none", disable_tqdm=True, **more,
+    )  # fmt: skip
+    made._n_gpu = min(1, made.n_gpu)  # it would split each batch over all GPUs
+    return made
+
+
 def train_by_trainer(hf: HuggingFace) -> None:
     """Trainer's own loop, optimizer and schedule given; its batches come ready and in order."""
     from torch.utils.data import DataLoader, IterableDataset
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback
 
     class Given(IterableDataset[PaddedBatch]):
         def __iter__(self) -> Iterator[PaddedBatch]:
@@ -351,19 +363,10 @@ def train_by_trainer(hf: HuggingFace) -> None:
 
     recipe, execution = hf.task.recipe, hf.task.execution
     with tempfile.TemporaryDirectory(prefix="fastbert-bench-") as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=recipe.max_steps,
-            max_grad_norm=recipe.max_grad_norm,
-            bf16=execution.dtype == torch.bfloat16,
-            use_cpu=execution.device.type == "cpu",
-            seed=recipe.seed,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        arguments._n_gpu = min(1, arguments.n_gpu)  # it would split each batch over all GPUs
+        arguments = training_arguments(
+            folder, execution.device, execution.dtype == torch.bfloat16, seed=recipe.seed,
+            max_steps=recipe.max_steps, max_grad_norm=recipe.max_grad_norm,
+        )  # fmt: skip
         trainer = Reporting(
             hf.model, arguments, optimizers=(hf.optimizer, hf.schedule), callbacks=[Curves()]
         )
@@ -542,18 +545,9 @@ def run(config: ConvergenceBenchConfig) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def main(config: ConvergenceBenchConfig) -> None:
-    """Runs the benchmark, prints its table, writes JSON and PNG where asked.
-
-    Raises:
-        UserError: settings that do not fit.
-        RunError: contenders that do not train the same thing, or a file that cannot be written.
-    """
-    result = run(config)
-    asked = (
+def asked(config: ConvergenceBenchConfig, result: dict[str, Any]) -> str:
+    """The settings that matter, in words."""
+    return (
         f"{config.model}, {config.max_steps} steps of {config.tokens_per_batch} tokens, "
         f"{config.lengths} lengths"
     )
-    results.finish(result, config.json, asked, table(result))
-    if config.png:
-        draw(result, Path(config.png))

@@ -433,7 +433,7 @@ def _row(S: int, source: Source, first: Source) -> Row:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as text, one line each, and a line for each that is missing."""
+    """The rows as text, one line each, a line for each that is missing, and the verdict."""
     cores: results.Columns = {
         "cores": lambda row: f"{row['cores_used']:.2f}",
         "tok/s/core": lambda row: f"{row['real_tokens_per_second_and_core']:,.0f}",
@@ -444,7 +444,8 @@ def table(result: dict[str, Any]) -> str:
         crowded = row["num_workers"] >= result["cores"]
         return compared + ("   more processes than cores" if crowded else "")
 
-    return results.table(result, "a batch", cores, ("fastbert is", remark))
+    shown = results.table(result, "a batch", cores, ("fastbert is", remark))
+    return f"{shown}\n{verdict(result['rows'])}"
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -461,16 +462,9 @@ def verdict(rows: Sequence[Row]) -> str:
     return "target: not measured (4 workers at length 512)"
 
 
-def main(config: DataBenchConfig) -> None:
-    """Runs the benchmark, prints its table, writes JSON where asked.
-
-    Raises:
-        RunError: a file that cannot be written.
-    """
-    result = run(config)
-    asked = (
+def asked(config: DataBenchConfig, result: dict[str, Any]) -> str:
+    """The settings that matter, in words."""
+    return (
         f"{config.tokens_per_batch} tokens a batch, {Path(config.lengths).name} lengths, a "
         f"vocabulary of {result['vocab_size']}, a step that costs nothing"
     )
-    shown = f"{table(result)}\n{verdict(result['rows'])}"
-    results.finish(result, config.json, asked, shown)

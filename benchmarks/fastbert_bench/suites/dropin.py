@@ -35,7 +35,7 @@ from fastbert_bench.measure.lengths import lengths_asked
 from fastbert_bench.measure.result import Row
 from fastbert_bench.measure.timing import figures, in_turn, synchronize, timed
 from fastbert_bench.suites.contenders import ACCELERATED, PaddedBatch, autocast, make_batches
-from fastbert_bench.suites.convergence import why_no_trainer
+from fastbert_bench.suites.convergence import training_arguments, why_no_trainer
 
 THEIRS = "hf-sdpa"
 TASKS = {
@@ -104,7 +104,7 @@ def train(
 ) -> float:
     """Trains by a new Trainer; returns the median seconds of `steps` steps after a first."""
     from torch.utils.data import DataLoader
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback
 
     count = steps + 1  # the first makes the moments, and finds the caches of another
     begun, seconds = [], []
@@ -124,19 +124,9 @@ def train(
             seconds.append(time.perf_counter() - begun[-1])
 
     with tempfile.TemporaryDirectory(prefix="fastbert-bench-") as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=count,
-            max_grad_norm=1.0,
-            optim="adamw_torch_fused",
-            bf16=bf16,
-            use_cpu=device.type == "cpu",
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+        arguments = training_arguments(
+            folder, device, bf16, max_steps=count, max_grad_norm=1.0, optim="adamw_torch_fused"
         )
-        arguments._n_gpu = min(1, arguments.n_gpu)  # it would split each batch over all GPUs
         trainer = Given(model, arguments, callbacks=[Timing()])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -271,17 +261,10 @@ def run(config: DropinBenchConfig) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def main(config: DropinBenchConfig) -> None:
-    """Runs the benchmark, prints its table, writes JSON where asked.
-
-    Raises:
-        UserError: settings that do not fit, or no package accelerate.
-        RunError: contenders that do not compute the same thing, or a file that cannot be written.
-    """
-    result = run(config)
+def asked(config: DropinBenchConfig, result: dict[str, Any]) -> str:
+    """The settings that matter, in words."""
     share = result["real_tokens"] / result["padded_tokens"]
-    asked = (
+    return (
         f"{config.model} in Trainer, {config.batch_size} sequences of at most "
         f"{config.max_seq_length}, {result['real_tokens']} real tokens ({share:.0%} of the padded)"
     )
-    results.finish(result, config.json, asked, table(result))

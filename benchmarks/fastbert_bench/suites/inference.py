@@ -465,17 +465,10 @@ def run(config: InferenceBenchConfig) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def main(config: InferenceBenchConfig) -> None:
-    """Runs the benchmark, prints its table, writes JSON where asked.
-
-    Raises:
-        UserError: settings that do not fit.
-        RunError: contenders that do not compute the same thing, or a file that cannot be written.
-    """
-    result = run(config)
-    asked = (
+def asked(config: InferenceBenchConfig, result: dict[str, Any]) -> str:
+    """The settings that matter, in words."""
+    return (
         f"{config.model}, {config.batch_size} sequences of at most {config.max_seq_length}, "
         f"{result['real_tokens']} real tokens; latency of one sequence of "
         f"{result['latency_tokens']}"
     )
-    results.finish(result, config.json, asked, table(result))

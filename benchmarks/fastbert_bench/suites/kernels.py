@@ -298,12 +298,6 @@ def table(result: dict[str, Any]) -> str:
     return results.table(result, "op", more, ("", compared))
 
 
-def main(config: KernelBenchConfig) -> None:
-    """Runs the benchmark, prints its table, writes JSON where asked.
-
-    Raises:
-        RunError: contenders that do not compute the same thing, or a file that cannot be written.
-    """
-    result = run(config)
-    asked = f"model {config.model}, {Path(config.lengths).name} lengths"
-    results.finish(result, config.json, asked, table(result))
+def asked(config: KernelBenchConfig, result: dict[str, Any]) -> str:
+    """The settings that matter, in words."""
+    return f"model {config.model}, {Path(config.lengths).name} lengths"

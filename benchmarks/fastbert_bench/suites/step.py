@@ -181,17 +181,10 @@ def run(config: StepBenchConfig) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def main(config: StepBenchConfig) -> None:
-    """Runs the benchmark, prints its table, writes JSON where asked.
-
-    Raises:
-        UserError: settings that do not fit.
-        RunError: contenders that do not compute the same thing, or a file that cannot be written.
-    """
-    result = run(config)
+def asked(config: StepBenchConfig, result: dict[str, Any]) -> str:
+    """The settings that matter, in words."""
     share = result["real_tokens"] / result["padded_tokens"]
-    asked = (
+    return (
         f"{config.model}, {config.batch_size} sequences of at most {config.max_seq_length}, "
         f"{result['real_tokens']} real tokens ({share:.0%} of the padded)"
     )
-    results.finish(result, config.json, asked, table(result))

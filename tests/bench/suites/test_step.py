@@ -25,8 +25,14 @@ def _short_rounds(monkeypatch):
 
 
 @pytest.fixture
-def traced(monkeypatch):
-    """torch.compile without its code generator, whose C++ takes a minute from an empty cache."""
+def ours_eager(monkeypatch):
+    """Our own step is not compiled, which takes a minute from an empty cache."""
+    monkeypatch.setattr(step, "can_compile", lambda device: False)
+
+
+@pytest.fixture
+def traced(ours_eager, monkeypatch):
+    """Nor are the rivals in earnest: torch.compile has no code generator."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
@@ -52,8 +58,10 @@ def small(tmp_path):
 
 
 def test_the_command_prints_a_table_and_writes_json(small, tmp_path, capsys):
-    """Our own step is compiled in earnest."""
-    out = tmp_path / "step.json"
+    """Our own step is compiled in earnest: tests/kernels/test_cpu.py does so with dropout."""
+    path, out = tmp_path / "config.json", tmp_path / "step.json"
+    none = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    path.write_text(json.dumps(json.loads(path.read_text()) | none))  # 6 pieces instead of 12
     arguments = ["--model", small.model, "--against", small.against, "--json", str(out)]
     options = ["--device", "cpu", "--batch-size", "4", "--max-seq-length", "16", "--rounds", "2"]
     assert main(["bench", "step", *arguments, *options]) == 0
@@ -107,7 +115,7 @@ class TestWrongContendersAreCaught:
     """Each deliberately does other work than we do."""
 
     @pytest.fixture
-    def refused(self, small):
+    def refused(self, small, ours_eager):
         def run() -> str:
             with pytest.raises(RunError) as raised:
                 step.run(dataclasses.replace(small, precision="fp32", against="hf-sdpa"))
