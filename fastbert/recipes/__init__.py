@@ -108,7 +108,7 @@ def _check_alone(
 ) -> None:
     """Raises UserError where the settings of a recipe do not fit each other."""
     try:
-        plain(config_class.__new__(config_class), **recipe)
+        plain(object.__new__(config_class), **recipe)
     except UserError as error:
         raise UserError(f"recipe = {show(name)}: {error}") from None
 
