@@ -118,7 +118,10 @@ def _ends(shown: str, entries: list[tuple[Value, float | None]], max_steps: int)
         share += part or 0.0
         end = max_steps if index == len(entries) else round(share * max_steps)
         if end <= begin:
-            raise UserError(f"{shown}: {value} has not one step of max_steps = {max_steps}")
+            raise UserError(
+                f"{shown}: {value} has not one step of max_steps = {max_steps}: give it a larger "
+                "share, or more steps"
+            )
         found.append((value, end))
         begin = end
     return found

@@ -144,7 +144,7 @@ def test_fast_is_whole_and_classic_has_all_it_sets() -> None:
     assert read("fast").keys() <= read("classic").keys()
     assert resolved(fast).learning_rate == 4e-3
     told = of_recipe(fast)
-    assert told.startswith("fast: nsp = false, curriculum = ") and "given otherwise" not in told
+    assert told.startswith("fast: nsp = false, curriculum = ") and "otherwise" not in told
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_an_unknown_recipe_is_one_line(recipe: Any, message: str) -> None:
 def test_what_does_not_fit_an_explicit_setting_gives_way(mine: str, tmp_path: Path) -> None:
     config = PretrainConfig(recipe=mine, max_seq_length=32)  # the recipe's curriculum is 64:0.5
     assert (config.max_seq_length, config.curriculum) == (32, "")
-    assert 'given otherwise: curriculum = ""' in of_recipe(config)
+    assert 'otherwise here: curriculum = ""' in of_recipe(config)
     linear = PretrainConfig(recipe="fast", lr_scheduler_type="linear")
     assert (linear.optim, linear.lr_scheduler_type) == ("muon", "linear")
     assert (linear.decay_steps, linear.decay_type) == (0, "cosine")
@@ -204,12 +204,12 @@ def test_what_does_not_fit_an_explicit_setting_gives_way(mine: str, tmp_path: Pa
 def test_the_line_of_the_log(mine: str) -> None:
     assert of_recipe(PretrainConfig()) == "classic, the defaults"
     assert of_recipe(PretrainConfig(nsp=False, max_steps=3)) == (
-        "classic, the defaults; given otherwise: nsp = false"
+        "classic, the defaults; otherwise here: nsp = false"
     )
     config = PretrainConfig(recipe=mine, curriculum="", hidden_dropout_prob=None)
     assert of_recipe(config) == (
         f'{mine}: nsp = false, base_learning_rate = 0.004, initializer_range = "0.05", '
-        'position_init = "sinusoidal"; given otherwise: curriculum = "", '
+        'position_init = "sinusoidal"; otherwise here: curriculum = "", '
         'hidden_dropout_prob = "none"'
     )
 

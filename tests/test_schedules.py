@@ -67,6 +67,7 @@ def test_shares_may_miss_1_by_rounding(shares: tuple[str, ...]) -> None:
     assert phases[-1].end == 10
 
 
+MORE = ": give it a larger share, or more steps"
 MLM, FORM = "mlm_probability", "must be a number, or NUMBER:SHARE of the steps as in 0.2:0.6,0.1"
 BOUNDS = "must be more than 0 and less than 1"
 
@@ -91,13 +92,13 @@ BOUNDS = "must be more than 0 and less than 1"
         (MLM, "0.3:0.5,0.2:0.4", "shares must be more than 0 and sum to 1"),
         (MLM, "0.3:0.5,0.2:0.50001", "shares must be more than 0 and sum to 1"),
         (MLM, "0.3:" + "9" * 900 + ",0.2", "shares must be more than 0 and sum to less than 1"),
-        (MLM, "0.3:0.0001,0.1", "0.3 has not one step of max_steps = 2400"),
+        (MLM, "0.3:0.0001,0.1", f"0.3 has not one step of max_steps = 2400{MORE}"),
         (MLM, ",".join(["0.1:0.001"] * 101), "has 101 phases: at most 100"),
         ("curriculum", "5/4:0.5", "length 5/4 must be at least 8 and at most max_seq_length = 128"),
         ("curriculum", "1/0:0.5", "'1/0:0.5' must be LENGTH:SHARE, e.g. 128:0.9"),
         ("curriculum", "0/4:0.5", "'0/4:0.5' must be LENGTH:SHARE, e.g. 128:0.9"),
         ("curriculum", "1/4:0.5,64", "'64' must be LENGTH:SHARE, e.g. 128:0.9"),
-        ("curriculum", "64:0.9999", "128 has not one step of max_steps = 2400"),
+        ("curriculum", "64:0.9999", f"128 has not one step of max_steps = 2400{MORE}"),
     ],
 )
 def test_a_wrong_schedule_is_one_line(name: str, text: str, message: str) -> None:

@@ -108,13 +108,16 @@ def _check_alone(
 ) -> None:
     """Raises UserError where the settings of a recipe do not fit each other."""
     try:
-        plain(config_class.__new__(config_class), **recipe)
+        plain(object.__new__(config_class), **recipe)
     except UserError as error:
         raise UserError(f"recipe = {show(name)}: {error}") from None
 
 
 def of_recipe(config: Any) -> str:
-    """One line: a configuration's recipe, what it changes, and what of it was given otherwise."""
+    """One line: a configuration's recipe, what it changes, and what is otherwise.
+
+    That was given, or is the default as the recipe's did not fit what was given.
+    """
     try:
         recipe = read_recipe(type(config), config.recipe)
     except UserError:  # of a configuration that was written down whole
@@ -124,7 +127,7 @@ def of_recipe(config: Any) -> str:
     changes = {name: value for name, value in kept.items() if value != defaults[name]}
     others = {name: getattr(config, name) for name in recipe if name not in kept}
     line = config.recipe + (f": {_shown(changes)}" if changes else ", the defaults")
-    return line + (f"; given otherwise: {_shown(others)}" if others else "")
+    return line + (f"; otherwise here: {_shown(others)}" if others else "")
 
 
 def _shown(values: Mapping[str, Any]) -> str:

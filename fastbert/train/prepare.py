@@ -46,6 +46,7 @@ from fastbert.errors import RunError, UserError
 from fastbert.model.bert import Bert
 from fastbert.progress import progress_bar
 from fastbert.recipes import CLASSIC, of_recipe
+from fastbert.schedules import changes, phase_at
 from fastbert.settings import sealed_toml, settings
 from fastbert.train import checkpoint, lock
 from fastbert.train.build import unused_position_init
@@ -62,16 +63,23 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def say_of_warmup(config: PretrainConfig) -> None:
-    """Says so where the learning rate never reaches its peak."""
+    """Says so where the learning rate never reaches its peak, or leaps from it."""
+    wsd = config.lr_scheduler_type == "warmup_stable_decay"
     if config.rising_steps >= config.max_steps:
         say(
             f"warmup_steps = {config.rising_steps} is not less than max_steps = "
             f"{config.max_steps}: the learning rate never reaches its peak"
         )
+    elif wsd and config.rising_steps + config.stable_decay_steps > config.max_steps:
+        say(
+            f"the warm-up of {config.rising_steps} steps and the fall of "
+            f"{config.stable_decay_steps} overlap in max_steps = {config.max_steps}: the learning "
+            "rate leaps down from one to the other"
+        )
 
 
 def say_of_recipe(config: PretrainConfig) -> None:
-    """Says what a run's recipe sets, and which of that was given otherwise."""
+    """Says what a run's recipe sets, and what of that is otherwise."""
     say(f"recipe: {of_recipe(config)}")
 
 
@@ -184,9 +192,22 @@ def restored_state(config: PretrainConfig, run: Path) -> checkpoint.Checkpoint |
         found.state["recipe"], dataclasses.asdict(config), f"the checkpoint of step {found.step}"
     ):
         say(f"resume: {line}")
+    _say_of_shares(config, found)
     _say_of_fall(config, found, run)
     say(f"resume: going on from step {found.step}")
     return found
+
+
+def _say_of_shares(config: PretrainConfig, found: checkpoint.Checkpoint) -> None:
+    """Says what changes at once because settings are shares of another max_steps."""
+    was = found.state["recipe"].get("max_steps", config.max_steps)
+    before, step = dataclasses.replace(config, max_steps=was), found.step
+    moved = changes(*(phase_at(one.phases(), step) for one in (before, config)))
+    if moved:
+        say(f"resume: step {step} of {config.max_steps} is in another phase: {moved} from here")
+    old, new = before.rising_steps, config.rising_steps
+    if old != new and step < max(old, new):
+        say(f"resume: the warm-up ends at step {new} of {config.max_steps}, was {old} of {was}")
 
 
 def _say_of_fall(config: PretrainConfig, found: checkpoint.Checkpoint, run: Path) -> None:
@@ -222,6 +243,8 @@ def check_sizes(
                 f"model = {config.sizes_from!r} has {name} = {now}, but had {was} at the "
                 f"checkpoint of step {restored.step}: put it back, or start a new run"
             )
+
+
 def _check_recipe_name(config: PretrainConfig, run: Path) -> None:
     began = _written(run, "recipe") or CLASSIC  # once there were none
     if (run / "config.toml").exists() and config.recipe != began:

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from fastbert.config import PretrainConfig
 from fastbert.data.batch import Batch
 from fastbert.model.bert import Bert
 from fastbert.schedules import Phase
 from fastbert.train import checkpoint, loop
 from fastbert.train.phases import dropout_in_use, is_of_another
+from fastbert.train.prepare import say_of_warmup
 from fastbert.train.step import TrainStep
 
 from .test_resume import ROOT, assert_same, step_folder
@@ -113,13 +115,21 @@ def test_all_schedules_at_once_killed_and_resumed(
 
 
 def test_another_max_steps_moves_the_masks(
-    pretrain: Run, resume: Run, seen: list[tuple[Any, ...]]
+    pretrain: Run, resume: Run, seen: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = "--mlm-probability 0.3:0.5,0.15 --validation-fraction 0"
+    options = "--mlm-probability 0.3:0.5,0.15 --warmup-steps 0.5 --validation-fraction 0"
     pretrain("run", f"{options} --max-steps 4 --stop-at-step 3")
     masked = [M for _, M, *_ in seen]
     seen.clear()
+    capsys.readouterr()
     resume("run", "--resume auto --max-steps 8 --stop-at-step 5")
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("resume: ")]
+    assert told == [
+        "resume: max_steps is now 8, was 4",
+        "resume: step 3 of 8 is in another phase: 30% masked from here",
+        "resume: the warm-up ends at step 4 of 8, was 2 of 4",
+        "resume: going on from step 3",
+    ]
     assert masked[0] == masked[1] > masked[2]
     assert [M for _, M, *_ in seen] == [masked[0], masked[2]]  # steps 3 and 4 of now 4 + 4
 
@@ -203,7 +213,17 @@ def test_no_checkpoint_from_before_the_fall(
 ) -> None:
     options = "--lr-scheduler-type warmup_stable_decay --decay-steps 0.9 --warmup-steps 0"
     pretrain("run", f"{options} --max-steps 4 --validation-fraction 0")
-    capsys.readouterr()
+    assert "overlap" not in capsys.readouterr().err
     resume("run", "--resume auto --max-steps 5 --stop-at-step 4")
     said = capsys.readouterr().err
     assert "fell from step 0 on, and rises again with max_steps = 5: no checkpoint is from" in said
+
+
+def test_a_warm_up_that_ends_within_the_fall_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    wsd = {"lr_scheduler_type": "warmup_stable_decay", "decay_steps": 0.4, "max_steps": 10}
+    for warmup, overlaps in ((6, False), (7, True)):
+        say_of_warmup(PretrainConfig(warmup_steps=warmup, **wsd))  # type: ignore[arg-type]
+        assert capsys.readouterr().err == overlaps * (
+            "the warm-up of 7 steps and the fall of 4 overlap in max_steps = 10: the learning rate "
+            "leaps down from one to the other\n"
+        )

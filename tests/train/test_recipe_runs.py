@@ -29,8 +29,8 @@ def test_a_run_by_a_recipe_and_one_that_begins_with_it(
     run = pretrain("run", f"--recipe {mine} --max-steps 4 --stop-at-step 2")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("recipe:")]
     assert lines == [
-        f'recipe: {mine}: nsp = false, curriculum = "16:0.5", initializer_range = "0.05"; given '
-        "otherwise: mlm_probability = 0.15"
+        f'recipe: {mine}: nsp = false, curriculum = "16:0.5", initializer_range = "0.05"; '
+        "otherwise here: mlm_probability = 0.15"
     ]
     kept = load_config(PretrainConfig, run / "config.toml", {})
     assert (kept.recipe, kept.nsp, kept.initializer_range) == (str(mine), False, "0.05")
