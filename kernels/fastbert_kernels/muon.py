@@ -7,21 +7,22 @@ and three of AdamW's. Nothing asks the host, so a CUDA graph may hold it all.
 
 Newton-Schulz is three products a step, and two of them, A = X Xᵀ and b A + c A A (A is symmetric),
 have a symmetric result: `symmetric_product` computes its tiles on and below the diagonal alone,
-n (n + 1) / 2 of n². With tiles of 128 x 128:
+n (n + 1) / 2 of n², and stores each also mirrored. With tiles of 128 x 128:
 
-| m = min(rows, columns) | tiles | as fast as the whole by cuBLAS at |
+| m = min(rows, columns) | tiles | as fast as all of them by cuBLAS at |
 |---|--:|--:|
 | 768 | 21 of 36 | 58% of cuBLAS's speed |
 | 1,024 | 36 of 64 | 56% |
 
-For (m, k) the three products are 2 m² k, 2 m³ and 2 m² k: the symmetric two are 2/3 of the FLOPs
-where k = m, 5/9 where k = 4 m. So a step of BERT-base takes 1.22 TFLOP instead of 1.63 (with q, k
-and v joined 1.16 instead of 1.52), one of BERT-large 5.70 instead of 7.73 (5.41 instead of 7.22).
+Of an (m, k) matrix the three products are 2 m² k, 2 m³ and 2 m² k: the symmetric two are 2/3 of the
+FLOPs where k = m, 5/9 where k = 4 m. So a step of BERT-base takes 1.22 TFLOP instead of 1.63, one
+of BERT-large 5.70 instead of 7.73: 25% and 26% less (with q, k and v joined 1.16 instead of 1.52
+and 5.41 instead of 7.22). By count it multiplies with 474 TFLOP/s at most on an H100, where L2
+binds, and 312 on an A100: 59% and 118% of what cuBLAS is taken to reach (798, 265). All tiles of a
+matrix run at the same time (264 fit on an H100, a matrix has 36 at most): no order of them would
+help L2. Not yet run on a GPU.
 
-All tiles of a matrix run at the same time (264 fit on an H100, a matrix has 36 at most), so what
-they share is in L2 whatever their order. Not yet run on a GPU.
-
-B matrices, each m x m the product of m x k; M and K in the kernels.
+B matrices; M and K are m and k in the kernels, P the elements of the flat buffers.
 """
 
 import functools
@@ -69,7 +70,7 @@ class Tiles:
     maxnreg: int | None = None
 
 
-# (compute capability, half precision?): a multiprocessor holds two programs, and none spills.
+# (compute capability, half precision?): a multiprocessor holds two programs, no loop spills.
 # Without the limit, `add` would take 174 registers and the place of the second.
 TILES = {
     (90, True): Tiles(128, 64, 8, 3, 128),
@@ -146,17 +147,20 @@ def _symmetric_product_kernel(
         product = tl.dot(a, b.T, product, input_precision="ieee")
     product *= alpha
     i = tl.arange(0, BLOCK_M)
-    below = batch * M * M + tl.cast(row, tl.int64) * M + column + i[:, None] * M + i[None, :]
+    local = i[:, None] * M + i[None, :]
+    below = batch * M * M + row.to(tl.int64) * M + column  # what is left fits in 32 bits
     inside = (i < M - row)[:, None] & (i < M - column)[None, :]
     if HAS_ADD:
-        product += beta * tl.load(add_ptr + below, inside, other=0.0).to(tl.float32)
+        add = tl.load(add_ptr + below + local, inside, other=0.0)
+        product += beta * add.to(tl.float32)
     tile = product.to(out_ptr.dtype.element_ty)
-    if row == column:
-        tile = tl.where(i[:, None] >= i[None, :], tile, tile.T)
+    if row != column:
+        above = batch * M * M + column.to(tl.int64) * M + row
+        mask = (i < M - column)[:, None] & (i < M - row)[None, :]
+        tl.store(out_ptr + above + local, tile.T, mask)
     else:
-        above = batch * M * M + tl.cast(column, tl.int64) * M + row + i[:, None] * M + i[None, :]
-        tl.store(out_ptr + above, tile.T, (i < M - column)[:, None] & (i < M - row)[None, :])
-    tl.store(out_ptr + below, tile, inside)
+        tile = tl.where(i[:, None] >= i[None, :], tile, tile.T)
+    tl.store(out_ptr + below + local, tile, inside)
 
 
 @torch.library.custom_op("fastbert::symmetric_product", mutates_args=())
@@ -400,17 +404,14 @@ def compile_cases() -> list[CompileCase]:
         for (arch, half), tiles in TILES.items()
         if half == (dtype != torch.float32)
     ]
-    for dtype in STORAGE_DTYPES:  # of Newton-Schulz
+    half = torch.bfloat16
+    for dtype, updates in ((torch.float32, torch.float32), *((t, half) for t in STORAGE_DTYPES)):
         cases += [
-            _elementwise_case("muon_momentum", _momentum_kernel, dtype, grad_ptr=grad,
-                              constexprs={"NESTEROV": nesterov})
-            for grad in STORAGE_DTYPES for nesterov in (True, False)
-        ]  # fmt: skip
-        cases += [
-            _elementwise_case("muon_apply", _apply_kernel, dtype, weights_ptr=weights,
-                              constexprs={"WRITE_BACK": weights != torch.float32})
-            for weights in STORAGE_DTYPES
-        ]  # fmt: skip
+            _elementwise_case(_momentum_kernel, {"NESTEROV": nesterov}, updates, grad=dtype)
+            for nesterov in (True, False)
+        ]
+        write = {"WRITE_BACK": dtype != torch.float32}
+        cases.append(_elementwise_case(_apply_kernel, write, updates, weights=dtype))
     return cases
 
 
@@ -439,17 +440,20 @@ def _product_case(
 
 
 def _elementwise_case(
-    name: str, kernel: Any, dtype: torch.dtype, constexprs: dict[str, Any], **pointer: torch.dtype
+    kernel: Any, constexprs: dict[str, Any], updates: torch.dtype, **other: torch.dtype
 ) -> CompileCase:
-    ((argument, other),) = pointer.items()
-    constexprs |= {"BLOCK": _BLOCK}
+    ((name, dtype),) = other.items()
+    constexprs = constexprs | {"BLOCK": _BLOCK}
     numbers = ("momentum", "decay", "lr_ratio", "lr_factor", "weight_decay")
     types = dict.fromkeys(numbers, "fp32") | {"starts_ptr": "*i64"}
-    types |= {"update_ptr": f"*{triton_name(dtype)}", argument: f"*{triton_name(other)}"}
-    told = f"{argument.removesuffix('_ptr')} {triton_name(other)}, update {triton_name(dtype)}"
-    if constexprs.get("NESTEROV"):
-        told += ", nesterov"
+    types |= {"update_ptr": f"*{triton_name(updates)}", f"{name}_ptr": f"*{triton_name(dtype)}"}
+    told = f"{name} {triton_name(dtype)}, update {triton_name(updates)}"
     return CompileCase(
-        name, told, kernel, kernel_signature(kernel, constexprs, torch.float32, **types),
-        constexprs, _NUM_WARPS, divisible_by_16=("size",),
-    )  # fmt: skip
+        name="muon_momentum" if kernel is _momentum_kernel else "muon_apply",
+        configuration=told + ", nesterov" * constexprs.get("NESTEROV", False),
+        fn=kernel,
+        signature=kernel_signature(kernel, constexprs, torch.float32, **types),
+        constexprs=constexprs,
+        num_warps=_NUM_WARPS,
+        divisible_by_16=("size",),
+    )

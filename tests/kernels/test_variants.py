@@ -22,7 +22,7 @@ SPECIALIZED = {
     "gelu_linear_backward": ["F_EIGHTHS"],
     "square_sums": ["P"],
     "prepare": ["programs"],
-    "adamw": ["P", "decay_end"],
+    "adamw": ["P", "decay_end", "embedding_end"],
     "symmetric_product": ["M", "K"],
     "muon_momentum": ["size"],
     "muon_apply": ["size"],

@@ -624,23 +624,22 @@ def symmetric_product_checks(device: torch.device, quick: bool) -> Iterator[Row]
         shapes = [(2, 33, 40)] if device.type == "cpu" else shapes[:3]
     for dtype, (B, m, k) in itertools.product(dtypes(device), shapes):
         torch.manual_seed(m)
-        x, c = torch.randn(B, m, k, device=device), torch.randn(B, m, m, device=device)
+        x, c = (torch.randn(B, m, n, device=device).to(dtype) for n in (k, m))
         calls: dict[str, dict[str, Any]] = {
             "XXᵀ": {"x": x},
             "XᵀX + C": {"x": x.mT.contiguous(), "transposed": True, "add": c + c.mT, "beta": -2.0},
         }
         for name, call in calls.items():
             told = f"{short(dtype)} {B} of {m} x {k} {name}"
-            given = {n: v.to(dtype) if isinstance(v, Tensor) else v for n, v in call.items()}
-            wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in given.items()}
+            wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in call.items()}
 
-            def run(given: dict[str, Any] = given) -> dict[str, Tensor]:
-                return {"product": symmetric_product(**given)}
+            def run(call: dict[str, Any] = call) -> dict[str, Tensor]:
+                return {"product": symmetric_product(**call)}
 
             with poisoned():
                 found = run()
             oracle = reference_optimizer.symmetric_product
-            plain, want = {"product": oracle(**given)}, {"product": oracle(**wide)}
+            plain, want = ({"product": oracle(**one)} for one in (call, wide))
             yield from compare(told, found, plain, want, dtype)
             symmetric = torch.equal(found["product"], found["product"].mT)
             yield {"check": f"{told}: symmetric", "ok": symmetric}
@@ -654,13 +653,14 @@ def muon_checks(device: torch.device, quick: bool) -> Iterator[Row]:
     from fastbert_kernels.muon import muon_step
 
     groups = (MuonGroup(64, 192, (1024, 13_312)), MuonGroup(160, 96, (32_768,)))
-    muon = MuonHyperparameters(1024, groups, dtype=torch.float32)
+    steps = 1 if quick else 5
+    muon = MuonHyperparameters(1024, groups, ns_steps=steps, dtype=torch.float32)
     hyper = HYPER._replace(decay_end=512)
     found = optimizer_state(device, dtypes(device)[-1])
     found["exp_avg_sq"] = found["exp_avg_sq"][: muon.begin].clone()
     first, want = copied(found), copied(found, wide=True)
     grad = torch.randn(ELEMENTS, device=device)
-    for i in range(2 if quick else 5):
+    for i in range(steps + 1):
         grad = torch.randn(ELEMENTS, device=device)
         if i == 1:
             grad[20_000] = torch.inf
