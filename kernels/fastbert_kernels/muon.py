@@ -198,6 +198,7 @@ def symmetric_product(
     """alpha X Xᵀ + beta add of each matrix (XᵀX if transposed), symmetric bit for bit.
 
     Summed in fp32 and rounded once. Of `add`, what lies below the diagonal is read. No gradients.
+    Any m and k will do, but only multiples of 16 are read in 16 bytes, without which it is slow.
 
     Raises:
         ValueError: a tensor of the wrong shape, dtype or device, or not contiguous; no GPU.
