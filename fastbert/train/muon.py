@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.config import ModelConfig, PretrainConfig
+from fastbert.errors import UserError
 from fastbert.train.flat import FlatParameters
 from fastbert_kernels.reference_optimizer import MuonGroup, MuonHyperparameters, Orthogonalize
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 Spread = Callable[[Orthogonalize, Tensor], Tensor]
 _QKV = ".qkv.weight"
+# Of the two learning rates. In fp32, a ratio of 1e38 were inf, and 0 x inf in warm-up's first step
+# NaN; and a rate of 1e-38, as beside a ratio of 1e36, were not exact any more.
+_MOST_RATIO = 1e20
 
 
 def names(model: nn.Module) -> list[str]:
@@ -55,13 +59,23 @@ def groups(flat: FlatParameters, split_qkv: bool) -> tuple[MuonGroup, ...]:
 
 
 def hyperparameters(flat: FlatParameters, config: PretrainConfig) -> MuonHyperparameters:
-    """What `muon_step` is told, Newton-Schulz in bf16 on a GPU and in fp32 on a CPU."""
+    """What `muon_step` is told, Newton-Schulz in bf16 on a GPU and in fp32 on a CPU.
+
+    Raises:
+        UserError: `learning_rate` is too small to follow.
+    """
     assert config.learning_rate is not None, "the configuration must be resolved"
     assert flat.last_begin < len(flat.master), "made for another optimizer"
+    rate = config.muon_learning_rate
+    if rate > _MOST_RATIO * config.learning_rate:
+        raise UserError(
+            f"learning_rate = {config.learning_rate:g} must be at least {rate / _MOST_RATIO:g} "
+            f"beside muon_learning_rate = {rate:g}, which follows it over time"
+        )
     return MuonHyperparameters(
         begin=flat.last_begin,
         groups=groups(flat, config.muon_split_qkv),
-        lr_ratio=config.muon_learning_rate / config.learning_rate,
+        lr_ratio=rate / config.learning_rate,
         momentum=config.muon_momentum,
         nesterov=config.muon_nesterov,
         ns_steps=config.muon_ns_steps,

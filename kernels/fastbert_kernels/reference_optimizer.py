@@ -194,15 +194,20 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:  # (B, rows, columns), b
     torch.optim.Muon's: singular values end within about 0.7 and 1.2, not at 1. Computes in x's
     dtype, as it does.
     """
-    a, b, c = NS_COEFFICIENTS
-    tall = x.shape[1] > x.shape[2]
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=NS_EPS)
     for _ in range(steps):
-        gram = x.mT @ x if tall else x @ x.mT
-        update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        left, right = (x, update) if tall else (update, x)
-        x = torch.baddbmm(x, left, right, beta=a)
+        x = _newton_schulz_step(x)
     return x
+
+
+def _newton_schulz_step(x: Tensor) -> Tensor:
+    """A function of its own, so that one step's A and B are free in the next."""
+    a, b, c = NS_COEFFICIENTS
+    tall = x.shape[1] > x.shape[2]
+    gram = x.mT @ x if tall else x @ x.mT
+    update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    left, right = (x, update) if tall else (update, x)
+    return torch.baddbmm(x, left, right, beta=a)
 
 
 def muon_lr_factor(group: MuonGroup, adjust_lr_fn: str) -> float:
@@ -266,12 +271,12 @@ def update_matrices(
     for group in muon.groups:
         rows, columns, starts = group
         spans = [slice(start, start + rows * columns) for start in starts]
-        updates = []
-        for span in spans:
+        x = grad.new_empty(len(starts), rows * columns, dtype=muon.dtype)
+        for span, update in zip(spans, x, strict=True):
             g, m = grad[span], buffers.exp_avg[span]
             m.lerp_(g, 1 - muon.momentum)
-            updates.append(g.lerp(m, muon.momentum) if muon.nesterov else m)
-        x = torch.stack(updates).view(-1, rows, columns).to(muon.dtype)
+            update.copy_(g.lerp(m, muon.momentum) if muon.nesterov else m)
+        x = x.view(-1, rows, columns)
         x = spread(orthogonalize, x) if spread else orthogonalize(x)
         factor = muon_lr_factor(group, muon.adjust_lr_fn)
         for span, update in zip(spans, x.flatten(1), strict=True):

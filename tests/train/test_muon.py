@@ -187,6 +187,20 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     assert step.read().skipped == 1 and step.read().updates == 1
 
 
+def test_a_learning_rate_that_fp32_cannot_scale_is_refused() -> None:
+    """Where their ratio were inf in fp32, warm-up's first step would be 0 x inf."""
+    said = r"^learning_rate = 1e-40 must be at least 2e-22 beside muon_learning_rate = 0\.02"
+    with pytest.raises(UserError, match=said):
+        build(dataclasses.replace(MUON, learning_rate=1e-40))
+    step = build(dataclasses.replace(MUON, learning_rate=2e-22))
+    start = step.flat.master.clone()
+    for one in batches(2):  # the first at a rate of 0
+        step(one)
+    moved = step.flat.master - start
+    assert moved[: step.flat.last_begin].abs().max() < 1e-20 and moved.isfinite().all()
+    assert moved[step.flat.last_begin :].abs().max() > 1e-3
+
+
 def test_recorded_steps_are_the_eager_ones() -> None:
     eager, recorded = build(), build()
     graphed = GraphedStep(recorded, False, Repeat())

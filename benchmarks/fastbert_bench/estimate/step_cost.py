@@ -162,8 +162,10 @@ def family_of(kernel: Kernel, masked_rows: int) -> str:
         return ATTENTION_BACKWARD if backward else ATTENTION_FORWARD
     if module == "reduce" and len(kernel.outputs[0].shape) == 3:  # (3, A, D), from attention
         return QKV_BIAS
-    if module in ("optimizer", "aten"):
-        return OPTIMIZER if module == "optimizer" else OTHER
+    if module in ("optimizer", "muon"):
+        return OPTIMIZER
+    if module == "aten":
+        return OTHER
     return PASSES
 
 

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 import fastbert_kernels
 from fastbert.config import ModelConfig, model_config
 from fastbert.model.bert import Bert
-from fastbert.ops import triton_ops
+from fastbert.ops import Ops, triton_ops
 from fastbert.train.step import TrainStep, model_inputs
 from fastbert_bench.estimate import launch_list
 from fastbert_bench.estimate.launch_list import PRODUCTS, Array, Kernel
@@ -293,6 +293,7 @@ def step_trace(
     vocab_size: int = 0,
     dropout: float | None = None,
     evaluates: bool = False,
+    ops: Ops | None = None,
     **changes: Any,
 ) -> list[Kernel]:
     """Every kernel of one training step in bf16, in their order.
@@ -306,6 +307,7 @@ def step_trace(
         vocab_size: 0 for the preset's.
         dropout: None for the preset's.
         evaluates: whether an evaluation follows.
+        ops: None for Triton's.
         changes: settings of the recipe that differ from `contenders.make_recipe`'s.
     """
     sizes = _with_layers(model, layers)
@@ -317,7 +319,8 @@ def step_trace(
         )
     batch = _batch(S, sizes.vocab_size, T or S + 24)
     with recorded(arch) as recorder:
-        step = TrainStep(Bert(sizes, triton_ops()), make_recipe(1, **changes), torch.bfloat16)
+        bert = Bert(sizes, ops or triton_ops())
+        step = TrainStep(bert, make_recipe(1, **changes), torch.bfloat16)
         recorder.kernels.clear()
         step.model.register_forward_pre_hook(lambda *_: setattr(recorder, "direction", "forward"))
         step.model.register_forward_hook(lambda *_: setattr(recorder, "direction", "step"))
@@ -438,8 +441,13 @@ def makers(arch: int) -> list[Callable[[], list[Launch]]]:
     """The launches of the stages smoke, pretrain, step and trace, by kind."""
     step = functools.partial(step_launches, arch=arch)
     found: list[Callable[[], list[Launch]]] = [lambda: smoke_launches(arch)]
-    for changes in ({"dropout": 0.0}, {"optim": "lamb"}, {"vocab_size": 8192, "evaluates": True}):
-        found.append(functools.partial(step, "base", 512, **changes))
+    several: tuple[dict[str, Any], ...] = (
+        {"dropout": 0.0, "optim": "muon"},
+        {"optim": "muon", "ops": gpu_smoke.muon_in(triton_ops(), torch.float32)},
+        {"optim": "lamb"},
+        {"vocab_size": 8192, "evaluates": True},
+    )
+    found += [functools.partial(step, "base", 512, **changes) for changes in several]
     shapes = dict.fromkeys(
         (workload.model, workload.S) for workload in WORKLOADS.values() if workload.name != TINY
     )

@@ -6,20 +6,23 @@ PyTorch in fp32; a recorded graph against eager steps, bit for bit; no question 
 optimizers against theirs. Each check is a row {"check", "ok", numbers}, on disk as soon as known.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastbert.config import ModelConfig, model_config
+from fastbert.config import ModelConfig, PretrainConfig, model_config
 from fastbert.data.batch import Batch
 from fastbert.model.bert import Bert
 from fastbert.ops import REFERENCE, MainGrad, Ops, triton_ops
+from fastbert.train.flat import FlatParameters
 from fastbert.train.graph import launcher
 from fastbert.train.optimizer import make_optimizer
 from fastbert.train.step import TrainStep
@@ -29,6 +32,7 @@ from fastbert_bench.kernels.checks import Row
 from fastbert_bench.measure import result as results
 from fastbert_bench.measure.processes import one_line
 from fastbert_bench.suites.contenders import make_batches, make_recipe
+from fastbert_kernels.reference_optimizer import MuonHyperparameters
 
 SEED = 7
 # Op -> what the labels of its cases begin with, after the dtype; on a CPU every op has few.
@@ -45,6 +49,10 @@ SHAPES = {
 # Relative errors, in the Euclidean norm. bf16 rounds by 2^-9; a step's gradient, through some
 # twenty roundings, is off by about 1% in plain PyTorch too.
 ALLOWED_SUM, ALLOWED_UPDATE, ALLOWED_ORDER = 0.01, 1e-5, 1e-3
+# Newton-Schulz raises a small singular value, and its rounding, by up to 500: of a random matrix
+# 768 x 768, fp32 is off by 6e-6 from fp64, bf16 by 1e-2.
+ALLOWED_MATRICES = 1e-4
+MUON: dict[str, Any] = {"optim": "muon", "learning_rate": 1e-2, "muon_learning_rate": 1e-2}
 
 
 def smoke_cases(
@@ -225,22 +233,30 @@ def graph_checks(device: torch.device) -> Iterator[Row]:
     if device.type != "cuda":
         yield {"check": "CUDA graph", "ok": None, "why": "no GPU"}
         return
-    recorded, graphed, launch = steps.train(True)
-    yield {"check": f"{n} graph steps: the eager losses", "ok": recorded == eager,
-           "largest": max(abs(a - b) for a, b in zip(recorded, eager, strict=True))}  # fmt: skip
-    same = torch.equal(kept.flat.master, graphed.flat.master)
-    error = _relative(graphed.flat.master, kept.flat.master)
-    yield {"check": f"{n} graph steps: the eager weights", "ok": same, "error": error}
-    for name, work in (("eager step", kept), ("graph", launch)):
-        yield _asks_nothing(name, work, steps.batches[:1])
+    yield from _recorded(steps, eager, kept)
     # The first product of a step overwrites in the eager one and adds to zeros in the graph, for
     # which cuBLAS may choose another split of the sum: rounding, not bits.
     eager, kept, _ = steps.train(False, count=2)
-    recorded, graphed, launch = steps.train(True, count=2)
+    recorded, _, launch = steps.train(True, count=2)
     error = max(abs(a - b) / a for a, b in zip(recorded, eager, strict=True))
     yield {"check": "two micro-batches: the graph's losses are the eager ones",
            "ok": error <= ALLOWED_ORDER, "error": error, "allowed": ALLOWED_ORDER}  # fmt: skip
     yield _asks_nothing("graph of two micro-batches", launch, steps.batches[:2])
+
+
+def _recorded(
+    steps: Steps, eager: list[float], kept: TrainStep, of: str = "", **changes: Any
+) -> Iterator[Row]:
+    """A graph's steps against the eager ones, which gave these losses and this state."""
+    recorded, graphed, launch = steps.train(True, **changes)
+    n = steps.count
+    yield {"check": f"{n} graph steps{of}: the eager losses", "ok": recorded == eager,
+           "largest": max(abs(a - b) for a, b in zip(recorded, eager, strict=True))}  # fmt: skip
+    same = torch.equal(kept.flat.master, graphed.flat.master)
+    error = _relative(graphed.flat.master, kept.flat.master)
+    yield {"check": f"{n} graph steps{of}: the eager weights", "ok": same, "error": error}
+    for name, work in (("eager step", kept), ("graph", launch)):
+        yield _asks_nothing(name + of, work, steps.batches[:1])
 
 
 def _asks_nothing(
@@ -269,7 +285,6 @@ def optimizer_checks(device: torch.device) -> Iterator[Row]:
         )
         begun = steps.step().flat
         generator = torch.Generator(device).manual_seed(SEED)
-        turns = 8 if device.type == "cuda" else 2
         for _ in range(3):  # the first one hides what the moments decay by
             gradient = torch.randn(ours.flat.grad.shape, generator=generator, device=device)
             for rule in (ours, theirs):
@@ -286,16 +301,114 @@ def optimizer_checks(device: torch.device) -> Iterator[Row]:
         )  # fmt: skip
         check = f"{optim}: three updates against plain PyTorch"
         yield _within(check, ours_moved, theirs_moved, ALLOWED_UPDATE)
-        # On one batch without dropout any optimizer that works must get better.
-        step = steps.step(optim=optim, dropout=False, learning_rate=2e-3)
-        losses = []
+        yield _learns(steps, optim)
+
+
+def _learns(steps: Steps, optim: str) -> Row:
+    """On one batch without dropout any optimizer that works must get better."""
+    step = steps.step(optim=optim, dropout=False, learning_rate=2e-3)
+    turns = 8 if steps.device.type == "cuda" else 2
+    losses = []
+    for _ in range(turns):
+        step(steps.batches[:1])
+        losses.append(step.read().loss)
+    return {
+        "check": f"{optim}: the loss of one batch falls in {turns} steps",
+        "ok": losses[-1] < losses[0] - 0.01, "first": losses[0], "last": losses[-1],
+    }  # fmt: skip
+
+
+def muon_checks(device: torch.device) -> Iterator[Row]:
+    """Muon on the model's own buffers against torch's Muon and AdamW; does it learn, and recorded?
+
+    In fp32 to rounding; in bf16 ours may err twice as much as torch's does, and 1% more.
+    """
+    steps, found = Steps.on(device), {}
+    cuda = device.type == "cuda"
+    turns = 3 if cuda else 2  # the first one hides what the moments decay by
+    for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
+        step = steps.step(muon_in(triton_ops(), dtype), **MUON, muon_weight_decay=0.1)
+        flat, generator = step.flat, torch.Generator(device).manual_seed(SEED)
+        begun, gradients = flat.master.clone(), []
         for _ in range(turns):
-            step(steps.batches[:1])
-            losses.append(step.read().loss)
-        yield {
-            "check": f"{optim}: the loss of one batch falls in {turns} steps",
-            "ok": losses[-1] < losses[0] - 0.01, "first": losses[0], "last": losses[-1],
-        }  # fmt: skip
+            gradients.append(torch.zeros_like(flat.master))
+            for view in flat.views(gradients[-1]).values():
+                view.normal_(generator=generator)
+        theirs = _by_torch(flat, step.config, gradients, dtype)
+        for gradient in gradients:
+            flat.grad.copy_(gradient)
+            step.optimizer.lr.fill_(MUON["learning_rate"])
+            step.optimizer.update(torch.ones((), device=device))
+        found[dtype] = flat.master - begun, theirs - begun
+    ours, exact = found[torch.float32]
+    begin, check = flat.last_begin, f"muon: {turns} updates against torch's"
+    yield _within(f"{check}, fp32", ours[begin:], exact[begin:], ALLOWED_MATRICES)
+    yield _within(f"{check}, AdamW's part", ours[:begin], exact[:begin], ALLOWED_UPDATE)
+    if not cuda:
+        yield {"check": "Muon in bf16, and in a CUDA graph", "ok": None, "why": "no GPU"}
+        return
+    error, plain = (_relative(one[begin:], exact[begin:]) for one in found[torch.bfloat16])
+    yield {"check": f"{check}, bf16", "ok": error <= 2 * plain + ALLOWED_SUM,
+           "error": error, "torchs_error": plain}  # fmt: skip
+    yield _learns(steps, "muon")
+    losses, kept, _ = steps.train(False, **MUON)
+    yield from _recorded(steps, losses, kept, " with Muon", **MUON)
+
+
+def muon_in(ops: Ops, dtype: torch.dtype) -> Ops:
+    """The same ops, but for the precision of Newton-Schulz."""
+
+    def muon_step(*args: Any, muon: MuonHyperparameters, **named: Any) -> None:
+        ops.muon_step(*args, muon=muon._replace(dtype=dtype), **named)
+
+    return dataclasses.replace(ops, muon_step=muon_step)
+
+
+def _by_torch(
+    flat: FlatParameters, config: PretrainConfig, gradients: list[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """(P,) the masters after updates by torch.optim.Muon and AdamW.
+
+    torch's Muon orthogonalizes in bf16; in fp32, once its rounding copies only.
+    """
+    master, grad = flat.master.clone(), torch.zeros_like(flat.master)
+    decayed, end = flat.decay_end, flat.last_begin
+
+    def pieces(buffer: Tensor) -> list[Tensor]:
+        matrices = [
+            matrix
+            for (name, view), (start, _) in zip(flat.views(buffer).items(), flat.spans, strict=True)
+            if start >= end
+            for matrix in view.chunk(3 if name.endswith("qkv.weight") else 1)
+        ]
+        return [buffer[:decayed], buffer[decayed:end], *matrices]
+
+    parameters = [nn.Parameter(piece) for piece in pieces(master)]
+    for parameter, piece in zip(parameters, pieces(grad), strict=True):
+        parameter.grad = piece
+    adamw = torch.optim.AdamW(
+        [
+            {"params": parameters[:1], "weight_decay": config.weight_decay},
+            {"params": parameters[1:2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate or 0.0,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+    muon = torch.optim.Muon(
+        parameters[2:],
+        lr=config.muon_learning_rate,
+        weight_decay=config.muon_weight_decay,
+        momentum=config.muon_momentum,
+    )
+    wide = mock.patch.object(Tensor, "bfloat16", Tensor.clone)
+    with wide if dtype == torch.float32 else contextlib.nullcontext():
+        for gradient in gradients:
+            grad.copy_(gradient)
+            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            adamw.step()
+            muon.step()
+    return master
 
 
 CHECKS: dict[str, Callable[[torch.device], Iterator[Row]]] = {
@@ -303,6 +416,7 @@ CHECKS: dict[str, Callable[[torch.device], Iterator[Row]]] = {
     "gradients": gradient_checks,
     "graph": graph_checks,
     "optimizers": optimizer_checks,
+    "muon": muon_checks,
     "ops": op_checks,
 }
 

@@ -50,6 +50,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "last layer everywhere": {"model": {"last_layer_masked_only": False}},
     "gradients by autograd, then copied": {"main_grads": False},
     "torch's fused AdamW": {"optim": "adamw_torch_fused"},
+    "Muon for the layers' matrices": {"optim": "muon"},
     "gradients in bf16": {"gradient_precision": "bf16"},
     "FlashAttention 2 of PyTorch": {"attention": "torch"},
     "GELU inside the feed-forward's products": {"gelu_in_products": True},

@@ -61,7 +61,9 @@ Library = Mapping[str, str]
 
 def library_kernels() -> dict[str, str]:
     """Our Triton kernels: name -> family, by the op's module."""
-    families = {"optimizer": OPTIMIZER, "mask": OTHER, "linear": GEMM_FORWARD}
+    families = {
+        "optimizer": OPTIMIZER, "muon": OPTIMIZER, "mask": OTHER, "linear": GEMM_FORWARD,
+    }  # fmt: skip
     found = {}
     for case in shipped_cases():
         module, name = op_of(case.fn), case.fn.fn.__name__
@@ -140,6 +142,8 @@ def _product_family(kernel: Kernel) -> str:
     place = kernel.place
     if place.layer == _UNKNOWN_PLACE:
         return OTHER
+    if place.layer == "optimizer":  # Muon's
+        return OPTIMIZER
     if place.layer == "masked words":
         return MLM
     backward = place.direction == "backward"

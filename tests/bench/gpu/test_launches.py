@@ -203,9 +203,10 @@ def test_the_number_of_tokens_makes_no_variant(found):
 def test_one_variant_of_each_kernel_with_its_constants(found):
     """Whatever workload, length, layer or batch: what is compiled ahead is what a step needs."""
     assert found["several"] == []
-    assert {"optimizer._lamb_apply_kernel", "attention.attention_backward_kernel"} <= set(
-        found["forms"]
-    )
+    assert {
+        "optimizer._lamb_apply_kernel", "attention.attention_backward_kernel",
+        "muon._symmetric_product_kernel", "muon._momentum_kernel", "muon._apply_kernel",
+    } <= set(found["forms"])  # fmt: skip
 
 
 def test_what_is_compiled_ahead_is_found_in_the_cache(found):

@@ -27,7 +27,7 @@ def verdicts(name):
     return {row["check"]: row["ok"] for row in CHECKS[name](CPU)}
 
 
-@pytest.mark.parametrize("name", ["products", "gradients", "graph", "optimizers"])
+@pytest.mark.parametrize("name", ["products", "gradients", "graph", "optimizers", "muon"])
 def test_what_is_right_passes(name):
     found = verdicts(name)
     assert found and all(ok is not False for ok in found.values())
@@ -83,6 +83,19 @@ def test_an_update_that_is_off_is_caught(monkeypatch):
     found = verdicts("optimizers")
     assert found["adamw: three updates against plain PyTorch"] is False
     assert found["lamb: three updates against plain PyTorch"] is True
+
+
+def test_an_update_of_matrices_that_is_off_is_caught(monkeypatch):
+    ops = cpu_ops(False)
+
+    def late(buffers, hyper, *, muon, spread=None):
+        ops.muon_step(buffers, hyper, muon._replace(momentum=muon.momentum - 1e-2), spread)
+
+    wrong = dataclasses.replace(ops, muon_step=late, kernels=True)
+    monkeypatch.setattr(gpu_smoke, "triton_ops", lambda: wrong)
+    found = verdicts("muon")
+    assert found["muon: 2 updates against torch's, fp32"] is False
+    assert found["muon: 2 updates against torch's, AdamW's part"] is True
 
 
 def test_bits_that_change_are_caught(monkeypatch):

@@ -85,6 +85,8 @@ STEP = [
     ("gradients", "", "step", [UPDATE], "everything else"),
     ("optimizer", "", "step", [LOSS_ADD], "everything else"),
     ("optimizer", "adamw P=9", "step", ["_square_sums_kernel", "_adamw_kernel"], "optimizer"),
+    ("optimizer", "muon P=9", "step", ["_symmetric_product_kernel", "nvjet_tst_128x256_NTN"],
+     "optimizer"),
     ("rest of the step", "", "forward", [MYSTERY], "everything else"),
 ]  # fmt: skip
 
@@ -265,7 +267,7 @@ def test_every_kernel_of_the_library_has_one_family():
     library = gpu_trace.library_kernels()
     modules = {(op_of(case.fn), case.fn.fn.__name__) for case in shipped_cases()}
     assert {name for _, name in modules} == set(library)
-    special = {"attention", "optimizer", "mask", "linear"}
+    special = {"attention", "optimizer", "muon", "mask", "linear"}
     for module, name in modules:
         assert (library[name] == PASSES) == (module not in special), (module, name)
 
