@@ -43,6 +43,7 @@ from fastbert_kernels.attention_kernels import (
     attention_delta_kernel,
     attention_forward_kernel,
 )
+from fastbert_kernels.checks import capability
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.philox import keep_threshold
 from fastbert_kernels.reduce import reduce_rows
@@ -53,13 +54,6 @@ DELTA_ROWS = 64
 
 
 # Launches
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90  # the interpreter
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _launch_forward(
@@ -80,8 +74,8 @@ def _launch_forward(
     out = torch.empty((R, A, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((A, R), dtype=torch.float32, device=q.device)
     positions, cu_queries = at or (cu_seqlens, cu_seqlens)
-    kernel = forward_kernel(max_seqlen, D, q.dtype, _capability(q.device))
-    tiles = choose_tiles(kernel, D, q.dtype, _capability(q.device))
+    kernel = forward_kernel(max_seqlen, D, q.dtype, capability(q.device))
+    tiles = choose_tiles(kernel, D, q.dtype, capability(q.device))
     blocks = triton.cdiv(max_seqlen, tiles.block_m)
     attention_forward_kernel[((N + 1) * A * blocks,)](
         q, kv, cu_seqlens, cu_queries, positions, seed, out, lse, R, N, blocks, stream,
@@ -109,10 +103,10 @@ def _launch_backward(
 ) -> Tensor:  # (P, 3, A, D) fp32: of each program that has any, column sums of dq, 0, dv
     (R, A, D), T = dout.shape, len(kv)
     N = cu_seqlens.numel() - 1
-    capability = _capability(q.device)
-    path = backward_path(max_seqlen, D, q.dtype, capability)
-    tiles = choose_tiles("columns" if path == "split" else path, D, q.dtype, capability)
-    query_tiles = choose_tiles("query", D, q.dtype, capability)
+    arch = capability(q.device)
+    path = backward_path(max_seqlen, D, q.dtype, arch)
+    tiles = choose_tiles("columns" if path == "split" else path, D, q.dtype, arch)
+    query_tiles = choose_tiles("query", D, q.dtype, arch)
     positions, cu_queries = at or (cu_seqlens, cu_seqlens)
     # What a path does not use stands in for itself as some tensor of the right type.
     delta = lse if path == "tile" else torch.empty_like(lse)
@@ -314,7 +308,7 @@ def _backend(op: str, asked: str, q: Tensor, max_seqlen: int, dropout_p: float) 
     """What serves a call, known to be there."""
     D, device = q.shape[-1], q.device
     chosen = choose_backend(
-        asked, q.dtype, device.type, dropout_p, _capability(device), D, max_seqlen
+        asked, q.dtype, device.type, dropout_p, capability(device), D, max_seqlen
     )
     if chosen == "triton":
         checks.require_launchable(op, attention_forward_kernel, device)
@@ -490,7 +484,7 @@ def compile_cases() -> list[CompileCase]:
     """Every kernel in every configuration of the tables: with dropout; without it, a subset, for
     BERT's heads of 64; and in half precision where only some tokens ask."""
     cases = []
-    for capability, table in TABLES.items():
+    for arch, table in TABLES.items():
         for kernel, configurations in table.items():
             for (D, half), tiles in configurations.items():
                 dtype = torch.bfloat16 if half else torch.float32
@@ -500,7 +494,7 @@ def compile_cases() -> list[CompileCase]:
                     label = f"{kernel} {checks.triton_name(dtype)} D={D} p={p:.1f}"
                     cases.append(
                         _case(
-                            _KERNELS[kernel], label + " some" * at, dtype, capability, tiles,
+                            _KERNELS[kernel], label + " some" * at, dtype, arch, tiles,
                             D=D, THRESHOLD=threshold, PRECISION="ieee", AT=at,
                             ONE_TILE=kernel in ("short", "tile"), WHOLE_HEAD=kernel == "head",
                         )
@@ -509,7 +503,7 @@ def compile_cases() -> list[CompileCase]:
         for D in HEAD_SIZES:
             cases.append(
                 _case(
-                    attention_delta_kernel, f"bf16 D={D}", torch.bfloat16, capability, tiles,
+                    attention_delta_kernel, f"bf16 D={D}", torch.bfloat16, arch, tiles,
                     D=D, THRESHOLD=230,
                 )
             )  # fmt: skip

@@ -24,6 +24,14 @@ _ALWAYS = {"seed_ptr": "*i64", "eps": "fp32"} | dict.fromkeys(
 )
 
 
+def capability(device: torch.device) -> int:
+    """Compute capability, 90 for sm_90, of what launches choose their tiles by."""
+    if device.type != "cuda":
+        return 90  # the interpreter
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ValueError with `message` unless `condition` holds."""
     if not condition:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastbert_kernels import checks
+from fastbert_kernels.checks import capability
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.gelu import bias_gelu, gelu, gelu_backward, gelu_slope
 from fastbert_kernels.main_grad import main_grad_of, plus_product
@@ -243,8 +244,7 @@ def _gelu_linear_backward_kernel(
 
 
 def _tiles(device: torch.device, dtype: torch.dtype) -> Tiles:
-    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-    return TILES[90 if hopper else 80, dtype != torch.float32]
+    return TILES[90 if capability(device) >= 90 else 80, dtype != torch.float32]
 
 
 @torch.library.custom_op("fastbert::linear_gelu", mutates_args=())

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from fastbert_kernels.checks import (
     STORAGE_DTYPES,
+    capability,
     kernel_signature,
     require,
     require_launchable,
@@ -169,7 +170,8 @@ def _symmetric_product(
 ) -> Tensor:
     B, M, K = (x if not transposed else x.mT).shape
     out = torch.empty(B, M, M, dtype=x.dtype, device=x.device)
-    hopper = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    # sm_120 has less shared memory than sm_90's tiles and their transposition take.
+    hopper = 90 <= capability(x.device) < 120
     tiles = TILES[90 if hopper else 80, x.dtype != torch.float32]
     n = triton.cdiv(M, tiles.block_m)
     if out.numel():
@@ -221,15 +223,20 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:  # (B, rows, columns), b
     Raises:
         ValueError: as `symmetric_product`.
     """
-    a, b, c = NS_COEFFICIENTS
-    tall = x.shape[1] > x.shape[2]
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=NS_EPS)
     for _ in range(steps):
-        gram = symmetric_product(x, transposed=tall)
-        update = symmetric_product(gram, add=gram, alpha=c, beta=b)
-        left, right = (x, update) if tall else (update, x)
-        x = torch.baddbmm(x, left, right, beta=a)
+        x = _iterate(x)
     return x
+
+
+def _iterate(x: Tensor) -> Tensor:
+    """A step of Newton-Schulz; what it multiplies is free when it returns."""
+    a, b, c = NS_COEFFICIENTS
+    tall = x.shape[1] > x.shape[2]
+    gram = symmetric_product(x, transposed=tall)
+    update = symmetric_product(gram, add=gram, alpha=c, beta=b)
+    left, right = (x, update) if tall else (update, x)
+    return torch.baddbmm(x, left, right, beta=a)
 
 
 @triton.jit
@@ -294,9 +301,9 @@ def _apply_kernel(
         tl.store(weights_ptr + flat, w.to(weights_ptr.dtype.element_ty), mask=inside)
 
 
-@functools.lru_cache
+@functools.cache
 def _on_device(starts: tuple[int, ...], device: torch.device) -> Tensor:  # (B,) int64
-    """Made once, as a copy from the host waits for it."""
+    """Made once, as a copy from the host waits for it; kept, as recorded graphs read it."""
     return torch.tensor(starts, dtype=torch.int64, device=device)
 
 

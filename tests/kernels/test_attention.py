@@ -139,7 +139,7 @@ def test_some_tokens_ask(
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("D", [32, 64, 128])
 def test_tiles_of_sm_80(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_module, "_capability", lambda device: 80)
+    monkeypatch.setattr(attention_module, "capability", lambda device: 80)
     compare([65, 129, 7], 130, 1, D, 0.1, torch.float16, unused=1)
 
 

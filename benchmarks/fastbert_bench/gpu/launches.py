@@ -260,7 +260,7 @@ def recorded(arch: int) -> Iterator[_Recorder]:
         stack.enter_context(patch(triton.JITFunction, "run", lambda *a, **k: launched(*a, **k)))
         stubs = {
             "require_launchable": lambda *_: None,
-            "_capability": lambda _: arch,
+            "capability": lambda _: arch,
             "multiprocessors": lambda _: machine.multiprocessors,
         }
         for module, (name, stub) in itertools.product(_modules(), stubs.items()):
