@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert_kernels import reference_optimizer
 from fastbert_kernels.checks import (
     STORAGE_DTYPES,
     capability,
@@ -45,8 +46,6 @@ from fastbert_kernels.checks import (
 from fastbert_kernels.compile_cases import CompileCase
 from fastbert_kernels.optimizer import FACTOR, FINITE, LR, check_buffers, flat_update
 from fastbert_kernels.reference_optimizer import (
-    NS_COEFFICIENTS,
-    NS_EPS,
     Buffers,
     Hyperparameters,
     MuonGroup,
@@ -216,27 +215,13 @@ def symmetric_product(
     return out
 
 
-@torch.no_grad()
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:  # (B, rows, columns), both ways
     """Each matrix U S Vᵀ to about U Vᵀ; `reference_optimizer.newton_schulz` says how.
 
     Raises:
         ValueError: as `symmetric_product`.
     """
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=NS_EPS)
-    for _ in range(steps):
-        x = _iterate(x)
-    return x
-
-
-def _iterate(x: Tensor) -> Tensor:
-    """A step of Newton-Schulz; what it multiplies is free when it returns."""
-    a, b, c = NS_COEFFICIENTS
-    tall = x.shape[1] > x.shape[2]
-    gram = symmetric_product(x, transposed=tall)
-    update = symmetric_product(gram, add=gram, alpha=c, beta=b)
-    left, right = (x, update) if tall else (update, x)
-    return torch.baddbmm(x, left, right, beta=a)
+    return reference_optimizer.newton_schulz(x, steps, symmetric_product)
 
 
 @triton.jit

@@ -125,13 +125,14 @@ def _adamw(buffers: Buffers, hyper: Hyperparameters, grad: Tensor, end: int) -> 
     """Of the elements before `end`; embeddings take lr times their factor."""
     correction1, correction2 = _corrections(buffers, hyper)
     whole = (buffers.master, buffers.exp_avg, buffers.exp_avg_sq, grad)
-    w, m, v, g = (buffer[:end] for buffer in whole)
-    lr = buffers.lr.repeat(end)
-    lr[: hyper.embedding_end] *= hyper.embedding_lr_factor
-    w[: hyper.decay_end].mul_(1 - lr[: hyper.decay_end] * hyper.weight_decay)
-    m.lerp_(g, 1 - hyper.beta1)
-    v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
-    w -= lr / correction1 * m / (v.sqrt() / correction2**0.5 + hyper.eps)
+    tables = min(hyper.embedding_end, end)
+    for start, stop, factor in ((0, tables, hyper.embedding_lr_factor), (tables, end, 1.0)):
+        w, m, v, g = (buffer[start:stop] for buffer in whole)
+        lr = buffers.lr * factor
+        w[: max(hyper.decay_end - start, 0)].mul_(1 - lr * hyper.weight_decay)
+        m.lerp_(g, 1 - hyper.beta1)
+        v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
+        w -= lr / correction1 * m / (v.sqrt() / correction2**0.5 + hyper.eps)
 
 
 @torch.no_grad()
@@ -181,31 +182,35 @@ def symmetric_product(
     """alpha X Xᵀ + beta add of each matrix; XᵀX where transposed."""
     left, right = (x.mT, x) if transposed else (x, x.mT)
     if add is None:
-        return alpha * (left @ right)
+        return left @ right if alpha == 1 else alpha * (left @ right)
     return torch.baddbmm(add, left, right, beta=beta, alpha=alpha)
 
 
 @torch.no_grad()
-def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:  # (B, rows, columns), both ways
+def newton_schulz(
+    x: Tensor,  # (B, rows, columns)
+    steps: int = 5,
+    product: Callable[..., Tensor] = symmetric_product,
+) -> Tensor:  # (B, rows, columns)
     """Each matrix U S Vᵀ to about U Vᵀ, by a quintic iteration (Jordan et al. 2024, "Muon").
 
     X ← X / ‖X‖_F, then `steps` times A = X Xᵀ, B = b A + c A², X ← a X + B X, of the smaller side:
     a matrix with more rows than columns takes A = Xᵀ X and X ← a X + X B. The coefficients are
     torch.optim.Muon's: singular values end within about 0.7 and 1.2, not at 1. Computes in x's
-    dtype, as it does.
+    dtype, as it does, and its symmetric products by `product`.
     """
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=NS_EPS)
     for _ in range(steps):
-        x = _newton_schulz_step(x)
+        x = _newton_schulz_step(x, product)
     return x
 
 
-def _newton_schulz_step(x: Tensor) -> Tensor:
+def _newton_schulz_step(x: Tensor, product: Callable[..., Tensor]) -> Tensor:
     """A function of its own, so that one step's A and B are free in the next."""
     a, b, c = NS_COEFFICIENTS
     tall = x.shape[1] > x.shape[2]
-    gram = x.mT @ x if tall else x @ x.mT
-    update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    gram = product(x, transposed=tall)
+    update = product(gram, add=gram, alpha=c, beta=b)
     left, right = (x, update) if tall else (update, x)
     return torch.baddbmm(x, left, right, beta=a)
 

@@ -1,11 +1,7 @@
 """Schedules in whole runs: what is masked and dropped when, and that a run may die among them."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ from fastbert.train.phases import dropout_in_use, is_of_another
 from fastbert.train.prepare import say_of_warmup
 from fastbert.train.step import TrainStep
 
-from .test_resume import ROOT, assert_same, step_folder
+from .test_resume import assert_same, run_killed, step_folder
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 Run = Callable[..., Path]
@@ -33,18 +29,6 @@ ALL = (
     "--decay-type 1-sqrt --warmup-steps 0.25 --decay-steps 0.5 --gradient-accumulation-steps 2 "
     "--batch-ramp-steps 4"
 )
-KILLED_AT_10 = """
-import os, signal, sys
-from fastbert.cli import main
-from fastbert.train.loop import _Trainer
-step = _Trainer._one_step
-def one_step(self):
-    if self.step == 10:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self)
-_Trainer._one_step = one_step
-sys.exit(main())
-"""
 
 
 def masked_share(batches: list[Batch]) -> float:
@@ -97,15 +81,7 @@ def test_all_schedules_at_once_killed_and_resumed(
         assert state["sizes"][name] == exported[name] == 0.1
 
     killed = whole.parent / "killed"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_10, "pretrain", *settings, *ALL.split(), "--out", killed],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_killed(10, *settings, *ALL.split(), "--out", str(killed))
     assert [path.name for path in sorted((killed / "checkpoints").iterdir())][-1] == "step-000009"
     seen.clear()
     resume("killed")  # at the very end of a phase

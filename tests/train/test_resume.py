@@ -135,10 +135,8 @@ def test_explicit_checkpoint_replaces_what_came_after(
     assert_steps_once(run)
 
 
-def test_killed_and_resumed(
-    plain: Path, resume: Run, settings: list[str], losses: Callable[..., Any], tmp_path: Path
-) -> None:
-    killed = tmp_path / "killed"
+def run_killed(at: int, *options: str) -> None:
+    """A run in a process of its own, which SIGKILL ends before step `at`, counted from 0."""
     code = (
         "import os, signal, sys\n"
         "from fastbert.cli import main\n"
@@ -147,14 +145,14 @@ def test_killed_and_resumed(
         f"pack.SAMPLE = {pack.SAMPLE}\n"
         "step = _Trainer._one_step\n"
         "def one_step(self):\n"
-        "    if self.step == 13:\n"
+        f"    if self.step == {at}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self)\n"
         "_Trainer._one_step = one_step\n"
         "sys.exit(main())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "pretrain", *settings, "--out", str(killed)],
+        [sys.executable, "-c", code, "pretrain", *options],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
         capture_output=True,
         text=True,
@@ -162,6 +160,13 @@ def test_killed_and_resumed(
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_killed_and_resumed(
+    plain: Path, resume: Run, settings: list[str], losses: Callable[..., Any], tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
+    run_killed(13, *settings, "--out", str(killed))
     assert losses(killed)[-1][0] == 13
     # As if the kill had come while files were being written.
     with (killed / "metrics.jsonl").open("a") as file:
