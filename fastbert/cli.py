@@ -139,5 +139,6 @@ def _add_bench(commands: options.Commands) -> dict[str, str]:
         import_module(f"{BENCH}.commands").add(commands)
         return {}
     return dict.fromkeys(
-        ("bench", "profile", "estimate"), f"needs the package {BENCH}, which is not installed"
+        ("bench", "profile", "estimate", "speedrun"),
+        f"needs the package {BENCH}, which is not installed",
     )

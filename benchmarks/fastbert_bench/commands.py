@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.commands.checks import check_folder, check_output, check_path
-from fastbert.commands.options import Commands, given
-from fastbert.config import check_positions
+from fastbert.commands.options import Commands, given, typed
+from fastbert.config import PretrainConfig, check_positions
 from fastbert.errors import UserError
 from fastbert.train.interrupts import held_signals
 from fastbert_bench.config import (
@@ -30,6 +30,7 @@ from fastbert_bench.config import (
     StepBenchConfig,
     check_kernel,
 )
+from fastbert_bench.measure.places import ROOT
 
 _BENCHMARKS: dict[str, tuple[str, type]] = {
     "step": ("a training step, side by side with Hugging Face's", StepBenchConfig),
@@ -68,6 +69,22 @@ def add(commands: Commands) -> None:
 
     help = "time, money, energy and memory that a pre-training will take"
     commands.add("estimate", help, _estimate, EstimateConfig)
+
+    help = "tokens and time to a fixed loss on a fixed text, by a recipe or settings of your own"
+    race = commands.add("speedrun", help, _speedrun, PretrainConfig, "TRACK")
+    race.add_argument("track", nargs="?", default="", metavar="TRACK", help="e.g. cpu-tiny")
+    race.add_argument("--seeds", type=int, default=3, metavar="N", help="runs (default: 3)")
+    race.add_argument(
+        "--corpus", default="manuals", help="manuals, or addresses (default: manuals)"
+    )
+    race.add_argument(
+        "--packages", default="", metavar="FOLDER", help="holds the text's packages (else fetched)"
+    )
+    race.add_argument(
+        "--table", default="auto", metavar="FILE",
+        help="gets a row (auto = benchmarks/SPEEDRUN.md, none = no file)",
+    )  # fmt: skip
+    race.add_argument("--note", default="", metavar="TEXT", help="what was changed, and why")
 
 
 def _check(config: Any) -> None:
@@ -127,6 +144,28 @@ def _estimate(args: Namespace) -> None:
         if short := re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)([KMBGT])", typed, re.IGNORECASE):
             setattr(args, name, short[1] + _SUFFIXES[short[2].upper()])
     _run("estimate.run", args)
+
+
+def _speedrun(args: Namespace) -> None:
+    from fastbert_bench.speedrun.corpus import corpora
+    from fastbert_bench.speedrun.tracks import TRACKS, track
+
+    if not args.track:
+        raise UserError(f"speedrun needs a track: {', '.join(TRACKS)}")
+    race, known, settings = track(args.track), corpora(), typed(args)
+    race.settings(settings)
+    if args.corpus not in known:
+        raise UserError(f"no corpus {args.corpus!r} (corpora: {', '.join(known)})")
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: must be at least 1")
+    if args.packages:
+        check_path("packages", args.packages, words=())
+    check_folder("out", settings.get("out", "auto"))
+    table = str(ROOT / "benchmarks" / "SPEEDRUN.md") if args.table == "auto" else args.table
+    _room("speedrun.run").speedrun(
+        race, known[args.corpus], settings, seeds=args.seeds, packages=args.packages,
+        table="" if table == "none" else table, note=args.note,
+    )  # fmt: skip
 
 
 def _profile_kernel(args: Namespace) -> None:
