@@ -22,7 +22,8 @@ ORDER = (
 NEVER = ("tests", "fastbert_bench", "benchmarks")  # by the engine
 BENCH = ROOT / "benchmarks" / "fastbert_bench"
 BENCH_ORDER = (
-    *("config", "measure", "kernels", "estimate", "suites", "profile", "gpu", "report", "commands"),
+    *("config", "measure", "kernels", "estimate", "suites", "profile", "gpu", "report"),
+    *("speedrun", "commands"),
 )
 HOMES = {
     "fastbert": ROOT / "fastbert",
