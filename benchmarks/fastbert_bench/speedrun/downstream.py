@@ -26,10 +26,12 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
 
+from fastbert.progress import progress_bar
 from fastbert_bench.speedrun.rows import spread
 
 EPOCHS = {"sentiment": 5, "entities": 10}
@@ -137,13 +139,14 @@ def _tuned(
             model,
             TrainingArguments(
                 folder, num_train_epochs=EPOCHS[task], per_device_train_batch_size=BATCH,
-                per_device_eval_batch_size=64, learning_rate=LEARNING_RATE, warmup_steps=50,
+                per_device_eval_batch_size=64, learning_rate=LEARNING_RATE, warmup_steps=0.1,
                 seed=seed, report_to="none", save_strategy="no", logging_strategy="no",
                 disable_tqdm=True,
             ),
             data_collator=collator,
             train_dataset=_Examples(parts[0]),
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         found = trainer.predict(_Examples(parts[1]))
     return np.asarray(found.predictions), np.asarray(found.label_ids)
@@ -161,18 +164,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()  # of heads that are new
     transformers.logging.disable_progress_bar()
-    print("| checkpoints | " + " | ".join(f"{one}, {what}" for one, (_, what) in TASKS.items()))
+    heads = [f"{task}, {what}" for task, (_, what) in TASKS.items()]
+    print(f"| checkpoints | {' | '.join(heads)} |\n|{'---|' * (1 + len(heads))}")
     every = {}
     for folder in asked.folders:
         runs = sorted(folder.glob("seed-*/hf"), key=lambda hf: int(hf.parent.name[5:]))
         if not runs:
             parser.error(f"{folder} holds no seed-1/hf")
-        figures = {
-            task: [measure(hf, asked.data, int(hf.parent.name[5:])) for hf in runs]
-            for task, (measure, _) in TASKS.items()
-        }
+        figures: dict[str, list[float]] = {task: [] for task in TASKS}
+        todo = [(task, hf) for task in TASKS for hf in runs]
+        for task, hf in progress_bar(todo, desc=f"tuning {folder.name}", unit="model"):
+            figures[task].append(TASKS[task][0](hf, asked.data, int(hf.parent.name[5:])))
         every[folder.name] = figures
-        print(f"| {folder.name} | " + " | ".join(spread(one, ".3f") for one in figures.values()))
+        cells = (spread(some, ".3f") for some in figures.values())
+        print(f"| {folder.name} | {' | '.join(cells)} |")
     if asked.json:
         asked.json.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
 
