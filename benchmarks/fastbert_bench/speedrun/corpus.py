@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import tarfile
+import tempfile
 import urllib.request
 import zipfile
 import zlib
@@ -107,11 +108,14 @@ def prepare(corpus: Corpus, folder: Path, downloads: Path) -> dict[str, Path]:
     parts = {part: folder / f"{part}.txt" for part in PARTS}
     if all(parts[part].is_file() and _digest(parts[part]) == corpus.sha256[part] for part in PARTS):
         return parts
-    made = folder.with_name(f".{folder.name}.making")
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
     paths = fetch(corpus.packages, downloads)
-    write(documents(paths), made)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write(documents(paths), made)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
     for part in PARTS:
         if (found := _digest(made / f"{part}.txt")) != corpus.sha256[part]:
             raise RunError(
@@ -119,6 +123,7 @@ def prepare(corpus: Corpus, folder: Path, downloads: Path) -> dict[str, Path]:
                 f"{corpus.sha256[part]}: this Python's Unicode tables may be others; see {made}"
             )
     shutil.rmtree(folder, ignore_errors=True)
+    made.chmod(0o755)
     made.rename(folder)
     return parts
 

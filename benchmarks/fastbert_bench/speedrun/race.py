@@ -5,6 +5,7 @@ The clock and the energy counter stand still while checkpoints are written and m
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -54,7 +55,7 @@ class Point(NamedTuple):
 
 
 def held_out_batches(
-    texts: Mapping[str, Path], tokenizer: WordPiece, max_seq_length: int, folder: Path
+    texts: Mapping[str, Path], tokenizer: WordPiece, max_seq_length: int
 ) -> dict[str, list[Batch]]:
     """Batches of each held-out part, the same for every recipe: 15% fixed masks, sentence pairs.
 
@@ -65,19 +66,20 @@ def held_out_batches(
         texts: the file of each part.
         tokenizer: of the track.
         max_seq_length: tokens.
-        folder: where the parts' tokens are put.
     """
     made = {}
     for part in HELD_OUT:
-        build_shards(
-            str(texts[part]), tokenizer, folder / part, validation_fraction=0, seed=SEED,
-            progress=False,
-        )  # fmt: skip
-        made[part] = evaluation_batches(
-            Shards.open(folder / part, "train"), tokenizer.ids, max_batches=EVALUATED,
-            tokens_per_batch=max(BATCH, 4 * max_seq_length), max_seq_length=max_seq_length,
-            nsp=True, mlm_probability=0.15, seed=SEED,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            shards = Path(folder) / part
+            build_shards(
+                str(texts[part]), tokenizer, shards, validation_fraction=0, seed=SEED,
+                progress=False,
+            )  # fmt: skip
+            made[part] = evaluation_batches(
+                Shards.open(shards, "train"), tokenizer.ids, max_batches=EVALUATED,
+                tokens_per_batch=max(BATCH, 4 * max_seq_length), max_seq_length=max_seq_length,
+                nsp=True, mlm_probability=0.15, seed=SEED,
+            )  # fmt: skip
     return made
 
 

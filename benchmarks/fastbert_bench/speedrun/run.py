@@ -78,8 +78,7 @@ def speedrun(
     texts = prepare(corpus, of_text, Path(packages or home / "packages"))
     tokenizer = _tokenizer(corpus, texts["train"], checked.vocab_size, of_text)
     plan |= {"tokenizer": str(of_text / f"tokenizer-{checked.vocab_size}")}
-    known = track.fixed["max_seq_length"]
-    held_out = race.held_out_batches(texts, tokenizer, known, of_text / f"tokens-{known}")
+    held_out = race.held_out_batches(texts, tokenizer, checked.max_seq_length)
 
     folder = home / label(checked)
     hidden = ("recipe", *_OF_DEVICE, *_NO_MATTER)
