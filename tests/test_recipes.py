@@ -142,7 +142,7 @@ def test_fast_is_whole_and_classic_has_all_it_sets() -> None:
     assert (fast.nsp, fast.optim, fast.max_steps) == (False, "muon", 100)
     assert fast.hidden_dropout_prob is not None and float(fast.hidden_dropout_prob) == 0
     assert read("fast").keys() <= read("classic").keys()
-    assert resolved(fast).learning_rate == 4e-3
+    assert resolved(fast).learning_rate == fast.base_learning_rate  # of a model 128 wide
     told = of_recipe(fast)
     assert told.startswith("fast: nsp = false, curriculum = ") and "otherwise" not in told
 

@@ -120,7 +120,9 @@ TRACKS = {
             {"model": "tiny", "vocab_size": 4096, "max_seq_length": 128},
             device="cpu",
             tokens=4000 * 2048,
-            classic=_UNTUNED,
+            classic={"base_learning_rate": 1e-3, "initializer_range": "auto"},
+            tuned=True,
+            steps={"fast": 500},
         ),
         Track(
             "cpu-mini",
