@@ -109,7 +109,9 @@ def _check_names(
     for one in [] if given in words else given.split(","):
         if one.removesuffix("+malloc" if known is STEP_RIVAL_NAMES else "") not in known:
             shown = f"{name} = {given!r}" + (f": {one!r}" if one != given else "")
-            raise UserError(f"{shown} must be one of {', '.join(known)}{did_you_mean(one, known)}")
+            raise UserError(
+                f"{shown} must be one of {', '.join(known)}{did_you_mean(one, known)}"
+            )
 
 
 def _check_tokens(config: "_SideBySideConfig | DropinBenchConfig | ProfileStepConfig") -> None:
@@ -212,7 +214,9 @@ class DataBenchConfig:
     dataloader_prefetch_factor: int = _bench(
         2, "batches that each worker prepares ahead", at_least=1, at_most=settings.MOST_AHEAD
     )
-    corpus_tokens: int = _bench(2**24, "tokens of the random corpus", at_least=1000, at_most=2**30)
+    corpus_tokens: int = _bench(
+        2**24, "tokens of the random corpus", at_least=1000, at_most=2**30
+    )
     rounds: int = _rounds("each is")
     seconds: float = _bench(2.0, "of each round", more_than=0, at_most=3600)
     json: str = _json(BENCH)

@@ -119,8 +119,8 @@ def speedrun(
 def label(config: PretrainConfig) -> str:
     """The name of a set of settings: its recipe, and a digest of all that matters."""
     values = {name: value for name, value in vars(config).items() if name not in _NO_MATTER}
-    for name in ("data", "tokenizer"):  # where they lie says nothing
-        values[name] = Path(values[name]).name
+    for name in ("data", "tokenizer"):  # where the folder of all lies says nothing
+        values[name] = Path(values[name]).parts[-2:]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return f"{Path(config.recipe).stem}-{digest[:8]}"
 

@@ -1,5 +1,6 @@
 """`fastbert speedrun`: what a track fixes, what is measured, and what a killed one goes on with."""
 
+import dataclasses
 import json
 import shutil
 
@@ -275,3 +276,19 @@ def test_what_may_be_set_is_what_a_recipe_may_hold():
     assert not free & {"seed", "data", "model", "save_steps", "resume", "max_eval_batches"}
     with pytest.raises(UserError, match="nobody changes it"):
         TRACKS["cpu-tiny"].settings({"max_seq_length": 64})
+
+
+def test_settings_and_texts_have_folders_of_their_own(sprint, home):
+    one = _config(sprint, home)
+    labels = {
+        run.label(config)
+        for config in (
+            one,
+            dataclasses.replace(one, weight_decay=0.05),
+            dataclasses.replace(one, num_threads=2),  # other times
+            dataclasses.replace(one, data=str(home / "corpora" / "other" / "train.txt")),
+        )
+    }
+    assert len(labels) == 4
+    moved = dataclasses.replace(one, data="elsewhere/corpora/small/train.txt", out="there")
+    assert run.label(moved) == run.label(one)
