@@ -30,7 +30,7 @@ from fastbert_bench.config import (
     StepBenchConfig,
     check_kernel,
 )
-from fastbert_bench.measure.places import ROOT
+from fastbert_bench.measure.places import CHECKOUT
 
 _BENCHMARKS: dict[str, tuple[str, type]] = {
     "step": ("a training step, side by side with Hugging Face's", StepBenchConfig),
@@ -82,7 +82,7 @@ def add(commands: Commands) -> None:
     )
     race.add_argument(
         "--table", default="auto", metavar="FILE",
-        help="gets a row (auto = benchmarks/SPEEDRUN.md, none = no file)",
+        help="gets a row (auto = benchmarks/SPEEDRUN.md of a checkout, else below runs/; none)",
     )  # fmt: skip
     race.add_argument("--note", default="", metavar="TEXT", help="what was changed, and why")
 
@@ -161,7 +161,8 @@ def _speedrun(args: Namespace) -> None:
     if args.packages:
         check_path("packages", args.packages, words=())
     check_folder("out", settings.get("out", "auto"))
-    table = str(ROOT / "benchmarks" / "SPEEDRUN.md") if args.table == "auto" else args.table
+    beside = CHECKOUT / "benchmarks" if CHECKOUT else Path("runs", "speedrun")
+    table = str(beside / "SPEEDRUN.md") if args.table == "auto" else args.table
     _room("speedrun.run").speedrun(
         race, known[args.corpus], settings, seeds=args.seeds, packages=args.packages,
         table="" if table == "none" else table, note=args.note,

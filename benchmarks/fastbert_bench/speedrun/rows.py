@@ -10,15 +10,18 @@ from fastbert_bench.report.figures import Picture, lines
 from fastbert_bench.speedrun.race import Point
 
 HEADINGS = (
-    "date", "commit", "on", "track", "text", "recipe", "settings", "seeds", "steps",
+    "date", "commit", "on", "track", "text", "run", "changed settings", "seeds", "steps",
     "M tokens to the target", "of the budget", "s to the target", "of classic's", "kJ", "loss",
     "what was changed, and why",
 )  # fmt: skip
+FILES = "speedruns"
+"""The folder beside the table that keeps each run's result.json: all settings and points."""
 HEAD = """\
 # Speedruns
 
 Every run of `fastbert speedrun` adds a row: [the rules](../docs/speedrun.md). Numbers are means ±
 standard deviations over the seeds; the loss is that of the last checkpoint, on the reported masks.
+Each run's file has all its settings and every point of its curves.
 """
 
 
@@ -60,7 +63,7 @@ def row(result: Mapping[str, Any], classic: Mapping[str, Any] | None) -> dict[st
         else conditions["device"],
         result["track"],
         result["corpus"],
-        result["recipe"],
+        f"[{result['label']}]({FILES}/{result['label']}.json)",
         ", ".join(f"{name}={value}" for name, value in result["given"].items()) or "-",
         str(len(seeds)),
         str(result["max_steps"]),
@@ -75,8 +78,8 @@ def row(result: Mapping[str, Any], classic: Mapping[str, Any] | None) -> dict[st
     return dict(zip(HEADINGS, cells, strict=True))
 
 
-def append(cells: Mapping[str, str], table: Path) -> None:
-    """Adds a row to the table, which is made where it is missing.
+def append(cells: Mapping[str, str], table: Path, result: str) -> None:
+    """Adds a row to the table, which is made where it is missing, and the result's file beside it.
 
     Raises:
         RunError: it cannot be written.
@@ -87,6 +90,9 @@ def append(cells: Mapping[str, str], table: Path) -> None:
             table.parent.mkdir(parents=True, exist_ok=True)
             head = f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}\n"
             table.write_text(f"{HEAD}\n{head}", encoding="utf-8")
+        label = cells["run"][1:].partition("]")[0]
+        (table.parent / FILES).mkdir(exist_ok=True)
+        (table.parent / FILES / f"{label}.json").write_text(result, encoding="utf-8")
         with table.open("a", encoding="utf-8") as file:
             file.write(f"{line} |\n")
     except OSError as error:

@@ -97,6 +97,8 @@ def speedrun(
         "config": to_toml(checked),
         "points": {},
     }
+    if not track.tuned:
+        say(f"speedrun: {track.name}: classic has not been tuned here, and there is no target yet")
     classic = _classic(home, result)
     try:
         for seed in range(1, seeds + 1):
@@ -184,13 +186,18 @@ def _finish(
     result: dict[str, Any], classic: dict[str, Any] | None, folder: Path, table: str
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if (folder / RESULT).exists():  # where nothing was run anew, the conditions are those of then
+        before = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        if before["points"] == result["points"]:
+            result["conditions"] = before["conditions"]
+    text = json.dumps(result, indent=1) + "\n"
+    (folder / RESULT).write_text(text, encoding="utf-8")
     if result["points"]:
         (folder / "curves.png").write_bytes(rows.picture(result, classic).png("light"))
         say(f"curves: {folder / 'curves.png'}")
     cells = rows.row(result, classic)
     if table:
-        rows.append(cells, Path(table))
+        rows.append(cells, Path(table), text)
         say(f"row: {table}")
     for heading, cell in cells.items():
         print(f"{heading}: {cell}")

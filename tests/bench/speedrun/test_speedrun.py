@@ -91,6 +91,10 @@ def test_classic_sets_the_target_and_fast_is_timed_to_it(
     folder = home / fast["label"]
     assert (folder / "curves.png").stat().st_size > 10_000
     assert json.loads((folder / "result.json").read_text()) == fast
+    kept = table.parent / "speedruns" / f"{fast['label']}.json"
+    assert kept.read_text() == (folder / "result.json").read_text()
+    assert f"[{fast['label']}](speedruns/{kept.name})" in lines[-1]
+    assert 'optim = "muon"' in fast["config"] and fast["config"].count(" = ") > 60  # all there are
     assert sorted(path.name for path in (folder / "seed-1").iterdir() if path.is_dir()) == [
         "checkpoints", "hf", "tokenizer",
     ]  # fmt: skip
@@ -100,6 +104,7 @@ def test_classic_sets_the_target_and_fast_is_timed_to_it(
     again = sped(raced, small, home, table, recipe="fast")
     told = capsys.readouterr()
     assert "seed-1 was run before" in told.err and again["points"] == fast["points"]
+    assert again["conditions"] == fast["conditions"]  # of when it was run
     cells = rows.row(again, run._classic(home, again))
     hits = [
         rows.reached([Point(**one) for one in some], target) for some in again["points"].values()
@@ -162,7 +167,7 @@ def test_a_run_that_fails_leaves_a_row(sprint, small, home, tmp_path, undrawn, m
     monkeypatch.setattr(race, "run_seed", stopped)
     with pytest.raises(RunError, match=r"seed 1 stopped by SIGTERM at step 3; the same command"):
         sped(sprint, small, home, table, learning_rate=0.5)
-    assert len(table.read_text().splitlines()) == 8
+    assert len(table.read_text().splitlines()) == 9
 
 
 def test_another_tokenizer_is_refused(sprint, small, home, undrawn):
