@@ -10,6 +10,7 @@ Needs the package accelerate.
 
 import argparse
 import csv
+import importlib.util
 import json
 import tempfile
 from collections.abc import Sequence
@@ -162,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path, help="every figure, for the record")
     asked = parser.parse_args(argv)
+    if importlib.util.find_spec("accelerate") is None:
+        parser.error("transformers' Trainer needs the package accelerate")
     transformers.logging.set_verbosity_error()  # of heads that are new
     transformers.logging.disable_progress_bar()
     heads = [f"{task}, {what}" for task, (_, what) in TASKS.items()]

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastbert.config import PretrainConfig
 from fastbert.errors import UserError, did_you_mean
-from fastbert.recipes import CLASSIC
+from fastbert.recipes import CLASSIC, RECIPES, read_recipe
 from fastbert.settings import settings
 
 MANUALS = "manuals"
@@ -64,18 +64,19 @@ class Track:
                 raise UserError(f"{name} {why}; nobody changes it")
             if name not in _free():
                 raise UserError(f"{name} is set by the speedrun itself: leave it out")
-        recipe = given.get("recipe", CLASSIC)
-        base = dict(self.classic) if recipe == CLASSIC else {}
-        asked = {
-            "device": self.device,
-            "tokens_per_batch": self.batch,
-            **base,
-            **self.fixed,
-            **given,
-        }
-        of_step = asked["tokens_per_batch"] * asked.get("gradient_accumulation_steps", 1)
+        name = given.get("recipe", CLASSIC)
+        recipe = read_recipe(PretrainConfig, name)
+        ours = {"device": self.device, "tokens_per_batch": self.batch}
+        ours |= self.classic if name == CLASSIC else {}
+        if name not in RECIPES:
+            ours = {one: value for one, value in ours.items() if one not in recipe}
+        texts = {one.name: one.default for one in settings(PretrainConfig) if one.name in _OF_TRACK}
+        asked = {**ours, **texts, **self.fixed, **given}
+        whole = {"gradient_accumulation_steps": 1, **recipe, **asked}
+        of_step = whole["tokens_per_batch"] * whole["gradient_accumulation_steps"]
         most = self.tokens // of_step
-        asked.setdefault("max_steps", min(most, self.steps.get(recipe, most)))
+        of_recipe = recipe.get("max_steps", most) if name not in RECIPES else most
+        asked.setdefault("max_steps", min(most, self.steps.get(name, of_recipe)))
         if asked["max_steps"] > most:
             raise UserError(
                 f"max_steps = {asked['max_steps']} of {of_step:,} tokens are more than the budget "

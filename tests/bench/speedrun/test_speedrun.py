@@ -144,11 +144,9 @@ def test_a_killed_seed_goes_on_and_keeps_its_points(sprint, small, home, undrawn
 
 def _config(track, home, **given):
     asked = {**track.settings({"num_threads": 1, **given}), "max_steps": 20}
-    text = home / "corpora" / "small" / "train.txt"
-    return PretrainConfig(
-        **asked, data=str(text), validation_fraction=0.0, eval_steps=0, save_total_limit=1,
-        report_to="none", save_steps=2, logging_steps=2,
-    )  # fmt: skip
+    asked |= {"data": str(home / "corpora" / "small" / "train.txt"), "validation_fraction": 0.0}
+    asked |= {"eval_steps": 0, "save_total_limit": 1, "report_to": "none"}
+    return PretrainConfig(**{**asked, "save_steps": 2, "logging_steps": 2})
 
 
 def test_a_run_that_fails_leaves_a_row(sprint, small, home, tmp_path, undrawn, monkeypatch):
@@ -220,6 +218,23 @@ def test_mistakes_are_told_before_the_work(options, complaint, capsys, tmp_path,
     told = capsys.readouterr().err
     assert complaint in told and told.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_of_ones_own_keeps_its_batch_and_steps(tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text(
+        "tokens_per_batch = 1024\nmax_steps = 300\nlearning_rate = 0.01\n"
+        "sentence_splitter = 'line'\nmax_seq_length = 64\n"
+    )
+    config = PretrainConfig(**TRACKS["cpu-tiny"].settings({"recipe": str(mine)}))
+    assert (config.tokens_per_batch, config.max_steps, config.learning_rate) == (1024, 300, 0.01)
+    assert (config.sentence_splitter, config.max_seq_length) == ("auto", 128)  # the track's
+    assert config.initializer_range == "model"  # what classic was tuned to is its own
+    with pytest.raises(UserError, match="8000 at most"):
+        TRACKS["cpu-tiny"].settings({"recipe": str(mine), "max_steps": 8001})
+    mine.write_text("gradient_accumulation_steps = 4\nmax_steps = 100000\n")
+    config = PretrainConfig(**TRACKS["cpu-tiny"].settings({"recipe": str(mine)}))
+    assert (config.tokens_per_batch, config.max_steps) == (2048, 1000)
 
 
 def _point(step, report):
