@@ -100,13 +100,15 @@ def append(cells: Mapping[str, str], table: Path, result: str) -> None:
 
 
 def picture(result: Mapping[str, Any], classic: Mapping[str, Any] | None) -> Picture:
-    """Reported loss over tokens, each seed a line, beside classic's and the target."""
+    """Reported loss over tokens, the mean of the seeds, beside classic's and the target."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for told in filter(None, (result, classic)):
-        for seed, points in told["points"].items():
-            name = f"{told['label']}, seed {seed}"
-            curves[name] = [(one["tokens"] / 1e6, one["report"]) for one in points]
-    if result["target"] is not None and curves:
+        name = f"{told['label']}, mean of {len(told['points'])}"
+        curves[name] = [
+            (mean(one["tokens"] for one in seeds) / 1e6, mean(one["report"] for one in seeds))
+            for seeds in zip(*told["points"].values(), strict=False)  # after the same steps
+        ]
+    if result["target"] is not None:
         end = max(curve[-1][0] for curve in curves.values())
         curves["target"] = [(0.0, result["target"]), (end, result["target"])]
     title = f"{result['track']}, {result['corpus']}: held-out MLM loss of {result['label']}"
