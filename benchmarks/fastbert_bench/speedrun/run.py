@@ -21,7 +21,6 @@ from fastbert.data.tokenize import WordPiece
 from fastbert.data.tokenizer_training import count_chunks
 from fastbert.errors import RunError
 from fastbert.recipes import CLASSIC
-from fastbert.settings import to_toml
 from fastbert.train.device import choose_execution
 from fastbert.train.prepare import say
 from fastbert_bench.measure import result as results
@@ -94,7 +93,7 @@ def speedrun(
         "budget": track.tokens,
         "target": track.targets.get(corpus.name),
         "conditions": results.conditions(execution.device),
-        "config": to_toml(checked),
+        "config": {**vars(checked), "data": corpus.name},
         "points": {},
     }
     if not track.tuned:
