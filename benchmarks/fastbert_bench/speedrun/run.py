@@ -64,7 +64,8 @@ def speedrun(
             same command.
     """
     asked = track.settings(given)
-    home = Path(asked.pop("out", f"runs/speedrun/{track.name}"))
+    out = asked.pop("out", "auto")
+    home = Path(f"runs/speedrun/{track.name}" if out == "auto" else out)
     of_text = home / "corpora" / corpus.name
     plan = {**asked, "data": str(of_text / "train.txt"), "validation_fraction": 0.0}
     plan |= {"eval_steps": 0, "save_total_limit": 1, "report_to": "none"}

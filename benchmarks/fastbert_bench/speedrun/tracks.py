@@ -12,11 +12,6 @@ from fastbert.errors import UserError, did_you_mean
 from fastbert.recipes import CLASSIC, RECIPES, read_recipe
 from fastbert.settings import settings
 
-MANUALS = "manuals"
-_OF_RUN = (
-    "out", "device", "precision", "step", "kernels", "attn_implementation", "torch_compile",
-    "num_threads", "dataloader_num_workers", "dataloader_prefetch_factor",
-)  # fmt: skip
 _OF_TRACK = (
     "model", "init_from", "data", "sentence_splitter", "tokenizer", "vocab_size", "add_tokens",
     "do_lower_case", "strip_accents", "max_seq_length", "validation_fraction",
@@ -95,7 +90,7 @@ def _free() -> set[str]:
     logged = {one.name for one in settings(PretrainConfig) if one.group.name == "logs"}
     ours = {"seed", "resume", "stop_at_step", *_OF_TRACK, *logged}
     every = {one.name for one in settings(PretrainConfig)}
-    return (every - ours) | set(_OF_RUN)
+    return every - ours
 
 
 def track(name: str) -> Track:
