@@ -187,7 +187,8 @@ def test_rows_of_the_last_layer_are_those_of_the_whole(model: Bert, p: float) ->
     rows = torch.tensor([0, 3, 9, 8, 25, 26, 32, 3, 0])  # any order, repeats
     some = model.encode(*documents.tokens, rows=rows)
     assert some.shape == (9, 32)
-    assert (some - whole[rows]).abs().max() < 1e-6
+    # Products of few rows are blocked otherwise: with AVX-512 1.2e-6 apart, of values up to 3.
+    assert (some - whole[rows]).abs().max() < 4e-6
     assert torch.equal(whole, model.hidden_states(*documents.tokens)[-1])
 
     dout = torch.randn(9, 32)

@@ -6,10 +6,11 @@ comes of them has a fixed digest too: everybody trains and is measured on the sa
 """
 
 import hashlib
-import importlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 import urllib.request
@@ -43,6 +44,10 @@ SHINGLE = 6
 """Words in a row."""
 SAMPLED = 4
 """One shingle in so many is looked at, chosen by its hash: 80 MB of text have 13 million."""
+_ASK_PIP = """
+from pip._internal.commands import create_command
+print(create_command("download").parser.get_default_values().index_url)
+"""
 _JSON = "application/vnd.pypi.simple.v1+json"
 _WORD = re.compile("[a-z]+")
 
@@ -159,15 +164,19 @@ def fetch(packages: Sequence[Package], folder: Path) -> list[Path]:
 
 
 def package_index() -> str:
-    """The address of the index that pip is set up to use."""
-    try:
-        create = importlib.import_module("pip._internal.commands").create_command
-        return str(create("download").parser.get_default_values().index_url)
-    except (ImportError, AttributeError) as error:
+    """The address of the index that pip is set up to use.
+
+    Asked in a process of its own: pip changes the one that imports it.
+    """
+    asked = subprocess.run([sys.executable, "-c", _ASK_PIP], capture_output=True, text=True)
+    index = asked.stdout.strip()
+    if asked.returncode or not index:
+        why = asked.stderr.strip().rpartition("\n")[2] or "it tells no address"
         raise UserError(
-            f"pip, which knows the package index, cannot be asked: {error}; give the packages of "
+            f"pip, which knows the package index, cannot be asked: {why}; give the packages of "
             f"{LISTS.name} as --packages FOLDER"
-        ) from None
+        )
+    return index
 
 
 def _fetch(index: str, package: Package, folder: Path) -> None:

@@ -282,6 +282,12 @@ def test_packages_are_fetched_from_the_index_of_pip(small, packages, tmp_path, i
         corpus.fetch([other], tmp_path / "again")
 
 
+def test_where_pip_is_missing_the_way_round_is_told(monkeypatch):
+    monkeypatch.setattr(corpus, "_ASK_PIP", "import nothing_of_that_name")
+    with pytest.raises(UserError, match=r"cannot be asked: ModuleNotFoundError: .*--packages FOLD"):
+        corpus.package_index()
+
+
 def test_an_index_that_is_not_there_is_told(small, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("no_proxy", "*")
