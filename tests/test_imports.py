@@ -17,7 +17,8 @@ FACADE = "fastbert"  # fastbert/__init__.py: lends names lazily, and only type c
 STANDARD = ("errors", "settings", "schedules", "recipes", "config")  # they import nothing else
 COMMON = (*STANDARD, "progress")
 ORDER = (
-    *("fastbert_kernels", "ops", "model", "data", "train", "hf", "commands", "cli", "__main__"),
+    *("fastbert_kernels", "ops", "model", "data", "train", "hf", "finetune", "commands", "cli"),
+    "__main__",
 )
 NEVER = ("tests", "fastbert_bench", "benchmarks")  # by the engine
 BENCH = ROOT / "benchmarks" / "fastbert_bench"
@@ -135,6 +136,8 @@ def test_the_law_holds(path: Path) -> None:
         ("fastbert.train.loop", "import_module(name='transformers')"),
         ("fastbert.train.loop", "runpy.run_module('fastbert_bench.gpu')"),
         ("fastbert.cli", "from transformers import BertConfig"),
+        ("fastbert.hf.load", "from fastbert.finetune.tasks import TASKS"),
+        ("fastbert.finetune.loop", "import transformers"),
         ("fastbert.cli", "import tests"),
         ("fastbert.hf.weights", "from fastbert_bench.suites import step"),
         ("fastbert.cli", "import fastbert_bench.commands"),

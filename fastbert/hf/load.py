@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.utils import logging as their_logging
@@ -31,25 +32,77 @@ def load_model(
     Raises:
         UserError: there is no such model, or one that lacks weights.
     """
-    auto: Any = AutoModelForMaskedLM if mlm else AutoModel
+    model, lacking = _load(folder, AutoModelForMaskedLM if mlm else AutoModel, {"dtype": dtype})
+    if lacking:
+        raise UserError(f"{_place(folder)}: lacks {len(lacking)} weights, {lacking[0]} first")
+    return model
+
+
+HEADS = (
+    *("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"),
+    "MaskedLM",
+)
+"""What follows `AutoModelFor`: the heads that fastbert trains or uses."""
+
+
+def saved_head(folder: str | os.PathLike[str]) -> tuple[str, Any]:
+    """Which of `HEADS` a folder's model was saved with ("" for another or none), and its config.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    where = _place(folder)
+    try:
+        config = AutoConfig.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_complaint(where, "model", error)) from None
+    saved = (config.architectures or [""])[0]
+    return next((head for head in HEADS if saved.endswith(f"For{head}")), ""), config
+
+
+def load_head(
+    folder: str | os.PathLike[str], head: str, *, new: bool = False, **changes: Any
+) -> nn.Module:
+    """A model with one of `HEADS`, in evaluation.
+
+    Args:
+        folder: of a model or of a run; or a name of the hub.
+        head: one of `HEADS`.
+        new: whether a head that the folder lacks, or has in another size, is drawn from torch's
+            generator, as transformers draws it; nothing else may be missing.
+        changes: of the model's configuration, such as `num_labels`.
+
+    Raises:
+        UserError: there is no such model, or one that lacks weights.
+    """
+    auto: Any = getattr(transformers, f"AutoModelFor{head}")
+    model, lacking = _load(folder, auto, changes | {"ignore_mismatched_sizes": True})
+    inside = f"{model.base_model_prefix}."
+    if new:  # a pooler, too, is part of a head: none is saved with masked words alone
+        lacking = [name for name in lacking if name.startswith(inside) and ".pooler." not in name]
+    if lacking:
+        raise UserError(f"{_place(folder)}: lacks {len(lacking)} weights, {lacking[0]} first")
+    return model
+
+
+def _load(
+    folder: str | os.PathLike[str], auto: Any, options: dict[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    """A model, and the names of the weights that its folder lacks."""
     where = _place(folder)
     try:
         config = AutoConfig.from_pretrained(where)
         kind: Any = auto._model_mapping.get(type(config), None)
         if kind is None:
             raise UserError(f"{where}: {config.model_type} has no {auto.__name__[9:]} head")
-        poolable = "add_pooling_layer" in inspect.signature(kind).parameters
-        options = {"add_pooling_layer": False} if poolable else {}
+        if auto is AutoModel and "add_pooling_layer" in inspect.signature(kind).parameters:
+            options = options | {"add_pooling_layer": False}
         with _quiet():  # of what is left behind
-            model, found = auto.from_pretrained(
-                where, config=config, dtype=dtype, output_loading_info=True, **options
-            )
+            model, found = auto.from_pretrained(where, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_complaint(where, "model", error)) from None
-    if lacking := sorted(found["missing_keys"]):
-        raise UserError(f"{where}: lacks {len(lacking)} weights, {lacking[0]} first")
-    loaded: nn.Module = model.eval()
-    return loaded
+    lacking = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    return model.eval(), sorted(lacking)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:

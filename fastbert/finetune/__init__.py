@@ -1,0 +1,1 @@
+"""What a pre-trained BERT is for: labelled data in, a model that answers out, and what it is worth."""
