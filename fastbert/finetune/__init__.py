@@ -1,1 +1,1 @@
-"""What a pre-trained BERT is for: labelled data in, a model that answers out, and what it is worth."""
+"""What a pre-trained BERT is for: labelled data in, a model that answers out, and its worth."""
