@@ -8,7 +8,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from fastbert.errors import UserError, did_you_mean
 from fastbert.recipes import CLASSIC, RECIPES, with_recipes
@@ -382,6 +382,8 @@ class PretrainConfig(Config):
     Raises:
         UserError: a value is out of bounds, or two do not fit together.
     """
+
+    command: ClassVar[str] = "pretrain"
 
     out: str = setting(
         "auto",

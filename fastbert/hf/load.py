@@ -5,7 +5,7 @@ transformers draws weights that are missing, and makes an empty tokenizer where 
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,29 +60,52 @@ def saved_head(folder: str | os.PathLike[str]) -> tuple[str, Any]:
     return next((head for head in HEADS if saved.endswith(f"For{head}")), ""), config
 
 
-def load_head(
-    folder: str | os.PathLike[str], head: str, *, new: bool = False, **changes: Any
-) -> nn.Module:
-    """A model with one of `HEADS`, in evaluation.
-
-    Args:
-        folder: of a model or of a run; or a name of the hub.
-        head: one of `HEADS`.
-        new: whether a head that the folder lacks, or has in another size, is drawn from torch's
-            generator, as transformers draws it; nothing else may be missing.
-        changes: of the model's configuration, such as `num_labels`.
+def load_head(folder: str | os.PathLike[str], head: str) -> nn.Module:
+    """A model with one of `HEADS` as it was saved, in evaluation.
 
     Raises:
         UserError: there is no such model, or one that lacks weights.
     """
-    auto: Any = getattr(transformers, f"AutoModelFor{head}")
-    model, lacking = _load(folder, auto, changes | {"ignore_mismatched_sizes": True})
-    inside = f"{model.base_model_prefix}."
-    if new:  # a pooler, too, is part of a head: none is saved with masked words alone
-        lacking = [name for name in lacking if name.startswith(inside) and ".pooler." not in name]
+    model, lacking = _load(folder, getattr(transformers, f"AutoModelFor{head}"), {})
     if lacking:
         raise UserError(f"{_place(folder)}: lacks {len(lacking)} weights, {lacking[0]} first")
     return model
+
+
+def begin_head(
+    folder: str | os.PathLike[str], head: str, changes: Mapping[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    """A model to train: what its head lacks is drawn from torch's generator, as transformers does.
+
+    Args:
+        folder: of a model or of a run; or a name of the hub.
+        head: one of `HEADS`; "" for the encoder alone, without pooler.
+        changes: of the model's configuration, such as `num_labels`.
+
+    Returns:
+        The model, in evaluation, and the names of the weights that were drawn.
+
+    Raises:
+        UserError: there is no such model, or one whose encoder lacks weights.
+    """
+    auto: Any = getattr(transformers, f"AutoModelFor{head}") if head else AutoModel
+    model, lacking = _load(folder, auto, {"ignore_mismatched_sizes": True, **changes})
+    # A pooler counts as head: none is saved with masked words alone.
+    encoder = f"{model.base_model_prefix}." if head else ""
+    inside = [n for n in lacking if n.startswith(encoder) and "pooler." not in n]
+    if inside:
+        raise UserError(f"{_place(folder)}: lacks {len(inside)} weights, {inside[0]} first")
+    return model, lacking
+
+
+def add_markers(model: Any, tokenizer: Any, markers: Sequence[str]) -> None:
+    """Makes each mark one token, whose row is drawn as transformers draws it."""
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(markers)}, replace_extra_special_tokens=False
+    )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        with _quiet():
+            model.resize_token_embeddings(len(tokenizer))
 
 
 def _load(
@@ -99,7 +122,7 @@ def _load(
             options = options | {"add_pooling_layer": False}
         with _quiet():  # of what is left behind
             model, found = auto.from_pretrained(where, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(_complaint(where, "model", error)) from None
     lacking = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     return model.eval(), sorted(lacking)

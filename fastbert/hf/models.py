@@ -383,10 +383,22 @@ class EveryToken(_Keywords):
 
 
 class Span(_Keywords):
-    """Question answering: its softmax runs over all positions, those of padding included."""
+    """Question answering: its softmax runs over all positions, those of padding included.
 
-    def _forward(self: Any, **given: Any) -> Any:
+    With `fastbert_unpadded` it runs over real tokens only: the logits of padding are the least that
+    their dtype holds. Labels are then the caller's.
+    """
+
+    def _forward(self: Any, *, fastbert_unpadded: bool = False, **given: Any) -> Any:
         mask = given.get("attention_mask")
+        if fastbert_unpadded:
+            output = super().forward(**given)  # type: ignore[misc]
+            if mask is not None:
+                for name in ("start_logits", "end_logits"):
+                    logits = output[name]
+                    least = torch.finfo(logits.dtype).min
+                    output[name] = logits.masked_fill(mask == 0, least)
+            return output
         if _base(self, given) is not None and mask is not None and not bool((mask != 0).all()):
             given["fastbert_plan"] = "question answering over padding"
         return super().forward(**given)  # type: ignore[misc]

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,18 +146,18 @@ def newest_folder(run: Path, last: int | None = None) -> Path | None:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Reads a checkpoint after checking sizes and digests.
+    """Reads a checkpoint of pre-training after checking sizes and digests.
 
     Raises:
         UserError: the folder is not a checkpoint, or is damaged.
     """
     try:
-        return _read(folder)
+        return _read(folder, what_is_wrong)
     except UserError as error:
         raise UserError(f"{error}; --resume auto takes the newest whole one") from None
 
 
-def _read(folder: Path) -> Checkpoint:
+def _read(folder: Path, what_is_wrong: Callable[[dict[str, Any]], str]) -> Checkpoint:
     if not (folder / "state.json").is_file():
         raise _damaged(folder, "it holds no state.json")
     try:
@@ -170,7 +170,7 @@ def _read(folder: Path) -> Checkpoint:
         for name in _FILES:
             if _fingerprint(folder / name) != state["files"][name]:
                 raise _damaged(folder, f"{name} is cut short or changed")
-        wrong = _what_is_wrong(state)
+        wrong = what_is_wrong(state)
         if wrong:
             raise _damaged(folder, f"state.json: {wrong}")
         weights, optimizer = (load_file(folder / name) for name in _FILES)
@@ -184,8 +184,8 @@ def _read(folder: Path) -> Checkpoint:
 _COUNT = range(2**63)
 
 
-def _what_is_wrong(state: dict[str, Any]) -> str:
-    """What no checkpoint of ours says, whatever its digest; empty where there is nothing."""
+def what_is_wrong(state: dict[str, Any]) -> str:
+    """What no checkpoint of pre-training says, whatever its digest; empty: nothing is."""
     for name in ("step", "updates", "skipped", "tokens", "streak", "micro_batches"):
         if not _is_count(state.get(name)):
             return f"{name} must be a count"
@@ -275,12 +275,17 @@ def _damaged(folder: Path, what: str) -> UserError:
     return UserError(f"{folder}: damaged checkpoint: {what}")
 
 
-def load_newest(run: Path, warn: Any) -> Checkpoint | None:
+def load_newest(
+    run: Path,
+    warn: Callable[[str], None],
+    what_is_wrong: Callable[[dict[str, Any]], str] = what_is_wrong,
+) -> Checkpoint | None:
     """The newest whole checkpoint of a run, or None where it has none at all.
 
     Args:
         run: the run's folder.
         warn: called with one line for each damaged checkpoint passed over.
+        what_is_wrong: tells what no such run's state.json says; empty where there is nothing.
 
     Raises:
         UserError: checkpoints are there, but every one is damaged.
@@ -288,7 +293,7 @@ def load_newest(run: Path, warn: Any) -> Checkpoint | None:
     passed_over: list[UserError] = []
     for folder in _folders(run):
         try:
-            found = _read(folder)
+            found = _read(folder, what_is_wrong)
         except UserError as error:
             passed_over.append(error)
             continue

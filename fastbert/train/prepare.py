@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 from fastbert.config import (
     KEPT_SIZES,
@@ -289,7 +289,19 @@ def _model_sizes(config: PretrainConfig, tokenizer: WordPiece) -> ModelConfig:
     )
 
 
-def run_folder(config: PretrainConfig) -> Path:
+class Request(Protocol):
+    """What a run's folder is found by."""
+
+    command: ClassVar[str]  # its default's name: runs/COMMAND-001
+
+    @property
+    def out(self) -> str: ...
+
+    @property
+    def resume(self) -> str | bool: ...
+
+
+def run_folder(config: Request) -> Path:
     """The folder of the run: as told by `out`, by `resume`, or the next free runs/pretrain-NNN.
 
     What is in it counts only once its lock is held: a folder that has one passes here.
@@ -298,12 +310,12 @@ def run_folder(config: PretrainConfig) -> Path:
         UserError: the folder holds something that is not to be written into, or `resume` is not one
             of its checkpoints.
     """
-    if config.resume not in ("", "auto"):
+    if isinstance(config.resume, str) and config.resume not in ("", "auto"):
         return _run_of(Path(config.resume), config.out)
     if config.out != "auto":
         run = Path(config.out)
     else:
-        run = _numbered(newest=config.resume == "auto")
+        run = _numbered(config.command, newest=bool(config.resume))
     try:
         has_lock = (run / lock.NAME).is_file()
     except OSError as error:
@@ -313,7 +325,7 @@ def run_folder(config: PretrainConfig) -> Path:
     return run
 
 
-def _check_content(run: Path, config: PretrainConfig) -> None:
+def _check_content(run: Path, config: Request) -> None:
     try:
         if run.exists() and not run.is_dir():
             raise UserError(f"out = {str(run)!r} is a file: name a folder")
@@ -326,7 +338,7 @@ def _check_content(run: Path, config: PretrainConfig) -> None:
     if holds_files and not config.resume:
         raise UserError(
             f"out = {str(run)!r} already holds another run: name another folder, or continue it "
-            "with --resume auto"
+            f"with --resume{' auto' if isinstance(config.resume, str) else ''}"
         )
 
 
@@ -335,7 +347,7 @@ def _is_empty(run: Path) -> bool:
 
 
 @contextmanager
-def held_run(config: PretrainConfig) -> Iterator[Path]:
+def held_run(config: Request) -> Iterator[Path]:
     """The folder of the run, made if missing, its lock held before anything in it is read.
 
     Folders made for it go again where the run fails and leaves nothing in them.
@@ -354,7 +366,7 @@ def held_run(config: PretrainConfig) -> Iterator[Path]:
                     break
             stack.push(partial(_unmake, made))
             stack.enter_context(lock.locked(run, say))
-        if config.resume in ("", "auto"):
+        if config.resume in ("", "auto", True, False):
             _check_content(run, config)
         yield run
 
@@ -430,15 +442,15 @@ def make_folder(run: Path, *, ours_alone: bool = False) -> list[Path] | None:
         ) from None
 
 
-def _numbered(newest: bool) -> Path:
+def _numbered(command: str, newest: bool) -> Path:
     taken = sorted(
-        (int(path.name.removeprefix("pretrain-")), path)
-        for path in RUNS.glob("pretrain-*")
-        if path.name.removeprefix("pretrain-").isdecimal()
+        (int(path.name.removeprefix(f"{command}-")), path)
+        for path in RUNS.glob(f"{command}-*")
+        if path.name.removeprefix(f"{command}-").isdecimal()
     )
     if newest and taken:
         return taken[-1][1]
-    return RUNS / f"pretrain-{taken[-1][0] + 1 if taken else 1:03d}"
+    return RUNS / f"{command}-{taken[-1][0] + 1 if taken else 1:03d}"
 
 
 def prepare_data(

@@ -44,9 +44,12 @@ class Reporter:
         done: optimizer steps already done; metrics of later steps (of a run that died) are dropped.
         max_steps: where the progress bar ends.
         tensorboard: whether to write `tensorboard/` beside metrics.jsonl.
+        name: of the bar.
     """
 
-    def __init__(self, run: Path, done: int, max_steps: int, tensorboard: bool) -> None:
+    def __init__(
+        self, run: Path, done: int, max_steps: int, tensorboard: bool, name: str = "pretrain"
+    ) -> None:
         self._path = run / "metrics.jsonl"
         self._run = run
         try:
@@ -60,7 +63,7 @@ class Reporter:
             raise RunError(f"{self._path}: cannot be written: {error.strerror}") from None
         # A run that goes on from its last step would evaluate that one again.
         self._logged = {(row["step"], key) for row in kept if row["step"] == done for key in row}
-        self._bar = progress_bar(total=max_steps, initial=done, unit="step", desc="pretrain")
+        self._bar = progress_bar(total=max_steps, initial=done, unit="step", desc=name)
 
     def advance(self, loss: float | None, tokens_per_second: float | None) -> None:
         """Moves the bar by one step."""

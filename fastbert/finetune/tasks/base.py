@@ -1,0 +1,232 @@
+"""What a task is: rows to examples, examples to sequences, a model's outputs to loss and answers.
+
+B sequences padded to S, K labels, R rows of a distribution.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastbert.errors import UserError
+from fastbert.finetune.columns import Columns
+from fastbert.finetune.inputs import Row
+from fastbert.finetune.metrics import Evaluation
+
+Prediction = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One labelled or unlabelled record."""
+
+    where: str
+    fields: dict[str, Any]
+    """What a task made of the row: text, label and so on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A sequence of tokens, or several that belong together, of one example."""
+
+    example: int
+    """Its place in the list of examples."""
+    inputs: list[dict[str, list[int]]]
+    """Of each sequence, by the names of a model's arguments; without padding."""
+    label: Any = None
+    extra: Any = None
+    """What a task needs to read the outputs: offsets, words."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of all its sequences."""
+        return sum(len(one["input_ids"]) for one in self.inputs)
+
+
+class Task(ABC):
+    """One kind of fine-tuning.
+
+    Args:
+        tokenizer: of transformers, fast.
+        max_length: tokens of a sequence at most, special ones included.
+        description: what a model's folder says of the task beside the weights; see `description`.
+    """
+
+    name: ClassVar[str]
+    head: ClassVar[str]
+    """Which of `fastbert.hf.load.HEADS`; "" for the encoder alone."""
+    roles: ClassVar[tuple[str, ...]]
+    """Fields of an example that are its input, as a report shows them."""
+
+    def __init__(self, tokenizer: Any, max_length: int, description: Mapping[str, Any]) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.given = description
+        self.cut = 0
+        """Examples that were longer than a sequence may be."""
+        self.labels: list[str] = []
+
+    # Of data
+
+    @abstractmethod
+    def example(self, row: Row, columns: Columns, labelled: bool) -> Example:
+        """Reads a row that `Columns.missing` has let through.
+
+        Args:
+            row: of the data.
+            columns: what is what.
+            labelled: whether it has a label.
+
+        Raises:
+            UserError: it is broken.
+        """
+
+    def learn(self, examples: Sequence[Example], asked: Any) -> None:  # noqa: B027  nothing to learn
+        """Decides from training examples what there is to decide: labels, kind of problem.
+
+        Args:
+            examples: for training.
+            asked: the task's settings.
+
+        Raises:
+            UserError: nothing can be learnt from them: one class only, for instance.
+        """
+
+    def check(self, examples: Sequence[Example]) -> None:  # noqa: B027  nor to check
+        """Checks that examples are of what was learnt.
+
+        Raises:
+            UserError: one has an unknown label.
+        """
+
+    @abstractmethod
+    def features(self, examples: Sequence[Example], labelled: bool) -> list[Feature]:
+        """Tokenizes examples, which are all there is in `Feature.example`; counts in `cut`."""
+
+    # Of a model
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Of a model's configuration: labels and the like."""
+        return {}
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What is saved in a model's config.json beside what transformers keeps there."""
+        return {"task": self.name, "max_seq_length": self.max_length}
+
+    def batch(self, features: Sequence[Feature]) -> dict[str, Tensor]:
+        """Padded inputs by argument's name, (B, S); `labels` beside them where there are any."""
+        sequences = [one for feature in features for one in feature.inputs]
+        longest = max(len(one["input_ids"]) for one in sequences)
+        fill = {"input_ids": self.tokenizer.pad_token_id or 0}
+        found = {}
+        for name in sequences[0]:
+            padded = np.full((len(sequences), longest), fill.get(name, 0), dtype=np.int64)
+            for row, one in enumerate(sequences):
+                padded[row, : len(one[name])] = one[name]
+            found[name] = torch.from_numpy(padded)
+        if features[0].label is not None:
+            found["labels"] = self.label_tensor(features, longest)
+        return found
+
+    @abstractmethod
+    def label_tensor(self, features: Sequence[Feature], longest: int) -> Tensor:
+        """What `loss` reads."""
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batch: dict[str, Tensor], unpad: bool) -> Tensor:
+        """What a model says of a batch: logits, or vectors.
+
+        Args:
+            model: with the task's head.
+            batch: on the model's device.
+            unpad: whether padding may be left out where that changes a loss.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The sum over what `items` counts."""
+
+    def items(self, batch: dict[str, Tensor]) -> Tensor:
+        """By what the loss of an optimizer step is divided: examples, or labelled tokens."""
+        return torch.tensor(float(len(batch["labels"])))
+
+    @abstractmethod
+    def distributions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Logits (R, K) whose softmax R-Drop compares.
+
+        Raises:
+            UserError: there is none.
+        """
+
+    @abstractmethod
+    def raw(self, outputs: Tensor, batch: dict[str, Tensor]) -> list[np.ndarray]:
+        """What is kept of each feature, float32."""
+
+    # Of answers
+
+    @abstractmethod
+    def predictions(
+        self, examples: Sequence[Example], features: Sequence[Feature], raws: Sequence[np.ndarray]
+    ) -> list[Prediction]:
+        """One for each example."""
+
+    @property
+    @abstractmethod
+    def default_metric(self) -> str:
+        """By which the best model is chosen if nothing was said."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        examples: Sequence[Example],
+        features: Sequence[Feature],
+        raws: Sequence[np.ndarray],
+        predictions: Sequence[Prediction],
+    ) -> Evaluation:
+        """Compares with the labels."""
+
+    @abstractmethod
+    def mistake(self, example: Example, prediction: Prediction) -> dict[str, Any] | None:
+        """What a report shows of a wrong prediction, `badness` the higher the worse; None: right."""
+
+    def shown(self, example: Example) -> dict[str, Any]:
+        """Where an example stands, and its input."""
+        inputs = {role: example.fields[role] for role in self.roles if example.fields.get(role)}
+        return {"where": example.where, "input": inputs}
+
+
+def label_names(examples: Iterable[str]) -> list[str]:
+    """Names in the order of their numbers: numeric where all are numbers, else alphabetic."""
+    names = set(examples)
+    if all(name.lstrip("-").isdecimal() for name in names):
+        return sorted(names, key=int)
+    return sorted(names)
+
+
+def cut_to(tokenizer: Any, max_length: int, *texts: Any, **options: Any) -> tuple[Any, int]:
+    """What a tokenizer makes of texts or pairs, and how many it had to cut."""
+    found = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False, **options)
+    return found, sum(bool(encoding.overflowing) for encoding in found.encodings)
+
+
+def as_inputs(found: Any, row: int) -> dict[str, list[int]]:
+    """A sequence by the names of a model's arguments."""
+    names = ("input_ids", "token_type_ids", "attention_mask")
+    return {name: found[name][row] for name in names if name in found}
+
+
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch without what only a task reads."""
+    names = ("input_ids", "token_type_ids", "attention_mask")
+    return {name: batch[name] for name in names if name in batch}
+
+
+def unknown_label(name: str, where: str, known: Sequence[str]) -> UserError:
+    """What is said of a label that training never saw."""
+    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    return UserError(f"{where}: label {name[:80]!r} is none of training's: {shown}")

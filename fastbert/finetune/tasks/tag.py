@@ -1,0 +1,264 @@
+"""A tag for each word of a text: entities, parts of speech.
+
+A word's tag is that of its first piece (Devlin et al. 2019). A text longer than a sequence is read
+in windows that overlap; a word is read where it has most text around it.
+
+B windows padded to S, K tags.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert.errors import UserError
+from fastbert.finetune import metrics, tags
+from fastbert.finetune.columns import Columns
+from fastbert.finetune.inputs import Row
+from fastbert.finetune.metrics import Evaluation
+from fastbert.finetune.tasks.base import (
+    Example,
+    Feature,
+    Prediction,
+    Task,
+    as_inputs,
+    label_names,
+    model_inputs,
+    unknown_label,
+)
+from fastbert.finetune.values import read_tagged
+
+_NONE = -100
+
+
+class Tag(Task):
+    """Token classification, as transformers' heads do it."""
+
+    name = "tag"
+    head = "TokenClassification"
+    roles = ("text",)
+
+    def __init__(self, tokenizer: Any, max_length: int, description: Mapping[str, Any]) -> None:
+        super().__init__(tokenizer, max_length, description)
+        self.labels = list(description.get("labels") or [])
+        self.stride = int(description.get("doc_stride", 64))
+        self.smoothing = 0.0
+        self.weights: Tensor | None = None
+        self.scheme = tags.IOB2
+
+    def example(self, row: Row, columns: Columns, labelled: bool) -> Example:
+        found = read_tagged(row, columns)
+        made: dict[str, Any] = {
+            "text": found.text,
+            "tokens": [found.text[begin:end] for begin, end in found.words],
+            "spans": found.words,
+        }
+        if labelled:
+            if found.tags is None:
+                raise UserError(f"{row.where}: has neither tags nor entities")
+            made["tags"], made["lines"] = found.tags, found.lines
+        return Example(row.where, made)
+
+    def _settle(self, examples: Sequence[Example]) -> None:
+        """Checks the scheme of the tags, and makes them IOB2."""
+        for one in examples:
+            given = one.fields["tags"]
+            tags.check(given, self.scheme, one.where, one.fields["lines"])
+            one.fields["tags"] = tags.to_iob2(given, self.scheme)
+
+    def learn(self, examples: Sequence[Example], asked: Any) -> None:
+        self.smoothing, self.stride = asked.label_smoothing_factor, asked.doc_stride
+        self.scheme = tags.scheme_of(one.fields["tags"] for one in examples)
+        self._settle(examples)
+        given = {tag for one in examples for tag in one.fields["tags"]}
+        self.labels = label_names(given)
+        if self.is_entities:
+            # An inside tag that training lacks may be needed: B-x in, I-x out. "O" is number 0.
+            types = sorted({tag[2:] for tag in given if tag != "O"})
+            self.labels = ["O", *(f"{kind}-{name}" for name in types for kind in "BI")]
+        if len(given) < 2:
+            raise UserError(
+                f"all words have the tag {self.labels[0]!r}: there is nothing to learn; name "
+                "another column with --tags-column"
+            )
+        if asked.class_weight == "balanced":
+            counts = Counter(tag for one in examples for tag in one.fields["tags"])
+            total, seen = sum(counts.values()), len(counts)
+            self.weights = torch.tensor(
+                [total / (seen * counts[tag]) if counts[tag] else 1.0 for tag in self.labels]
+            )
+
+    @property
+    def is_entities(self) -> bool:
+        """Whether tags are those of spans: B-x, I-x, O."""
+        return all(tag == "O" or tag[:2] in ("B-", "I-") for tag in self.labels)
+
+    def check(self, examples: Sequence[Example]) -> None:
+        self._settle(examples)
+        known = set(self.labels)
+        for one in examples:
+            for place, tag in enumerate(one.fields["tags"]):
+                if tag not in known:
+                    lines = one.fields["lines"]
+                    file = one.where.rpartition(":")[0]
+                    where = f"{file}:{lines[place]}" if lines else one.where
+                    raise unknown_label(tag, where, self.labels)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {name: number for number, name in enumerate(self.labels)},
+        }
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return super().description | {"doc_stride": self.stride}
+
+    def features(self, examples: Sequence[Example], labelled: bool) -> list[Feature]:
+        if not examples:
+            return []
+        special = self.tokenizer.num_special_tokens_to_add()
+        found = self.tokenizer(
+            [one.fields["tokens"] for one in examples],
+            is_split_into_words=True,
+            truncation=True,
+            max_length=self.max_length,
+            stride=min(self.stride, (self.max_length - special) // 2),
+            return_overflowing_tokens=True,
+            verbose=False,
+        )
+        numbers = {tag: number for number, tag in enumerate(self.labels)}
+        of_row = found["overflow_to_sample_mapping"]
+        self.cut += sum(count > 1 for count in Counter(of_row).values())
+        # A window may begin amid a word, whose first piece then lies in the one before.
+        begins: dict[tuple[int, int], int] = {}
+        for row, example in enumerate(of_row):
+            for word, (begin, _) in zip(
+                found.word_ids(row), found.encodings[row].offsets, strict=True
+            ):
+                if word is not None:
+                    begins[example, word] = min(begin, begins.get((example, word), begin))
+        made = []
+        for row, example in enumerate(of_row):
+            words, offsets = found.word_ids(row), found.encodings[row].offsets
+            read: list[int | None] = []
+            for word, before, (begin, _) in zip(words, [None, *words], offsets, strict=False):
+                is_first = word is not None and word != before and begin == begins[example, word]
+                read.append(word if is_first else None)
+            label = None
+            if labelled:
+                given = examples[example].fields["tags"]
+                label = [_NONE if word is None else numbers[given[word]] for word in read]
+            made.append(Feature(example, [as_inputs(found, row)], label, read))
+        return made
+
+    def label_tensor(self, features: Sequence[Feature], longest: int) -> Tensor:
+        labels = torch.full((len(features), longest), _NONE)
+        for row, one in enumerate(features):
+            labels[row, : len(one.label)] = torch.tensor(one.label)
+        return labels
+
+    def outputs(self, model: nn.Module, batch: dict[str, Tensor], unpad: bool) -> Tensor:
+        logits: Tensor = model(**model_inputs(batch)).logits  # (B, S, K)
+        return logits.float()
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        weights = None if self.weights is None else self.weights.to(outputs.device)
+        return F.cross_entropy(
+            outputs.flatten(0, 1), batch["labels"].flatten(), weights, reduction="sum",
+            label_smoothing=self.smoothing,
+        )  # fmt: skip
+
+    def items(self, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["labels"][batch["labels"] != _NONE]
+        if self.weights is not None:
+            return self.weights.to(labels.device)[labels].sum()
+        return torch.tensor(float(len(labels)))
+
+    def distributions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return outputs[batch["labels"] != _NONE]
+
+    def raw(self, outputs: Tensor, batch: dict[str, Tensor]) -> list[np.ndarray]:
+        chances = outputs.softmax(-1).cpu().numpy()
+        lengths = batch["attention_mask"].sum(1).tolist()
+        return [one[:length] for one, length in zip(chances, lengths, strict=True)]
+
+    def _of_words(
+        self, examples: Sequence[Example], features: Sequence[Feature], raws: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """(words, K) of each example: from the window where a word has most around it.
+
+        A word that no window holds, because it is of no piece, is surely the first tag.
+        """
+        made = []
+        for one in examples:
+            chances = np.zeros((len(one.fields["tokens"]), len(self.labels)), np.float32)
+            chances[:, 0] = 1.0
+            made.append(chances)
+        around: dict[tuple[int, int], int] = {}
+        for feature, raw in zip(features, raws, strict=True):
+            for place, word in enumerate(feature.extra):
+                if word is None:
+                    continue
+                margin = min(place, len(feature.extra) - place)
+                if margin > around.get((feature.example, word), -1):
+                    around[feature.example, word] = margin
+                    made[feature.example][word] = raw[place]
+        return made
+
+    def predictions(
+        self, examples: Sequence[Example], features: Sequence[Feature], raws: Sequence[np.ndarray]
+    ) -> list[Prediction]:
+        found = []
+        for one, chances in zip(examples, self._of_words(examples, features, raws), strict=True):
+            given = [self.labels[number] for number in chances.argmax(1)]
+            found.append({"entities": self._entities(one, given, chances.max(1)), "tags": given})
+        return found
+
+    def _entities(
+        self, one: Example, given: Sequence[str], chances: np.ndarray | None = None
+    ) -> list[dict[str, Any]]:
+        text, spans = one.fields["text"], one.fields["spans"]
+        pieces = tags.spans(given)
+        if not self.is_entities:
+            pieces = [(tag, place, place + 1) for place, tag in enumerate(given)]
+        found = []
+        for kind, first, behind in pieces:
+            begin, end = spans[first][0], spans[behind - 1][1]
+            entity = {"type": kind, "text": text[begin:end], "start": begin, "end": end}
+            if chances is not None:
+                entity["score"] = float(chances[first:behind].mean())
+            found.append(entity)
+        return found
+
+    @property
+    def default_metric(self) -> str:
+        return "f1" if self.is_entities else "accuracy"
+
+    def evaluate(
+        self,
+        examples: Sequence[Example],
+        features: Sequence[Feature],
+        raws: Sequence[np.ndarray],
+        predictions: Sequence[Prediction],
+    ) -> Evaluation:
+        wanted = [one.fields["tags"] for one in examples]
+        given = [one["tags"] for one in predictions]
+        if self.is_entities:
+            return metrics.entities(wanted, given)
+        return metrics.token_labels(wanted, given)
+
+    def mistake(self, example: Example, prediction: Prediction) -> dict[str, Any] | None:
+        wanted, given = example.fields["tags"], prediction["tags"]
+        wrong = sum(a != b for a, b in zip(wanted, given, strict=True))
+        if not wrong:
+            return None
+        expected, predicted = ({"entities": self._entities(example, x)} for x in (wanted, given))
+        shown = self.shown(example)
+        return {**shown, "expected": expected, "predicted": predicted, "badness": float(wrong)}
