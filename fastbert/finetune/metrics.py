@@ -16,15 +16,18 @@ from fastbert.errors import RunError
 from fastbert.finetune import squad
 from fastbert.finetune.needs import needs
 
-_CLASSES = ("accuracy", "macro_f1", "weighted_f1", "micro_f1", "macro_precision", "macro_recall")
-_MORE = ("weighted_precision", "weighted_recall", "micro_precision", "micro_recall", "matthews")
+_CLASSES = (
+    *("accuracy", "macro_f1", "weighted_f1", "matthews", "balanced_accuracy", "macro_precision"),
+    *("macro_recall", "weighted_precision", "weighted_recall"),
+    *("micro_f1", "micro_precision", "micro_recall"),
+)
 _TWO_CLASSES = ("f1", "precision", "recall", "average_precision", "roc_auc")
 _CALIBRATION = ("expected_calibration_error", "brier_score")
 _SCORES = ("pearson", "spearman", "mse", "mae", "r2")
 _ENTITIES = ("f1", "precision", "recall", "macro_f1", "macro_precision", "macro_recall")
 
 METRICS: dict[str, tuple[str, ...]] = {
-    "classify": (*_CLASSES, *_MORE, "balanced_accuracy", *_TWO_CLASSES, *_CALIBRATION, "loss"),
+    "classify": (*_CLASSES, *_TWO_CLASSES, *_CALIBRATION, "loss"),
     "classify several": (
         *("micro_f1", "macro_f1", "weighted_f1", "samples_f1", "subset_accuracy"),
         *("micro_precision", "micro_recall", "macro_precision", "macro_recall"),
@@ -32,7 +35,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     ),
     "classify score": (*_SCORES, "loss"),
     "tag": (*_ENTITIES, "weighted_f1", "weighted_precision", "weighted_recall", "accuracy", "loss"),
-    "tag tokens": (*_CLASSES, *_MORE, "balanced_accuracy", "loss"),
+    "tag tokens": (*_CLASSES, "loss"),
     "answer": (
         *("f1", "exact_match", "has_answer_f1", "has_answer_exact_match", "no_answer_f1"),
         *("no_answer_exact_match", "best_f1", "best_exact", "loss"),
