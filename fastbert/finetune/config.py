@@ -19,7 +19,9 @@ from fastbert.settings import (
     Group,
     check_fields,
     check_not_empty,
+    checked,
     setting,
+    settings,
 )
 
 RUN = Group("run", "where and on what it runs")
@@ -27,6 +29,7 @@ DATA = Group("data", "labelled examples, and which column is what")
 MODEL = Group("model", "what is trained of it, and its dropout")
 TRAIN = Group("train", "the optimizer and its schedule")
 REGULARIZE = Group("regularize", "against fitting the training examples too well")
+SEARCH = Group("search", "by Optuna, on the evaluation's examples")
 LOGS = Group("logs", "what is reported, evaluated and kept")
 
 
@@ -91,7 +94,7 @@ class FinetuneConfig(Config):
         "auto",
         "of the files (auto = by content)",
         DATA,
-        choices=("auto", "csv", "tsv", "jsonl", "json", "parquet", "conll", "squad", "folder"),
+        choices=("auto", "csv", "tsv", "jsonl", "json", "parquet", "conll", "text"),
     )
     max_seq_length: int | None = setting(
         None,
@@ -191,6 +194,16 @@ class FinetuneConfig(Config):
         at_least=0, at_most=MOST,
     )  # fmt: skip
 
+    search: int = setting(
+        0, "runs that look for the best of the three settings below (0 = off)", SEARCH,
+        at_least=0, at_most=10**4, aka=("n_trials", "hp_search", "trials"),
+    )  # fmt: skip
+    search_learning_rate: str = setting(
+        "1e-5,1e-4", "bounds of learning_rate, looked for on a logarithmic scale", SEARCH
+    )
+    search_epochs: str = setting("2,3,4", "values of num_train_epochs", SEARCH)
+    search_batch_sizes: str = setting("16,32", "values of per_device_train_batch_size", SEARCH)
+
     metric_for_best_model: str = setting(
         "auto", "metric by which the best model is chosen, and kept", LOGS
     )
@@ -223,6 +236,13 @@ class FinetuneConfig(Config):
             )
         if self.lora_r and (self.freeze_layers or self.freeze_embeddings):
             raise UserError("lora_r trains nothing but adapters and head: leave freeze_* out")
+        if self.search and self.seeds > 1:
+            raise UserError("search and seeds: look for settings first, then give them and --seeds")
+        rates = self.search_space["learning_rate"]
+        if len(rates) != 2 or rates[0] > rates[1]:
+            raise UserError(
+                f"search_learning_rate = {self.search_learning_rate!r} must be LOW,HIGH"
+            )
         if self.precision == "fp16" and self.device == "cpu":
             raise UserError("precision = 'fp16' needs a GPU: use bf16 or fp32")
 
@@ -239,6 +259,27 @@ class FinetuneConfig(Config):
         """By which the best model is chosen."""
         asked = self.metric_for_best_model
         return self.metrics[0] if asked == "auto" else asked
+
+    @property
+    def search_space(self) -> dict[str, list[float]]:
+        """Bounds of the learning rate, and values of the other two.
+
+        Raises:
+            UserError: one is no number, or out of bounds.
+        """
+        names = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
+        given = (self.search_learning_rate, self.search_epochs, self.search_batch_sizes)
+        known = {one.name: one for one in settings(type(self))}
+        found: dict[str, list[float]] = {}
+        for name, text in zip(names, given, strict=True):
+            try:
+                values = [known[name].type(part) for part in text.split(",")]
+            except ValueError:
+                raise UserError(
+                    f"the values of {name} to search, {text!r}, must be numbers with commas between"
+                ) from None
+            found[name] = [checked(known[name], value, "search: ") for value in values]
+        return found
 
     def rising_steps(self, total: int) -> int:
         """Steps of the warm-up, of `total`."""

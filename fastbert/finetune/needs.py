@@ -6,10 +6,11 @@ from typing import Any
 from fastbert.errors import UserError
 
 _INSTALLED_AS = {"sklearn": "scikit-learn"}
+_EXTRA = {"wandb": "track"}
 
 
 def needs(module: str) -> Any:
-    """Imports a module of the extra `finetune`.
+    """Imports a module of the extra `finetune`, or of another that `_EXTRA` names.
 
     Raises:
         UserError: it is not installed.
@@ -21,6 +22,7 @@ def needs(module: str) -> Any:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         name = _INSTALLED_AS.get(package, package)
+        extra = _EXTRA.get(package, "finetune")
         raise UserError(
-            f'{name} is not installed: pip install "fastbert-engine[finetune]"'
+            f'{name} is not installed: pip install "fastbert-engine[{extra}]"'
         ) from None

@@ -17,6 +17,7 @@ from transformers.utils import logging as their_logging
 
 from fastbert.errors import UserError
 from fastbert.hf.weights import local_folder
+from fastbert.settings import LONGEST
 
 
 def load_model(
@@ -98,13 +99,38 @@ def begin_head(
     return model, lacking
 
 
+def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Gives a model the weights that `fastbert.hf.save` wrote of one like it; returns it.
+
+    Raises:
+        UserError: the folder lacks some.
+    """
+    with quiet():
+        kept = type(model).from_pretrained(_place(folder))  # type: ignore[attr-defined]
+    model.load_state_dict(kept.state_dict())
+    return model
+
+
+_DISTILBERT = {
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "classifier_dropout": "seq_classif_dropout",
+}
+
+
+def dropout_changes(model_type: str, **asked: float | None) -> dict[str, float]:
+    """Changes of a configuration for these dropouts, by the family's names; None: as it is."""
+    names = _DISTILBERT if model_type == "distilbert" else {}
+    return {names.get(name, name): value for name, value in asked.items() if value is not None}
+
+
 def add_markers(model: Any, tokenizer: Any, markers: Sequence[str]) -> None:
     """Makes each mark one token, whose row is drawn as transformers draws it."""
     tokenizer.add_special_tokens(
         {"additional_special_tokens": list(markers)}, replace_extra_special_tokens=False
     )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        with _quiet():
+        with quiet():
             model.resize_token_embeddings(len(tokenizer))
 
 
@@ -120,7 +146,7 @@ def _load(
             raise UserError(f"{where}: {config.model_type} has no {auto.__name__[9:]} head")
         if auto is AutoModel and "add_pooling_layer" in inspect.signature(kind).parameters:
             options = options | {"add_pooling_layer": False}
-        with _quiet():  # of what is left behind
+        with quiet():  # of what is left behind
             model, found = auto.from_pretrained(where, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(_complaint(where, "model", error)) from None
@@ -136,13 +162,25 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """
     where = _place(folder)
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_complaint(where, "tokenizer", error)) from None
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise UserError(f"{where}: holds no tokenizer (tokenizer.json or vocab.txt)")
     return tokenizer
+
+
+def longest_sequence(folder: str | os.PathLike[str], tokenizer: Any) -> int:
+    """Tokens that a folder's model and its tokenizer take, special ones included."""
+    config = saved_head(folder)[1]
+    positions = getattr(config, "max_position_embeddings", LONGEST)
+    if config.model_type in _COUNT_FROM_PADDING:
+        positions -= config.pad_token_id + 1
+    return min(positions, tokenizer.model_max_length)
+
+
+_COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 
 
 def _place(folder: str | os.PathLike[str]) -> str:
@@ -158,7 +196,7 @@ def _complaint(where: str, what: str, error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     before, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
     their_logging.set_verbosity_error()
     their_logging.disable_progress_bar()

@@ -570,7 +570,7 @@ def _write_settings(config: PretrainConfig, tokenizer: WordPiece, run: Path) -> 
         _write_config(dataclasses.replace(config, do_lower_case=tokenizer.do_lower_case), run)
         if config.init_from:
             content = json.dumps(to_hf_dict(sizes, "BertForPreTraining"), indent=2) + "\n"
-            _write(run / KEPT_SIZES, content)
+            write_whole(run / KEPT_SIZES, content)
         tokenizer.save(run / "tokenizer", model_max_length=sizes.max_position_embeddings)
     except Exception as error:  # the tokenizers library raises bare Exception
         reason = error.strerror if isinstance(error, OSError) else error
@@ -579,10 +579,11 @@ def _write_settings(config: PretrainConfig, tokenizer: WordPiece, run: Path) -> 
 
 def _write_config(config: PretrainConfig, run: Path) -> None:
     written = dataclasses.replace(config, resume="", stop_at_step=0)
-    _write(run / "config.toml", sealed_toml(written))
+    write_whole(run / "config.toml", sealed_toml(written))
 
 
-def _write(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str) -> None:
+    """Writes a text file that is never there in part."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(content, encoding="utf-8")

@@ -17,15 +17,33 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     start = config.rising_steps
     if step < start:
         return peak * step / start
-    if config.lr_scheduler_type == "constant":
-        return peak
-    form, length = config.lr_scheduler_type, max(1, config.max_steps - start)
+    form, length = config.lr_scheduler_type, config.max_steps - start
     if form == "warmup_stable_decay":
         form, length = config.decay_type, config.stable_decay_steps
         start = config.max_steps - length
-    progress = min(max((step - start) / length, 0.0), 1.0)
+    return peak * _left(form, (step - start) / max(1, length))
+
+
+def share_of_peak(form: str, step: int, rising_steps: int, max_steps: int) -> float:
+    """The learning rate of update `step`, counted from 0, over its peak.
+
+    Args:
+        form: "linear", "cosine" or "constant", after the rise.
+        step: of the update.
+        rising_steps: of the linear warm-up.
+        max_steps: of the whole run.
+    """
+    if step < rising_steps:
+        return step / rising_steps
+    return _left(form, (step - rising_steps) / max(1, max_steps - rising_steps))
+
+
+def _left(form: str, progress: float) -> float:
+    progress = min(max(progress, 0.0), 1.0)
+    if form == "constant":
+        return 1.0
     if form == "linear":
-        return peak * (1.0 - progress)
+        return 1.0 - progress
     if form == "1-sqrt":
-        return peak * (1.0 - math.sqrt(progress))
-    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0 - math.sqrt(progress)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -192,10 +192,6 @@ class Answer(Task):
             "no_answer": no_answer if self.unanswerable else 0.0,
         }
 
-    @property
-    def default_metric(self) -> str:
-        return "f1"
-
     def evaluate(
         self,
         examples: Sequence[Example],

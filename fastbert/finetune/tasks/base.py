@@ -176,9 +176,9 @@ class Task(ABC):
         """One for each example."""
 
     @property
-    @abstractmethod
-    def default_metric(self) -> str:
-        """By which the best model is chosen if nothing was said."""
+    def kind(self) -> str:
+        """Which of `metrics.METRICS` its evaluation has."""
+        return self.name
 
     @abstractmethod
     def evaluate(
@@ -192,7 +192,7 @@ class Task(ABC):
 
     @abstractmethod
     def mistake(self, example: Example, prediction: Prediction) -> dict[str, Any] | None:
-        """What a report shows of a wrong prediction, `badness` the higher the worse; None: right."""
+        """What a report shows of a wrong prediction, with its `badness`; None of a right one."""
 
     def shown(self, example: Example) -> dict[str, Any]:
         """Where an example stands, and its input."""

@@ -100,10 +100,6 @@ class Choose(Task):
             for raw in raws
         ]
 
-    @property
-    def default_metric(self) -> str:
-        return "accuracy"
-
     def evaluate(
         self,
         examples: Sequence[Example],

@@ -205,8 +205,8 @@ class Classify(Task):
         }
 
     @property
-    def default_metric(self) -> str:
-        return {ONE: "accuracy", SEVERAL: "micro_f1", SCORE: "spearman"}[self.problem]
+    def kind(self) -> str:
+        return {ONE: "classify", SEVERAL: "classify several", SCORE: "classify score"}[self.problem]
 
     def evaluate(
         self,

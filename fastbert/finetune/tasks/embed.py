@@ -128,8 +128,8 @@ class Embed(Task):
         return [{"embedding": raw[0].tolist()} for raw in raws]
 
     @property
-    def default_metric(self) -> str:
-        return "spearman" if self.scored else "mrr_at_10"
+    def kind(self) -> str:
+        return "embed score" if self.scored else "embed"
 
     def evaluate(
         self,

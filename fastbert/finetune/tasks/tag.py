@@ -238,8 +238,8 @@ class Tag(Task):
         return found
 
     @property
-    def default_metric(self) -> str:
-        return "f1" if self.is_entities else "accuracy"
+    def kind(self) -> str:
+        return "tag" if self.is_entities else "tag tokens"
 
     def evaluate(
         self,

@@ -1,0 +1,106 @@
+"""`fastbert finetune TASK` and `fastbert.finetune`: check the request, and hand it to the runs."""
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from fastbert.commands.checks import check_folder, check_path
+from fastbert.commands.options import Commands, typed
+from fastbert.errors import UserError
+from fastbert.finetune.config import CONFIGS, FinetuneConfig
+from fastbert.settings import load_config, to_toml
+from fastbert.train.interrupts import held_signals
+
+if TYPE_CHECKING:
+    from fastbert.finetune.loop import FinetuneResult
+
+_HELP = {
+    "classify": "a label for a text or a pair: one, several, or a number",
+    "tag": "a tag for each word: entities, parts of speech",
+    "answer": "the span of a paragraph that answers a question",
+    "choose": "the right one among several answers",
+    "embed": "vectors that lie near each other for texts that belong together",
+}
+
+
+def add(commands: Commands) -> None:
+    """Adds the command, a task each."""
+    tasks = commands.group("finetune", "train a model for a task", "tasks", "TASK")
+    for task, config_class in CONFIGS.items():
+        parser = tasks.add(
+            task, _HELP[task], run, config_class, "--model DIR --train FILE [--config FILE]"
+        )
+        parser.add_argument(
+            "--config", metavar="FILE", help="TOML file of settings; options override it"
+        )
+        parser.add_argument(
+            "--print-config", action="store_true", help="print all settings as TOML and stop"
+        )
+
+
+def run(args: Namespace) -> None:
+    """Fine-tunes, or prints what it would do.
+
+    Raises:
+        FastbertError: see `finetune`.
+    """
+    config = _asked(args.config_class, args.config, typed(args))
+    if args.print_config:
+        print(to_toml(config), end="")
+        return
+    result = finetune(config)
+    told = result.seeds or result.metrics
+    for name, value in told.items():
+        if isinstance(value, float):
+            print(f"{name}: {value:.4g}")
+        else:
+            print(f"{name}: {value.mean:.4g} ± {value.deviation:.2g}")
+    print(f"report: {result.folder / 'report.html'}")
+    print(f"model: {result.hf} (fastbert predict --model {result.folder} --input FILE)")
+
+
+def finetune(config: FinetuneConfig) -> "FinetuneResult":
+    """Fine-tunes a model, exactly as `fastbert finetune TASK` does.
+
+    Args:
+        config: `fastbert.ClassifyConfig`, `TagConfig`, `AnswerConfig`, `ChooseConfig` or
+            `EmbedConfig`.
+
+    Raises:
+        UserError: a bad request: files, columns or labels, a model that is none.
+        RunError: the run failed, or a signal stopped it.
+    """
+    if not isinstance(config, FinetuneConfig) or not config.task:
+        names = ", ".join(one.__name__ for one in CONFIGS.values())
+        raise UserError(f"config must be one of fastbert's {names}")
+    check_path("model", config.model, words=())
+    check_folder("out", config.out)
+    with held_signals():
+        from fastbert.finetune.runs import finetune as run_all
+
+    return run_all(config)
+
+
+def _asked(
+    config_class: type[FinetuneConfig], file: str | None, overrides: dict[str, Any]
+) -> FinetuneConfig:
+    """Without a file, a run that goes on keeps its settings: only what was typed changes."""
+    if file is None and overrides.get("resume"):
+        from fastbert.train.prepare import run_folder
+
+        where = _Where(overrides.get("out", "auto"))
+        run = run_folder(where)
+        if not (run / "config.toml").exists():
+            raise UserError(f"resume: {run} holds no run of fastbert finetune")
+        overrides = overrides | {"out": str(run)}
+        return load_config(config_class, run / "config.toml", overrides, sealed=True)
+    return load_config(config_class, file, overrides)
+
+
+class _Where:
+    """What a run's folder is found by, before its settings are read."""
+
+    command = FinetuneConfig.command
+    resume = True
+
+    def __init__(self, out: str) -> None:
+        self.out = out

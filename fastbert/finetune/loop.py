@@ -1,0 +1,547 @@
+"""One fine-tuning: a model, examples in a fixed order, AdamW; the best of its evaluations is kept.
+
+A run's folder: config.toml, metrics.jsonl, tensorboard/, checkpoints/step-000010/, hf/ (the best
+model), adapter/ (LoRA's), eval.json, report.html.
+
+B sequences of a micro-batch; a step has `gradient_accumulation_steps` of them.
+"""
+
+import copy
+import dataclasses
+import math
+import random
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert.errors import RunError, UserError
+from fastbert.finetune import metrics
+from fastbert.finetune.config import FinetuneConfig
+from fastbert.finetune.data import Data
+from fastbert.finetune.infer import autocast, infer
+from fastbert.finetune.metrics import Evaluation
+from fastbert.finetune.report import Report, write_report
+from fastbert.finetune.start import Start, start
+from fastbert.finetune.tasks.base import Example, Prediction, Task
+from fastbert.finetune.tracking import Wandb
+from fastbert.hf.load import load_weights
+from fastbert.hf.save import recover, save_model
+from fastbert.progress import progress_bar
+from fastbert.settings import settings
+from fastbert.train import checkpoint
+from fastbert.train.report import Reporter, read_metrics
+from fastbert.train.schedule import share_of_peak
+
+_MAX_SKIPPED_IN_A_ROW = 3
+_MOST_MISTAKES = 200  # in eval.json; the page shows the first 50
+_NO_DECAY = ("bias", "layernorm", "layer_norm", "norm.weight")
+_BAR_FROM = 512  # features of an evaluation that takes seconds
+
+
+@dataclass
+class FinetuneResult:
+    """What a fine-tuning found.
+
+    Attributes:
+        folder: of the run.
+        hf: the best model and its tokenizer, for transformers and `fastbert predict`.
+        evaluation: of that model.
+        best_step: of its training.
+        steps: that were done.
+        seconds: of training, evaluations left out.
+        losses: of each logged stretch, by step.
+        seeds: metrics over several seeds.
+    """
+
+    folder: Path
+    hf: Path
+    evaluation: Evaluation
+    best_step: int
+    steps: int
+    seconds: float
+    losses: dict[int, float] = field(default_factory=dict)
+    seeds: dict[str, metrics.Spread] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the evaluation."""
+        return self.evaluation.metrics
+
+
+def epoch_order(examples: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch sees its examples: transformers' Trainer's for the same seed."""
+    generator = torch.Generator().manual_seed(seed + epoch)
+    order: list[int] = torch.randperm(examples, generator=generator).tolist()
+    return order
+
+
+class Trainer:
+    """The state of a run between steps.
+
+    Args:
+        config: of the task.
+        task: that has learnt its labels.
+        data: examples.
+        run: the folder, locked by the caller.
+        device: where it computes.
+        dtype: in what.
+        resume: whether to go on from the newest checkpoint there.
+        say: gets lines until the bar is there.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        task: Task,
+        data: Data,
+        run: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        resume: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.task, self.data, self.folder = config, task, data, run
+        self.device, self.dtype, self.notes = device, dtype, list(data.notes)
+        self.hf = run / "hf"
+        recover(self.hf)
+        begun: Start = start(config, task)
+        self.model, self.depth, self.layers = begun.model.to(device), begun.depth, begun.layers
+        self.train = task.features(data.train, True)
+        cut_in_training, task.cut = task.cut, 0
+        self.eval = task.features(data.eval, True)
+        for line in (*begun.notes, *self._said_of_lengths(cut_in_training)):
+            self.notes.append(line)
+            say(line)
+        accumulation = config.gradient_accumulation_steps
+        self.batches_per_epoch = math.ceil(len(self.train) / config.per_device_train_batch_size)
+        self.steps_per_epoch = math.ceil(self.batches_per_epoch / accumulation)
+        self.max_steps = config.max_steps or math.ceil(
+            config.num_train_epochs * self.steps_per_epoch
+        )
+        self.eval_every = config.eval_steps or self.steps_per_epoch
+        self.save_every = config.save_steps or self.eval_every
+        self.rising_steps = config.rising_steps(self.max_steps)
+        self.optimizer = self._optimizer()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.step = self.skipped = self.streak = self.stale = 0
+        self.best: dict[str, Any] = {}
+        """step, value and metrics of the best evaluation so far."""
+        self.window = [0.0, 0]
+        self.seconds = 0.0
+        _seed(config.seed)
+        restored = checkpoint.load_newest(run, say, _what_is_wrong) if resume else None
+        if restored is not None:
+            self._restore(restored)
+            say(f"resume: goes on at step {self.step}")
+        self.reporter = Reporter(
+            run, self.step, self.max_steps, config.report_to == "tensorboard", "finetune"
+        )
+        self.wandb = Wandb(run, dataclasses.asdict(config)) if config.report_to == "wandb" else None
+
+    def _said_of_lengths(self, cut_in_training: int) -> Iterator[str]:
+        long = cut_in_training + self.task.cut
+        if long:
+            windows = self.task.name in ("tag", "answer")
+            what = "are read in windows" if windows else "were cut"
+            yield f"{long} texts of more than {self.task.max_length} tokens {what}"
+        lengths = [one.length for one in self.train]
+        yield (
+            f"data: {len(self.data.train):,} examples for training, {len(self.data.eval):,} for "
+            f"evaluation; sequences of {np.mean(lengths):.0f} tokens, at most {max(lengths)}"
+        )
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """AdamW; biases and LayerNorm without decay, each layer with its rate."""
+        config = self.config
+        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                decays = not any(part in name.lower() for part in _NO_DECAY)
+                groups.setdefault((self.depth[name], decays), []).append(parameter)
+        if not groups:
+            raise UserError("freeze_layers: nothing is left to train")
+        return torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "weight_decay": config.weight_decay if decays else 0.0,
+                    "peak": config.learning_rate
+                    * config.layerwise_lr_decay ** (self.layers + 1 - depth),
+                }
+                for (depth, decays), parameters in sorted(groups.items())
+            ],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+
+    # Checkpoints
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def _save(self) -> None:
+        moments = {}
+        for name, parameter in self._named().items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                moments[f"{key}.{name}"] = value.detach().cpu()
+        moments["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            moments["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        weights = {name: p.detach().cpu() for name, p in self._named().items()}
+        scale = self.scaler.state_dict() if self.scaler.is_enabled() else {}
+        state = {
+            "skipped": self.skipped,
+            "streak": self.streak,
+            "stale": self.stale,
+            "best": self.best,
+            "window": self.window,
+            "seconds": self.seconds,
+            "scale": [scale["scale"], scale["_growth_tracker"]] if scale else None,
+            "recipe": _recipe(self.config),
+        }
+        checkpoint.save(self.folder, checkpoint.Checkpoint(self.step, weights, moments, state), 1)
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        state = found.state
+        recipe = _recipe(self.config)
+        for name, value in state["recipe"].items():
+            if name in recipe and recipe[name] != value:
+                raise UserError(
+                    f"{name} = {recipe[name]!r} differs from {value!r} of the run in "
+                    f"{self.folder}: leave it out to go on, or name another --out"
+                )
+        named = self._named()
+        try:
+            with torch.no_grad():
+                for name, parameter in named.items():
+                    parameter.copy_(found.weights[name])
+            for name, parameter in named.items():
+                of_one = {
+                    key: found.optimizer[f"{key}.{name}"]
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}.{name}" in found.optimizer
+                }
+                if of_one:
+                    self.optimizer.state[parameter] = {
+                        key: value.to(self.device) for key, value in of_one.items()
+                    }
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint of step {found.step} in {self.folder} does not fit: {error}"
+            ) from None
+        torch.set_rng_state(found.optimizer["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in found.optimizer:
+            torch.cuda.set_rng_state(found.optimizer["rng.cuda"], self.device)
+        if state["scale"] and self.scaler.is_enabled():
+            scale = self.scaler.state_dict()
+            scale["scale"], scale["_growth_tracker"] = state["scale"]
+            self.scaler.load_state_dict(scale)
+        self.step, self.skipped, self.streak = found.step, state["skipped"], state["streak"]
+        self.stale, self.best, self.seconds = state["stale"], state["best"], state["seconds"]
+        self.window = state["window"]
+
+    # The loop
+
+    def run(self, stop_signal: Callable[[], str]) -> None:
+        """Trains to the end, or until a signal, which saves a checkpoint.
+
+        Raises:
+            RunError: a signal came, the disk is full, or gradients are not finite.
+        """
+        try:
+            self._run(stop_signal)
+        finally:
+            self.reporter.close()
+            if self.wandb is not None:
+                self.wandb.close()
+
+    def _run(self, stop_signal: Callable[[], str]) -> None:
+        config = self.config
+        while self.step < self.max_steps and not self._is_stale():
+            began = time.perf_counter()
+            loss = self._one_step()
+            self.seconds += time.perf_counter() - began
+            if self.step % config.logging_steps == 0 or self.step == self.max_steps:
+                self._log()
+            self.reporter.advance(loss, None)
+            if self.step % self.eval_every == 0 or self.step == self.max_steps:
+                self._evaluate()
+            stop = stop_signal()
+            if stop or self.step % self.save_every == 0 or self.step == self.max_steps:
+                self._save()
+            if stop and self.step < self.max_steps:
+                again = f"--resume --out {shlex.quote(str(self.folder))}"
+                raise RunError(
+                    f"stopped by {stop} at step {self.step}; everything is saved: go on with the "
+                    f"same command and {again}"
+                )
+
+    def _is_stale(self) -> bool:
+        patience = self.config.early_stopping_patience
+        if patience and self.stale >= patience:
+            self.reporter.say(
+                f"step {self.step}: {self._metric} was not better in {self.stale} evaluations: "
+                f"stopped; the best is that of step {self.best['step']}"
+            )
+            return True
+        return False
+
+    def _step_batches(self) -> list[dict[str, Tensor]]:
+        """The micro-batches of the next step."""
+        epoch, of_epoch = divmod(self.step, self.steps_per_epoch)
+        order = epoch_order(len(self.train), self.config.seed, epoch)
+        size, count = (
+            self.config.per_device_train_batch_size,
+            self.config.gradient_accumulation_steps,
+        )
+        found = []
+        for number in range(of_epoch * count, min((of_epoch + 1) * count, self.batches_per_epoch)):
+            places = order[number * size : (number + 1) * size]
+            batch = self.task.batch([self.train[place] for place in places])
+            found.append({name: value.to(self.device) for name, value in batch.items()})
+        return found
+
+    def _one_step(self) -> float:
+        """One update; returns its loss."""
+        config, model = self.config, self.model
+        share = share_of_peak(
+            config.lr_scheduler_type, self.step, self.rising_steps, self.max_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        model.train()
+        together = self._step_batches()
+        items = sum(float(self.task.items(batch)) for batch in together)
+        total = torch.zeros((), device=self.device)
+        for batch in together:
+            loss = self._loss(batch) / items
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+            if config.fgm_epsilon:
+                self._adversarial(batch, items)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        limit = config.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+        if math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+            self.streak = 0
+        else:
+            self._skip()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        found = float(total)
+        if math.isfinite(found):
+            self.window[0] += found
+            self.window[1] += 1
+        self.norm = norm
+        return found
+
+    def _skip(self) -> None:
+        """Of a gradient that is not finite, which fp16 meets while it looks for its scale."""
+        self.skipped += 1
+        self.streak += 1
+        if self.scaler.is_enabled():
+            return
+        self.reporter.say(f"step {self.step + 1}: the gradient was not finite, update skipped")
+        if self.streak >= _MAX_SKIPPED_IN_A_ROW:
+            raise RunError(
+                f"the gradient was not finite in {self.streak} steps in a row: start a new run "
+                "with a lower --learning-rate"
+            )
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The sum of the losses of a micro-batch; with R-Drop of two forwards and between them.
+
+        Liang et al. 2021, equation 4, halved: so the loss is on the scale of one forward.
+        """
+        task, alpha = self.task, self.config.rdrop_alpha
+        with autocast(self.device, self.dtype):
+            outputs = task.outputs(self.model, batch, self.config.unpad)
+            if not alpha:
+                return task.loss(outputs, batch)
+            again = task.outputs(self.model, batch, self.config.unpad)
+            one, other = (task.distributions(x, batch).log_softmax(-1) for x in (outputs, again))
+            divergence = sum(
+                F.kl_div(a, b, reduction="sum", log_target=True)
+                for a, b in ((one, other), (other, one))
+            )
+            both = task.loss(outputs, batch) + task.loss(again, batch)
+            return both / 2 + alpha * divergence / 4
+
+    def _adversarial(self, batch: dict[str, Tensor], items: float) -> None:
+        """Adds the gradient at embeddings moved against the loss (Miyato et al. 2017)."""
+        weight = self.model.get_input_embeddings().weight
+        length = weight.grad.norm()
+        if not bool(length.isfinite()) or not float(length):
+            return
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight += self.config.fgm_epsilon * weight.grad / length
+        self.scaler.scale(self._loss(batch) / items).backward()
+        with torch.no_grad():
+            weight.copy_(before)
+
+    def _log(self) -> None:
+        row = {
+            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
+            "grad_norm": self.norm,
+            "epoch": self.step / self.steps_per_epoch,
+            "seconds": self.seconds,
+        }
+        if self.window[1]:
+            row = {"loss": self.window[0] / self.window[1], **row}
+        self.window = [0.0, 0]
+        self._tell({name: value for name, value in row.items() if math.isfinite(value)})
+
+    def _tell(self, row: dict[str, float]) -> None:
+        self.reporter.log(self.step, row)
+        if self.wandb is not None:
+            self.wandb.log(self.step, row)
+
+    @property
+    def _metric(self) -> str:
+        asked = self.config.metric_for_best_model
+        return metrics.METRICS[self.task.kind][0] if asked == "auto" else asked
+
+    def _evaluate(self) -> None:
+        found, _ = self._evaluation()
+        name = self._metric
+        if name not in found.metrics:
+            raise UserError(
+                f"metric_for_best_model = {name!r}: this evaluation has {', '.join(found.metrics)}"
+            )
+        self._tell({f"eval/{key}": value for key, value in found.metrics.items()})
+        value = found.metrics[name]
+        signed = -value if name in metrics.LESS_IS_BETTER else value
+        is_better = not self.best or signed > self.best["signed"]
+        self.stale = 0 if is_better else self.stale + 1
+        mark = ", the best so far" if is_better else ""
+        self.reporter.say(
+            f"step {self.step} (epoch {self.step / self.steps_per_epoch:.2f}): {name} "
+            f"{value:.4g}, loss {found.metrics['loss']:.4g}{mark}"
+        )
+        if is_better:
+            self.best = {"step": self.step, "value": value, "signed": signed}
+            self._keep()
+
+    def _evaluation(self) -> tuple[Evaluation, list[Prediction]]:
+        self.model.eval()
+        bar = None
+        if len(self.eval) > _BAR_FROM:
+            bar = progress_bar(total=len(self.eval), desc="evaluate", unit="text", leave=False)
+        try:
+            raws, loss = infer(
+                self.task, self.model, self.eval, self.dtype, unpad=self.config.unpad, progress=bar
+            )
+        finally:
+            if bar is not None:
+                bar.close()
+        predictions = self.task.predictions(self.data.eval, self.eval, raws)
+        found = self.task.evaluate(self.data.eval, self.eval, raws, predictions)
+        assert loss is not None
+        found.metrics["loss"] = loss
+        return found, predictions
+
+    def _keep(self) -> None:
+        """Writes the model as it is now: `hf/`, and LoRA's adapter beside it."""
+        model = self.model
+        if self.config.lora_r:
+            model.save_pretrained(str(self.folder / "adapter"))
+            model = copy.deepcopy(model).merge_and_unload()
+        pooling = getattr(self.task, "pooling", "")
+        save_model(self.hf, model, self.task.tokenizer, self.task.description, pooling)
+
+    # The end
+
+    def finish(self) -> FinetuneResult:
+        """Evaluates the best model once more, and writes the report."""
+        if self.best["step"] != self.step:
+            self.model = load_weights(self._bare(), self.hf)
+        found, predictions = self._evaluation()
+        history = read_metrics(self.folder / "metrics.jsonl")
+        notes = [*self.notes, f"The best of the evaluations was that of step {self.best['step']}."]
+        write_report(
+            self.folder,
+            Report(
+                title=f"{self.task.name}: {self.config.train}",
+                task=self.task.kind,
+                settings=_shown(self.config),
+                evaluation=found,
+                mistakes=_mistakes(self.task, self.data.eval, predictions),
+                history=history,
+                notes=notes,
+            ),
+        )
+        losses = {row["step"]: row["loss"] for row in history if "loss" in row}
+        return FinetuneResult(
+            self.folder, self.hf, found, self.best["step"], self.step, self.seconds, losses
+        )
+
+    def _bare(self) -> nn.Module:
+        """The model with LoRA's adapters merged, to be given other weights."""
+        model: nn.Module = self.model
+        return copy.deepcopy(self.model).merge_and_unload() if self.config.lora_r else model
+
+
+def _seed(seed: int) -> None:
+    """All generators, as transformers' Trainer does where it begins."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+_FREE = {
+    *("out", "device", "resume", "num_threads", "report_to", "logging_steps", "save_steps"),
+    *("model", "train", "eval", "seeds"),
+}
+
+
+def _recipe(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings that a run cannot change half-way."""
+    return {
+        one.name: getattr(config, one.name)
+        for one in settings(type(config))
+        if one.name not in _FREE
+    }
+
+
+def _shown(config: FinetuneConfig) -> dict[str, Any]:
+    return {one.name: getattr(config, one.name) for one in settings(type(config))}
+
+
+def _what_is_wrong(state: Mapping[str, Any]) -> str:
+    """What no checkpoint of fine-tuning says; empty: nothing is."""
+    for name in ("step", "skipped", "streak", "stale"):
+        if type(state.get(name)) is not int or state[name] < 0:
+            return f"{name} must be a count"
+    if not isinstance(state.get("best"), dict) or not isinstance(state.get("recipe"), dict):
+        return "best and recipe must be there"
+    window = state.get("window")
+    if not isinstance(window, list) or len(window) != 2 or "scale" not in state:
+        return "window and scale must be there"
+    return "" if isinstance(state.get("seconds"), float | int) else "seconds must be a number"
+
+
+def _mistakes(
+    task: Task, examples: list[Example], predictions: list[Prediction]
+) -> list[dict[str, Any]]:
+    """The worst first."""
+    found = [
+        mistake
+        for one, prediction in zip(examples, predictions, strict=True)
+        if (mistake := task.mistake(one, prediction)) is not None
+    ]
+    found.sort(key=lambda mistake: -mistake["badness"])
+    return found[:_MOST_MISTAKES]

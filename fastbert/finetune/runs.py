@@ -1,0 +1,209 @@
+"""`fastbert finetune`: one run, several with other seeds, or a search; each goes on where it died.
+
+Runs of several stand below the folder: seed-42/, seed-43/ or trial-000/. What is the best of them
+becomes `hf/` of the whole.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbert.errors import UserError
+from fastbert.finetune import metrics
+from fastbert.finetune.config import FinetuneConfig
+from fastbert.finetune.data import Data, read_data
+from fastbert.finetune.loop import FinetuneResult, Trainer
+from fastbert.finetune.metrics import Evaluation
+from fastbert.finetune.needs import needs
+from fastbert.finetune.report import Report, write_report
+from fastbert.finetune.tasks import TASKS
+from fastbert.finetune.tasks.base import Task
+from fastbert.hf.load import load_tokenizer, longest_sequence
+from fastbert.settings import sealed_toml
+from fastbert.train.device import choose_device, choose_dtype, keep_freed_memory
+from fastbert.train.interrupts import interruptible, noting_signals
+from fastbert.train.prepare import held_run, say, write_whole
+
+_MOST_LENGTH = {"answer": 384}
+"""Tokens of a sequence where nothing is said: a window of a paragraph; others take what fits."""
+
+
+def finetune(config: FinetuneConfig) -> FinetuneResult:
+    """Fine-tunes as `config` says.
+
+    Raises:
+        UserError: a bad request: files, columns, labels, a model that is none.
+        RunError: the run failed, or was stopped by a signal and has saved itself.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    with interruptible(), held_run(config) as run:
+        device = choose_device(config.device)
+        dtype = _dtype(config, device)
+        if device.type == "cpu":
+            keep_freed_memory()
+        tokenizer = load_tokenizer(config.model)
+        longest = longest_sequence(config.model, tokenizer)
+        asked = config.max_seq_length or min(longest, _MOST_LENGTH.get(config.task, longest))
+        if asked > longest:
+            raise UserError(f"max_seq_length = {asked}: the model takes at most {longest}")
+        task = TASKS[config.task](tokenizer, asked, {})
+        data = read_data(config, task, say)
+        write_whole(run / "config.toml", sealed_toml(dataclasses.replace(config, resume=False)))
+        with noting_signals() as stop:
+            runs = _Runs(config, task, data, run, device, dtype, stop)
+            if config.search:
+                return runs.search()
+            if config.seeds > 1:
+                return runs.seeds()
+            return runs.one(config, run)
+
+
+def _dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
+    precision = config.precision
+    if precision == "auto" and device.type == "cpu":
+        precision = "fp32"
+    dtype, reason = choose_dtype(precision, device)
+    say(f"device: {device}, precision: {reason}")
+    return dtype
+
+
+class _Runs:
+    """What runs of a request share."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        task: Task,
+        data: Data,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        stop: Callable[[], str],
+    ) -> None:
+        self.config, self.task, self.data, self.folder = config, task, data, folder
+        self.device, self.dtype, self.stop = device, dtype, stop
+
+    def one(self, config: FinetuneConfig, folder: Path) -> FinetuneResult:
+        """One run, or what it found when it was done before."""
+        done = _done(folder) if config.resume else None
+        if done is not None:
+            say(f"{folder}: is done")
+            return done
+        folder.mkdir(exist_ok=True)
+        self.task.cut = 0
+        trainer = Trainer(
+            config, self.task, self.data, folder, self.device, self.dtype, config.resume, say
+        )
+        trainer.run(self.stop)
+        result = trainer.finish()
+        write_whole(folder / "result.json", json.dumps(_as_json(result)))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return result
+
+    def seeds(self) -> FinetuneResult:
+        """Several runs, and what is common to them."""
+        config, found = self.config, []
+        for seed in range(config.seed, config.seed + config.seeds):
+            say(f"seed {seed}")
+            of_seed = dataclasses.replace(config, seed=seed, seeds=1)
+            found.append(self.one(of_seed, self.folder / f"seed-{seed}"))
+        spreads = metrics.mean_and_deviation([one.evaluation for one in found])
+        return self._best(found, spreads, [])
+
+    def search(self) -> FinetuneResult:
+        """Runs with settings that Optuna proposes (Akiba et al. 2019, tree-structured Parzen)."""
+        optuna = needs("optuna")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        space, config, found = self.config.search_space, self.config, []
+        name = self._metric
+        study = optuna.create_study(
+            direction="minimize" if name in metrics.LESS_IS_BETTER else "maximize",
+            sampler=optuna.samplers.TPESampler(seed=config.seed),
+        )
+        notes = []
+        # What was found before is told again in the same order, so the proposals are the same.
+        for number in range(config.search):
+            trial = study.ask()
+            low, high = space["learning_rate"]
+            values = {"learning_rate": trial.suggest_float("learning_rate", low, high, log=True)}
+            for setting in ("num_train_epochs", "per_device_train_batch_size"):
+                values[setting] = trial.suggest_categorical(setting, space[setting])
+            shown = ", ".join(f"{key} = {value:.3g}" for key, value in values.items())
+            say(f"trial {number}: {shown}")
+            asked: Any = {**values, "search": 0}
+            result = self.one(
+                dataclasses.replace(config, **asked), self.folder / f"trial-{number:03d}"
+            )
+            study.tell(trial, result.metrics[name])
+            found.append(result)
+            notes.append(f"Trial {number}: {shown}: {name} {result.metrics[name]:.4g}")
+        return self._best(found, {}, notes)
+
+    @property
+    def _metric(self) -> str:
+        asked = self.config.metric_for_best_model
+        return metrics.METRICS[self.task.kind][0] if asked == "auto" else asked
+
+    def _best(
+        self, found: list[FinetuneResult], spreads: dict[str, metrics.Spread], notes: list[str]
+    ) -> FinetuneResult:
+        """Makes the best run's model that of the whole, and writes the report of all."""
+        name = self._metric
+        sign = -1 if name in metrics.LESS_IS_BETTER else 1
+        best = max(found, key=lambda one: sign * one.metrics[name])
+        hf = self.folder / "hf"
+        temporary = self.folder / ".hf.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(best.hf, temporary)
+        shutil.rmtree(hf, ignore_errors=True)
+        os.replace(temporary, hf)
+        write_report(
+            self.folder,
+            Report(
+                title=f"{self.task.name}: {self.config.train}",
+                task=self.task.kind,
+                settings=dataclasses.asdict(self.config),
+                evaluation=best.evaluation,
+                notes=[*self.data.notes, *notes, f"What is shown is of {best.folder.name}."],
+                seeds=spreads,
+            ),
+        )
+        return dataclasses.replace(best, folder=self.folder, hf=hf, seeds=spreads)
+
+
+def _as_json(result: FinetuneResult) -> dict[str, Any]:
+    return {
+        "metrics": result.metrics,
+        "details": result.evaluation.details,
+        "best_step": result.best_step,
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "losses": {str(step): loss for step, loss in result.losses.items()},
+    }
+
+
+def _done(folder: Path) -> FinetuneResult | None:
+    """What a run found that ended; None of one that did not."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return FinetuneResult(
+            folder,
+            folder / "hf",
+            Evaluation(kept["metrics"], kept["details"]),
+            kept["best_step"],
+            kept["steps"],
+            kept["seconds"],
+            {int(step): loss for step, loss in kept["losses"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is damaged: delete it, and the run goes on") from None

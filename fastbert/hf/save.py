@@ -1,0 +1,93 @@
+"""A trained model and its tokenizer as a folder that transformers loads: whole, or not there."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from fastbert.errors import RunError
+from fastbert.hf.load import quiet
+
+DESCRIPTION = "fastbert"
+"""The key of config.json that holds what a task needs to know beside transformers' settings."""
+
+
+def save_model(
+    folder: Path, model: Any, tokenizer: Any, description: Mapping[str, Any], pooling: str = ""
+) -> None:
+    """Writes config.json, weights and tokenizer, in place of what was there.
+
+    Args:
+        folder: to be made, or replaced.
+        model: of transformers; for one of PEFT, what it becomes with its adapters merged.
+        tokenizer: of transformers.
+        description: see `DESCRIPTION`.
+        pooling: "mean" or "cls" makes it a folder of sentence-transformers as well.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    setattr(model.config, DESCRIPTION, dict(description))
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    old = folder.with_name(f".{folder.name}.old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with quiet():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        if pooling:
+            _write_pooling(temporary, model.config.hidden_size, description, pooling)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(f"{folder}: cannot be written: {reason}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Brings back the folder that a process was killed over while it replaced it."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        os.replace(old, folder)
+
+
+def _write_pooling(folder: Path, width: int, description: Mapping[str, Any], pooling: str) -> None:
+    """The two modules of sentence-transformers: this model, and what makes one vector of it."""
+    kind = "sentence_transformers.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{kind}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{kind}.Pooling"},
+    ]
+    pooled = {
+        "word_embedding_dimension": width,
+        "pooling_mode_cls_token": pooling == "cls",
+        "pooling_mode_mean_tokens": pooling == "mean",
+        "pooling_mode_max_tokens": False,
+    }
+    files = {
+        "modules.json": modules,
+        "1_Pooling/config.json": pooled,
+        "sentence_bert_config.json": {"max_seq_length": description["max_seq_length"]},
+    }
+    (folder / "1_Pooling").mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def children_with_weights(model: Any) -> list[str]:
+    """The parts of a head: modules beside the encoder that hold weights."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in nn.Module.parameters(child))
+    ]
