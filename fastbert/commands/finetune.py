@@ -1,7 +1,7 @@
 """`fastbert finetune TASK` and `fastbert.finetune`: check the request, and hand it to the runs."""
 
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastbert.commands.checks import check_folder, check_path
 from fastbert.commands.options import Commands, typed
@@ -99,7 +99,7 @@ def _asked(
 class _Where:
     """What a run's folder is found by, before its settings are read."""
 
-    command = FinetuneConfig.command
+    command: ClassVar[str] = FinetuneConfig.command
     resume = True
 
     def __init__(self, out: str) -> None:

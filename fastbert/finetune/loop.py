@@ -30,13 +30,14 @@ from fastbert.finetune.infer import autocast, infer
 from fastbert.finetune.metrics import Evaluation
 from fastbert.finetune.report import Report, write_report
 from fastbert.finetune.start import Start, start
-from fastbert.finetune.tasks.base import Example, Prediction, Task
+from fastbert.finetune.tasks.base import Example, Feature, Prediction, Task
 from fastbert.finetune.tracking import Wandb
 from fastbert.hf.load import load_weights
 from fastbert.hf.save import recover, save_model
 from fastbert.progress import progress_bar
 from fastbert.settings import settings
 from fastbert.train import checkpoint
+from fastbert.train.device import is_out_of_memory
 from fastbert.train.report import Reporter, read_metrics
 from fastbert.train.schedule import share_of_peak
 
@@ -135,7 +136,11 @@ class Trainer:
         self.best: dict[str, Any] = {}
         """step, value and metrics of the best evaluation so far."""
         self.window = [0.0, 0]
-        self.seconds = 0.0
+        self.seconds = self.norm = 0.0
+        self.tokens = 0
+        self.split = 1
+        """Parts that a batch is cut into for want of memory."""
+        self.order: tuple[int, list[int]] | None = None
         _seed(config.seed)
         restored = checkpoint.load_newest(run, say, _what_is_wrong) if resume else None
         if restored is not None:
@@ -266,14 +271,17 @@ class Trainer:
                 self.wandb.close()
 
     def _run(self, stop_signal: Callable[[], str]) -> None:
-        config = self.config
+        config, rate = self.config, None
+        began_at, tokens = self.seconds, self.tokens
         while self.step < self.max_steps and not self._is_stale():
             began = time.perf_counter()
             loss = self._one_step()
             self.seconds += time.perf_counter() - began
             if self.step % config.logging_steps == 0 or self.step == self.max_steps:
-                self._log()
-            self.reporter.advance(loss, None)
+                rate = (self.tokens - tokens) / (self.seconds - began_at)
+                began_at, tokens = self.seconds, self.tokens
+                self._log(rate)
+            self.reporter.advance(loss, rate)
             if self.step % self.eval_every == 0 or self.step == self.max_steps:
                 self._evaluate()
             stop = stop_signal()
@@ -296,23 +304,21 @@ class Trainer:
             return True
         return False
 
-    def _step_batches(self) -> list[dict[str, Tensor]]:
+    def _step_batches(self) -> Iterator[list[Feature]]:
         """The micro-batches of the next step."""
+        config = self.config
         epoch, of_epoch = divmod(self.step, self.steps_per_epoch)
-        order = epoch_order(len(self.train), self.config.seed, epoch)
-        size, count = (
-            self.config.per_device_train_batch_size,
-            self.config.gradient_accumulation_steps,
-        )
-        found = []
+        if self.order is None or self.order[0] != epoch:
+            self.order = epoch, epoch_order(len(self.train), config.seed, epoch)
+        size, count = config.per_device_train_batch_size, config.gradient_accumulation_steps
         for number in range(of_epoch * count, min((of_epoch + 1) * count, self.batches_per_epoch)):
-            places = order[number * size : (number + 1) * size]
-            batch = self.task.batch([self.train[place] for place in places])
-            found.append({name: value.to(self.device) for name, value in batch.items()})
-        return found
+            places = self.order[1][number * size : (number + 1) * size]
+            part = math.ceil(len(places) / self.split)
+            for begin in range(0, len(places), part):
+                yield [self.train[place] for place in places[begin : begin + part]]
 
     def _one_step(self) -> float:
-        """One update; returns its loss."""
+        """One update; returns its loss. What does not fit the memory is cut into halves."""
         config, model = self.config, self.model
         share = share_of_peak(
             config.lr_scheduler_type, self.step, self.rising_steps, self.max_steps
@@ -320,20 +326,22 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         model.train()
-        together = self._step_batches()
-        items = sum(float(self.task.items(batch)) for batch in together)
-        total = torch.zeros((), device=self.device)
-        for batch in together:
-            loss = self._loss(batch) / items
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-            if config.fgm_epsilon:
-                self._adversarial(batch, items)
+        while True:
+            try:
+                found = self._gradients()
+                break
+            except RuntimeError as error:
+                parts = config.per_device_train_batch_size // (2 * self.split)
+                if not is_out_of_memory(error) or not parts or self.task.name == "embed":
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            self.split *= 2
+            self.reporter.say(f"step {self.step}: out of memory: going on with {parts} at a time")
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = config.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-        if math.isfinite(norm):
+        self.norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+        if math.isfinite(self.norm):
             self.scaler.step(self.optimizer)
             self.streak = 0
         else:
@@ -341,12 +349,25 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        found = float(total)
         if math.isfinite(found):
             self.window[0] += found
             self.window[1] += 1
-        self.norm = norm
         return found
+
+    def _gradients(self) -> float:
+        """Adds the gradients of a step's batches; returns its loss."""
+        batches = [self.task.batch(features) for features in self._step_batches()]
+        items = sum(float(self.task.items(batch)) for batch in batches)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            batch = {name: value.to(self.device) for name, value in batch.items()}
+            loss = self._loss(batch) / items
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+            if self.config.fgm_epsilon:
+                self._adversarial(batch, items)
+        self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        return float(total)
 
     def _skip(self) -> None:
         """Of a gradient that is not finite, which fp16 meets while it looks for its scale."""
@@ -393,8 +414,9 @@ class Trainer:
         with torch.no_grad():
             weight.copy_(before)
 
-    def _log(self) -> None:
+    def _log(self, rate: float) -> None:
         row = {
+            "tokens_per_second": rate,
             "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
             "grad_norm": self.norm,
             "epoch": self.step / self.steps_per_epoch,

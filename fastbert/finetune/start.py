@@ -56,6 +56,7 @@ def start(config: FinetuneConfig, task: Task) -> Start:
         classifier_dropout=config.classifier_dropout,
     )
     torch.manual_seed(config.seed)
+    model: Any
     model, drawn = begin_head(config.model, task.head, changes)
     try:
         accelerate(model)
