@@ -16,7 +16,8 @@ import torch
 
 from fastbert.errors import UserError
 from fastbert.finetune import metrics
-from fastbert.finetune.config import FinetuneConfig
+from fastbert.finetune.augment import augmented
+from fastbert.finetune.config import ClassifyConfig, FinetuneConfig
 from fastbert.finetune.data import Data, read_data
 from fastbert.finetune.loop import FinetuneResult, Trainer
 from fastbert.finetune.metrics import Evaluation
@@ -55,6 +56,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             raise UserError(f"max_seq_length = {asked}: the model takes at most {longest}")
         task = TASKS[config.task](tokenizer, asked, {})
         data = read_data(config, task, say)
+        if isinstance(config, ClassifyConfig) and config.augment:
+            more = augmented(data.train, "text", config.augment, config.model, config.seed)
+            data.train += more
+            data.notes.append(f"{len(more)} examples were made by replacing words.")
         write_whole(run / "config.toml", sealed_toml(dataclasses.replace(config, resume=False)))
         with noting_signals() as stop:
             runs = _Runs(config, task, data, run, device, dtype, stop)

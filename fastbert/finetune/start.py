@@ -1,5 +1,6 @@
 """A model as its training begins: weights and head, dropout, what is frozen, LoRA."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,8 @@ def _with_lora(config: FinetuneConfig, model: nn.Module, drawn: list[str]) -> An
             lora_dropout=config.lora_dropout,
             modules_to_save=heads or None,
         )
-        return peft.get_peft_model(model, asked)
+        with warnings.catch_warnings():  # PEFT asks for what transformers 5 calls otherwise
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.get_peft_model(model, asked)
     except ValueError as error:
         raise UserError(f"lora_r = {config.lora_r}: {error}") from None

@@ -107,7 +107,9 @@ class Choose(Task):
         raws: Sequence[np.ndarray],
         predictions: Sequence[Prediction],
     ) -> Evaluation:
-        return metrics.choices([one.fields["label"] for one in examples], [raw.tolist() for raw in raws])
+        return metrics.choices(
+            [one.fields["label"] for one in examples], [raw.tolist() for raw in raws]
+        )
 
     def mistake(self, example: Example, prediction: Prediction) -> dict[str, Any] | None:
         label = example.fields["label"]

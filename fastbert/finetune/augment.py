@@ -1,0 +1,92 @@
+"""More examples to train with: words masked, and replaced by what the model itself would say.
+
+Wu et al. 2019 without its label embedding; labels are kept, which is a guess like any.
+"""
+
+import dataclasses
+import random
+import re
+from collections.abc import Sequence
+
+from fastbert.errors import UserError
+from fastbert.finetune.tasks.base import Example
+from fastbert.hf.fill_mask import MaskFiller
+from fastbert.progress import progress_bar
+
+SHARE = 0.15
+"""Of a text's words that are replaced, at least one."""
+_GUESSES = 10
+_TOGETHER = 64
+_WORD = re.compile(r"\w+")
+
+
+def augmented(
+    examples: Sequence[Example], role: str, share: float, model: str, seed: int
+) -> list[Example]:
+    """Examples like those given with some words others.
+
+    Args:
+        examples: to begin with.
+        role: the field that holds the text.
+        share: of their number to make.
+        model: a folder whose model has the head for masked words.
+        seed: of what is chosen.
+
+    Raises:
+        UserError: the model lacks that head.
+    """
+    try:
+        fill = MaskFiller(model)
+    except UserError as error:
+        raise UserError(f"augment needs the head for masked words: {error}") from None
+    draw = random.Random(seed)
+    count = round(share * len(examples))
+    order = draw.sample(examples, len(examples))
+    chosen = [order[place % len(order)] for place in range(count)]
+    made: list[Example] = []
+    bar = progress_bar(total=count, desc="augment", unit="text")
+    for begin in range(0, count, _TOGETHER):
+        together = chosen[begin : begin + _TOGETHER]
+        texts, places = [], []
+        for one in together:
+            text, spans = _masked(one.fields[role], fill, draw)
+            texts.append(text)
+            places.append(spans)
+        holes = [place for place, spans in enumerate(places) if spans]
+        found = iter(fill([texts[place] for place in holes], _GUESSES) if holes else ())
+        for one, text, spans in zip(together, texts, places, strict=True):
+            words = [_other(next(found).guesses, old, draw) for old in spans]
+            for word in words:
+                text = text.replace(fill.tokenizer.mask_token, word, 1)
+            fields = one.fields | {role: text}
+            made.append(dataclasses.replace(one, where=f"{one.where}, augmented", fields=fields))
+        bar.update(len(together))
+    bar.close()
+    return made
+
+
+def _masked(text: str, fill: MaskFiller, draw: random.Random) -> tuple[str, list[str]]:
+    """The text with some words masked, and these; as it is where it would be too long."""
+    mask = fill.tokenizer.mask_token
+    words = list(_WORD.finditer(text))
+    tokens = len(fill.tokenizer(text, verbose=False)["input_ids"])
+    if not words or mask in text or tokens > fill.encoder.positions():
+        return text, []
+    count = max(1, round(SHARE * len(words)))
+    chosen = sorted(draw.sample(words, count), key=lambda match: match.start())
+    old = [match.group() for match in chosen]
+    for match in reversed(chosen):
+        text = text[: match.start()] + mask + text[match.end() :]
+    return text, old
+
+
+def _other(guesses: Sequence[tuple[str, int, float]], old: str, draw: random.Random) -> str:
+    """A whole word other than the one that stood there, by its probability."""
+    words = {
+        word.strip(): chance
+        for word, _, chance in guesses
+        if _WORD.fullmatch(word.strip()) and word.strip().lower() != old.lower()
+    }
+    if not words:
+        return old
+    return draw.choices(list(words), list(words.values()))[0]
