@@ -365,7 +365,7 @@ class _Search:
         ):
             return False
         distinct = len(set(values))
-        return 2 <= distinct <= min(_MANY_CLASSES, max(2, len(values) // 2))
+        return 2 <= distinct <= min(_MANY_CLASSES, len(values) // 2)
 
     def _values(self, name: str) -> Iterator[Any]:
         return (row.values.get(name) for row in self.rows)

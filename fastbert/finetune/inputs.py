@@ -542,7 +542,7 @@ def _delimiter(sample: list[str]) -> str:
     for delimiter in (",", ";", "\t"):
         if delimiter in sample[0] and _agree(sample, delimiter):
             return delimiter
-    return max(",;\t", key=lambda delimiter: len(next(csv.reader(sample[:1], delimiter=delimiter))))
+    return max(",;\t", key=sample[0].count)
 
 
 def _agree(lines: list[str], delimiter: str) -> bool:
@@ -747,7 +747,9 @@ def _member(path: str, place: str, record: Any, name: str, kind: type) -> Any:
 
 
 def _parquet(path: str) -> _Reader:
-    parquet, errors = needs("pyarrow.parquet"), (needs("pyarrow").ArrowException, OSError)
+    parquet = needs("pyarrow.parquet")
+    # a damaged one may fail anywhere: ValueError is text that is not UTF-8
+    errors = (needs("pyarrow").ArrowException, OSError, ValueError)
     try:
         with parquet.ParquetFile(path) as file:
             columns = tuple(file.schema_arrow.names)

@@ -104,6 +104,13 @@ def test_by_content_the_label_has_few_values_and_the_text_is_long() -> None:
     assert columns.line() == "text = 'what', label = 'how' (of columns who, what, how, when)"
 
 
+def test_a_label_found_by_content_is_met_again() -> None:
+    rows = [[text, str(n)] for n, text in enumerate(LONG)]
+    for count in (2, 12):
+        with pytest.raises(UserError, match="no column for the label among columns text, index"):
+            detect(table("text index", *rows[:count]), "classify", {})
+
+
 def test_a_long_number_or_digest_is_no_text() -> None:
     rows = [["f" * 64, str(10**70 + n), text, n % 2] for n, text in enumerate(LONG)]
     assert detect(table("a b c label", *rows), "classify", {}).of["text"] == "c"
