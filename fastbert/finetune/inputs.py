@@ -239,7 +239,9 @@ def split(
     classes: dict[Hashable, list[int]] = {}
     for index, row in enumerate(rows):
         classes.setdefault(key(row) if key else None, []).append(index)
-    draws = np.random.PCG64(seed).random_raw(len(rows))  # NumPy keeps the raw stream for good
+    draws = (
+        np.random.PCG64(seed).random_raw(len(rows)).tolist()
+    )  # NumPy keeps the raw stream for good
     taken: set[int] = set()
     for members in classes.values():
         count = min(max(math.floor(len(members) * share + 0.5), 1), len(members) - 1)
