@@ -57,7 +57,7 @@ def read_tagged(row: Row, columns: Columns) -> Tagged:
         tags_given = _strings(row, columns, roles.TAGS)
         if len(tags_given) != len(tokens):
             raise UserError(
-                f"{row.where}: {len(tokens)} tokens and {len(tags_given)} tags: there must be as many"
+                f"{row.where}: {len(tokens)} tokens and {len(tags_given)} tags: must be as many"
             )
     words, begin = [], 0
     for token in tokens:

@@ -237,7 +237,7 @@ def test_tags_may_be_numbers_and_tokens_may_not() -> None:
 
 
 def test_tokens_and_tags_of_different_length() -> None:
-    with pytest.raises(UserError, match=r"^x.jsonl:3: 2 tokens and 1 tags: there must be as many$"):
+    with pytest.raises(UserError, match=r"^x.jsonl:3: 2 tokens and 1 tags: must be as many$"):
         read_tagged(*one("tag", tokens=["Ada", "ran"], tags=["O"]))
 
 
