@@ -79,7 +79,8 @@ _FLAGS = {
     CHOICES: "--choices-columns NAME or A,B,C",
     ID: "--id-column NAME",
 }
-_ARTICLE = {ANSWERS: "answers", CHOICES: "choices", TOKENS: "tokens", TAGS: "tags"}
+_PLURAL = (ANSWERS, CHOICES, TOKENS, TAGS)
+_ROWS = 1000  # that are looked at, at most
 _MANY_CLASSES = 50  # beyond, a column found by its content is not taken for the label
 _LONG_LABEL = 40  # characters
 _CLEARLY = 1.5  # times as long as the next must a column be to be taken for the text
@@ -149,7 +150,7 @@ def detect(
     """Finds the columns that a task needs.
 
     Args:
-        table: of which a thousand rows are looked at.
+        table: of which up to a thousand rows from all of it are looked at.
         task: one of `TASKS`.
         named: what flags say, by role; "choices" may be several names with commas between.
         with_labels: whether labels, tags or answers must be there; else none are looked for.
@@ -188,7 +189,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _empty(role: str) -> str:
-    return f"empty {role}" if role in _ARTICLE else f"an empty {role}"
+    return f"empty {role}" if role in _PLURAL else f"an empty {role}"
 
 
 def _columns(names: tuple[str, ...]) -> str:
@@ -204,7 +205,8 @@ class _Search:
 
     def __init__(self, table: Table, task: str, named: dict[str, str], with_labels: bool) -> None:
         self.table, self.task, self.with_labels = table, task, with_labels
-        self.rows = table.rows[:1000]
+        step = len(table.rows) // _ROWS + 1  # not the first: files may be sorted by class
+        self.rows = table.rows[::step]
         self.of: dict[str, str] = {}
         self.choices: tuple[str, ...] = ()
         for role, name in named.items():
@@ -365,7 +367,7 @@ class _Search:
         ):
             return False
         distinct = len(set(values))
-        return 2 <= distinct <= min(_MANY_CLASSES, max(2, len(values) // 2))
+        return 2 <= distinct <= min(_MANY_CLASSES, len(values) // 2)
 
     def _values(self, name: str) -> Iterator[Any]:
         return (row.values.get(name) for row in self.rows)
@@ -386,7 +388,7 @@ class _Search:
         return ()
 
     def _missing(self, role: str) -> UserError:
-        what = _ARTICLE.get(role, f"the {role}")
+        what = role if role in _PLURAL else f"the {role}"
         return UserError(
             f"{self.table.path}: no column for {what} among {_columns(self.table.columns)}: "
             f"name it with {_FLAGS[role]}"

@@ -239,7 +239,9 @@ def split(
     classes: dict[Hashable, list[int]] = {}
     for index, row in enumerate(rows):
         classes.setdefault(key(row) if key else None, []).append(index)
-    draws = np.random.PCG64(seed).random_raw(len(rows))  # NumPy keeps the raw stream for good
+    draws = (
+        np.random.PCG64(seed).random_raw(len(rows)).tolist()
+    )  # NumPy keeps the raw stream for good
     taken: set[int] = set()
     for members in classes.values():
         count = min(max(math.floor(len(members) * share + 0.5), 1), len(members) - 1)
@@ -542,7 +544,7 @@ def _delimiter(sample: list[str]) -> str:
     for delimiter in (",", ";", "\t"):
         if delimiter in sample[0] and _agree(sample, delimiter):
             return delimiter
-    return max(",;\t", key=lambda delimiter: len(next(csv.reader(sample[:1], delimiter=delimiter))))
+    return max(",;\t", key=sample[0].count)
 
 
 def _agree(lines: list[str], delimiter: str) -> bool:
@@ -747,7 +749,9 @@ def _member(path: str, place: str, record: Any, name: str, kind: type) -> Any:
 
 
 def _parquet(path: str) -> _Reader:
-    parquet, errors = needs("pyarrow.parquet"), (needs("pyarrow").ArrowException, OSError)
+    parquet = needs("pyarrow.parquet")
+    # a damaged one may fail anywhere: ValueError is text that is not UTF-8
+    errors = (needs("pyarrow").ArrowException, OSError, ValueError)
     try:
         with parquet.ParquetFile(path) as file:
             columns = tuple(file.schema_arrow.names)

@@ -56,7 +56,9 @@ def read_tagged(row: Row, columns: Columns) -> Tagged:
     if roles.TAGS in columns:
         tags_given = _strings(row, columns, roles.TAGS)
         if len(tags_given) != len(tokens):
-            raise UserError(f"{row.where}: {len(tokens)} tokens, but {len(tags_given)} tags")
+            raise UserError(
+                f"{row.where}: {len(tokens)} tokens and {len(tags_given)} tags: must be as many"
+            )
     words, begin = [], 0
     for token in tokens:
         words.append((begin, begin + len(token)))

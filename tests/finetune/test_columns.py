@@ -104,6 +104,18 @@ def test_by_content_the_label_has_few_values_and_the_text_is_long() -> None:
     assert columns.line() == "text = 'what', label = 'how' (of columns who, what, how, when)"
 
 
+def test_a_label_found_by_content_is_met_again() -> None:
+    rows = [[text, str(n)] for n, text in enumerate(LONG)]
+    for count in (2, 12):
+        with pytest.raises(UserError, match="no column for the label among columns text, index"):
+            detect(table("text index", *rows[:count]), "classify", {})
+
+
+def test_rows_may_be_sorted_by_class() -> None:
+    rows = [["a film", "good" if n < 1500 else "bad"] for n in range(3000)]
+    assert detect(table("text which", *rows), "classify", {}).of["label"] == "which"
+
+
 def test_a_long_number_or_digest_is_no_text() -> None:
     rows = [["f" * 64, str(10**70 + n), text, n % 2] for n, text in enumerate(LONG)]
     assert detect(table("a b c label", *rows), "classify", {}).of["text"] == "c"
@@ -225,7 +237,7 @@ def test_tags_may_be_numbers_and_tokens_may_not() -> None:
 
 
 def test_tokens_and_tags_of_different_length() -> None:
-    with pytest.raises(UserError, match=r"^x.jsonl:3: 2 tokens, but 1 tags$"):
+    with pytest.raises(UserError, match=r"^x.jsonl:3: 2 tokens and 1 tags: must be as many$"):
         read_tagged(*one("tag", tokens=["Ada", "ran"], tags=["O"]))
 
 
