@@ -147,15 +147,15 @@ def multi_label(
     decided = (given >= threshold).astype(np.int64)
     metrics = {"subset_accuracy": float((wanted == decided).all(axis=1).mean())}
     # To scikit-learn, a single column would be one label of two classes.
-    both = [np.pad(one, ((0, 0), (0, 1))) for one in (wanted, decided)]
+    padded, guessed = (np.pad(one, ((0, 0), (0, 1))) for one in (wanted, decided))
     places = list(range(len(names)))
-    metrics |= _averages(*both, ("micro", "macro", "weighted"), places)
-    metrics["samples_f1"] = _averages(*both, ("samples",), places)["samples_f1"]
+    metrics |= _averages(padded, guessed, ("micro", "macro", "weighted"), places)
+    metrics["samples_f1"] = _averages(padded, guessed, ("samples",), places)["samples_f1"]
     details = {
         "examples": len(wanted),
         "notes": [],
         "threshold": threshold,
-        "classes": _classes(*both, names),
+        "classes": _classes(padded, guessed, names),
     }
     found = Evaluation(metrics, details)
     brier = float(((given - wanted) ** 2).mean())
@@ -331,11 +331,17 @@ def answers(
     for one in raw:
         if no_answer is not None and no_answer[one] > threshold:
             decided[one] = squad.Score(*[float(one in unanswerable)] * 2)
-    parts = {"": raw.keys()}
+    parts = {"": [*raw]}
     if unanswerable:
-        parts |= {"has_answer_": raw.keys() - unanswerable, "no_answer_": unanswerable}
-    metrics, details = {}, {"examples": len(raw), "unanswerable": len(unanswerable), "notes": []}
-    details["definition"] = "SQuAD 2.0" if unanswerable else "SQuAD 1.1"
+        parts["has_answer_"] = [one for one in raw if one not in unanswerable]
+        parts["no_answer_"] = [one for one in raw if one in unanswerable]
+    metrics: dict[str, float] = {}
+    details: dict[str, Any] = {
+        "examples": len(raw),
+        "unanswerable": len(unanswerable),
+        "definition": "SQuAD 2.0" if unanswerable else "SQuAD 1.1",
+        "notes": [],
+    }
     for part, chosen in parts.items():
         if chosen:
             mean = squad.mean(decided[one] for one in chosen)
@@ -427,17 +433,17 @@ def calibration(confidences: NDArray[np.floating], right: NDArray[np.bool_]) -> 
     edges = np.linspace(0, 1, BINS + 1)
     # By the edges themselves: 15 times a confidence may round across one.
     bins = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, BINS - 1)
-    rows, error = [], 0.0
+    rows: list[dict[str, float | None]] = []
+    error = 0.0
     for place in range(BINS):
         inside = bins == place
         count = int(inside.sum())
-        row = {"low": float(edges[place]), "high": float(edges[place + 1]), "count": count}
-        row |= {"confidence": None, "accuracy": None}
+        confidence = accuracy = None
         if count:
-            row["confidence"] = float(confidences[inside].mean())
-            row["accuracy"] = float(right[inside].mean())
-            error += abs(row["confidence"] - row["accuracy"]) * count / len(right)
-        rows.append(row)
+            confidence, accuracy = float(confidences[inside].mean()), float(right[inside].mean())
+            error += abs(confidence - accuracy) * count / len(right)
+        bounds = {"low": float(edges[place]), "high": float(edges[place + 1])}
+        rows.append({**bounds, "count": count, "confidence": confidence, "accuracy": accuracy})
     return {"expected_calibration_error": error, "bins": rows}
 
 

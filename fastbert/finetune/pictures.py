@@ -70,6 +70,10 @@ def shown_classes(counts: Sequence[Sequence[int]]) -> list[int]:
     return sorted(sorted(places, key=lambda one: -missed[one])[:MOST_CLASSES])
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share >= 0.005 else "&lt;1%"
+
+
 def _cell_text(count: int) -> str:
     return str(count) if count < 10_000 else f"{count / 1000:.0f}k"
 
@@ -83,7 +87,9 @@ def confusion_svg(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     """
     places = shown_classes(counts)
     classes = len(places)
-    cell = next(size for most, size in ((4, 76), (10, 52), (20, 36), (40, 26)) if classes <= most)
+    cell = next(
+        size for most, size in ((4, 76), (10, 52), (20, 36), (MOST_CLASSES, 21)) if classes <= most
+    )
     labels = [clipped(names[place]) for place in places]
     longest = max(map(_width, labels)) * 7
     left = longest + 34
@@ -134,7 +140,7 @@ def _cell(x: float, y: float, size: int, count: int, total: int, right: bool) ->
         texts = (
             f'<text x="{middle}" y="{base - 6}" text-anchor="middle">{_cell_text(count)}</text>'
             f'<text class="small" x="{middle}" y="{base + 9}" text-anchor="middle">'
-            f"{100 * share:.0f}%</text>"
+            f"{_percent(share)}</text>"
         )
     elif size < 36:
         texts = texts.replace("<text", '<text class="small"').replace(f"{base}", f"{base - 1}")

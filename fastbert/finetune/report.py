@@ -3,8 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +18,12 @@ from fastbert.finetune.metrics import METRICS, Evaluation, Spread
 _MOST_MISTAKES = 50
 _MOST_LETTERS = 1200  # of a text on the page
 _AROUND = 240  # letters shown on either side of what is marked in a longer text
+_MOST_OF_A_NAME = 80
 _HEADLINES = 4
 
 _STYLE = (
-    """
+    pictures.STYLE
+    + """
 :root { color-scheme: light dark; --paper: #fff; --ink: #20242b; --dim: #5b6472; --line: #d9dde3;
   --stripe: #f5f7f9; --right: #1a62bf; --wrong: #b04400; --deepest: 0.6; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16191e; --ink: #e4e7ec; --dim: #a3adbb;
@@ -43,7 +46,7 @@ td:first-child { min-width: 7rem; max-width: 22rem; overflow-wrap: anywhere; whi
 tbody tr:nth-child(even) { background: var(--stripe); }
 td.f1 { background: linear-gradient(to right, color-mix(in srgb, var(--right) 28%, transparent)
   calc(var(--share) * 100%), transparent 0); min-width: 7rem; }
-.settings td { text-align: left; overflow-wrap: anywhere; white-space: normal; }
+.settings :is(th, td) { text-align: left; overflow-wrap: anywhere; white-space: normal; }
 .cards { display: flex; flex-wrap: wrap; gap: 0.75rem; margin: 1.5rem 0; padding: 0; }
 .cards > div { flex: 1 1 9rem; max-width: 16rem; padding: 0.6rem 0.9rem;
   border: 1px solid var(--line); border-radius: 6px; }
@@ -52,22 +55,26 @@ td.f1 { background: linear-gradient(to right, color-mix(in srgb, var(--right) 28
 .cards dd small { display: block; color: var(--dim); font-size: 0.85rem; }
 .mistakes { list-style: none; padding: 0; }
 .mistakes > li { padding: 0.8rem 0; border-bottom: 1px solid var(--line); }
-.mistakes p, .mistakes ol { margin: 0.35rem 0; }
+.mistakes p { margin: 0.35rem 0; }
+.mistakes ol { margin: 0.35rem 0 0.35rem 6.1rem; padding-left: 1.4rem; }
 .text { white-space: pre-wrap; }
 .said { display: grid; grid-template-columns: 5.5rem minmax(0, 1fr); gap: 0.6rem;
   align-items: baseline; margin: 0.35rem 0; }
 .key { color: var(--dim); font-size: 0.85rem; }
-mark { padding: 0.05rem 0.15rem; border-radius: 3px; background: none; color: inherit;
+mark { padding: 0.05rem 0; border-radius: 2px; background: none; color: inherit;
   border-bottom: 2px solid var(--dim); }
 mark.right { border-bottom-color: var(--right);
   background: color-mix(in srgb, var(--right) 22%, transparent); }
 mark.wrong { border-bottom: 2px dashed var(--wrong);
   background: color-mix(in srgb, var(--wrong) 22%, transparent); }
-mark small { margin-left: 0.3rem; color: var(--dim); }
+mark.right.wrong { background: color-mix(in srgb, var(--right) 22%, transparent); }
+mark small { margin: 0 0.15rem 0 0.3rem; color: var(--dim); }
+@media (max-width: 32rem) { th, td { padding: 0.2rem 0.4rem; } svg.plot { font-size: 15px; }
+  td:first-child { min-width: 5.5rem; } td.f1 { min-width: 4rem; }
+  .said { grid-template-columns: 4.5rem minmax(0, 1fr); } .mistakes ol { margin-left: 5.1rem; } }
 b.right { color: var(--right); }
 b.wrong { color: var(--wrong); }
 """
-    + pictures.STYLE
 )
 
 
@@ -211,28 +218,30 @@ def _page(report: Report) -> str:
 
 def _headlines(report: Report) -> list[str]:
     metrics = report.evaluation.metrics
+    number = _number_of(report.task)
     chosen = [name for name in METRICS[report.task] if name in metrics][:_HEADLINES]
     cards = []
     for name in chosen:
         below = ""
         if name in report.seeds:
             spread = report.seeds[name]
-            below = f"<small>{_spread(spread)} over {len(spread.values)} seeds</small>"
+            below = f"<small>{_spread(spread, number)} over {len(spread.values)} seeds</small>"
         cards.append(
-            f"<div><dt>{escape(_words(name))}</dt><dd>{_number(metrics[name])}{below}</dd></div>"
+            f"<div><dt>{escape(_words(name))}</dt><dd>{number(metrics[name])}{below}</dd></div>"
         )
     return [f'<dl class="cards">{"".join(cards)}</dl>']
 
 
 def _all_metrics(report: Report) -> list[str]:
     metrics = report.evaluation.metrics
+    number = _number_of(report.task)
     known = [name for name in METRICS[report.task] if name in metrics]
     head, rows = ["metric", "this model", *(["mean ± deviation"] if report.seeds else [])], []
     for name in [*known, *(name for name in metrics if name not in known)]:
-        row = [_cell(_words(name)), _cell(_number(metrics[name]))]
+        row = [_cell(_words(name)), _cell(number(metrics[name]))]
         if report.seeds:
-            row.append(_cell(_spread(report.seeds[name]) if name in report.seeds else "—"))
-        row += [_cell(_number(one.get(name))) for one in report.baselines.values()]
+            row.append(_cell(_spread(report.seeds[name], number) if name in report.seeds else "—"))
+        row += [_cell(number(one.get(name))) for one in report.baselines.values()]
         rows.append(row)
     parts = ["<h2>Metrics</h2>", _table([*head, *report.baselines], rows)]
     if "positive" in report.evaluation.details:
@@ -254,7 +263,7 @@ def _class_table(classes: Iterable[Mapping[str, Any]]) -> str:
         numbers = [_cell(_number(one[name])) for name in ("precision", "recall")]
         rows.append(
             [
-                _cell(one["name"]),
+                _name_cell(one["name"]),
                 *numbers,
                 f"<td{share}>{_number(one['f1'])}</td>",
                 _cell(f"{one['support']:,}"),
@@ -286,8 +295,8 @@ def _calibration(calibration: Mapping[str, Any], task: str) -> list[str]:
         "<h2>Calibration</h2>",
         f"<figure>{pictures.reliability_svg(calibration, *_calibration_axes(task))}<figcaption>"
         f"Expected calibration error {_number(error)} over {len(calibration['bins'])} bins, Brier "
-        f"score {_number(brier)}. Bars and dots on the dashed line: as often right as the model is "
-        "sure; below it: surer than right.</figcaption></figure>",
+        f"score {_number(brier)}. On the dashed line, probabilities come true as often as they "
+        "say; below it they are too high.</figcaption></figure>",
     ]
 
 
@@ -315,7 +324,9 @@ def _mistakes(mistakes: Sequence[Mapping[str, Any]]) -> list[str]:
     if not mistakes:
         return []
     shown = mistakes[:_MOST_MISTAKES]
-    said = f"The worst {len(shown)} of {len(mistakes):,} in eval.json; the worst first."
+    said = "The worst first."
+    if len(mistakes) > len(shown):
+        said = f"The worst {len(shown)} of the {len(mistakes):,} in eval.json, the worst first."
     items = "".join(f"<li>{_mistake(one)}</li>" for one in shown)
     return [
         "<h2>Mistakes</h2>",
@@ -394,7 +405,7 @@ def _marked(text: str, spans: Sequence[_Span]) -> str:
         over = [one for one in spans if one.start <= start and end <= one.end]
         piece = escape(text[start:end])
         if over:
-            kind = "right" if any(one.kind == "right" for one in over) else "wrong"
+            kind = " ".join(sorted({one.kind for one in over}))
             labels = [escape(one.label) for one in over if one.end == end and one.label]
             shown = f"<small>{' '.join(labels)}</small>" if labels else ""
             piece = f'<mark class="{kind}">{piece}{shown}</mark>'
@@ -453,18 +464,19 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -
     )
 
 
+def _name_cell(name: str) -> str:
+    short = pictures.clipped(name, _MOST_OF_A_NAME)
+    titled = "" if short == name else f' title="{escape(name)}"'
+    return f"<td{titled}>{escape(short)}</td>"
+
+
 def _cell(text: str) -> str:
     return f"<td>{escape(text)}</td>"
 
 
 _SPELLED = {
-    "f1": "F1",
-    "mrr": "MRR",
-    "roc": "ROC",
-    "auc": "AUC",
-    "r2": "R²",
-    "mse": "MSE",
-    "mae": "MAE",
+    **{"f1": "F1", "mrr": "MRR", "roc": "ROC", "auc": "AUC", "r2": "R²", "mse": "MSE"},
+    **{name.lower(): name for name in ("MAE", "Matthews", "Brier", "Pearson", "Spearman")},
 }
 
 
@@ -473,18 +485,21 @@ def _words(name: str) -> str:
     return " ".join(_SPELLED.get(word, word) for word in name.split("_"))
 
 
-def _spread(spread: Spread) -> str:
+def _spread(spread: Spread, number: Callable[[Any], str]) -> str:
     if spread.deviation is None:
-        return _number(spread.mean)
-    return f"{_number(spread.mean)} ± {_number(spread.deviation)}"
+        return number(spread.mean)
+    return f"{number(spread.mean)} ± {number(spread.deviation)}"
 
 
-def _number(value: Any) -> str:
+def _number_of(task: str) -> Callable[[Any], str]:
+    """How a metric is written; those of answers are in percent."""
+    return partial(_number, digits=2) if task == "answer" else _number
+
+
+def _number(value: Any, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return "—"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
 
 
 def _shown(value: Any) -> str:
