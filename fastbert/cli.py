@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from fastbert import __version__
-from fastbert.commands import doctor, fill_mask, options, pretrain
+from fastbert.commands import doctor, explain, fill_mask, options, pretrain
 from fastbert.errors import FastbertError
 from fastbert.train.interrupts import Interrupted, interruptible, raise_lost
 
@@ -115,7 +115,9 @@ def _dispatch(argv: list[str]) -> None:
     commands = options.Commands(parser, "commands", "COMMAND")
     pretrain.add(commands)
     fill_mask.add(commands)
-    ours = argv[:1] in (["pretrain"], ["fill-mask"], ["doctor"])  # whatever befalls the bench
+    explain.add(commands)
+    # Whatever befalls the bench.
+    ours = argv[:1] in (["pretrain"], ["fill-mask"], ["explain"], ["doctor"])
     missing = {} if ours else _add_bench(commands)
     doctor.add(commands)
     if not argv:
