@@ -5,7 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastbert.commands.checks import check_output, check_path
 from fastbert.commands.options import Commands
@@ -84,7 +84,7 @@ def run(args: Namespace) -> None:
 
 
 def _explained(
-    explainer: "Explainer", texts: list[str], asked: dict[str, object]
+    explainer: "Explainer", texts: list[str], asked: dict[str, Any]
 ) -> Iterator["Explanation"]:
     from fastbert.finetune.explain import TOLERANCE
     from fastbert.progress import progress_bar

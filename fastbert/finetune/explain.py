@@ -8,7 +8,7 @@ L layers, A heads, S tokens of a text, W its words, V vocabulary.
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -480,13 +480,20 @@ def _words(texts: tuple[str, ...], encoding: Any) -> tuple[Word, ...]:
         start, end = encoding.token_to_chars(token)
         begin, before, first, _ = found.get((part, word), (start, end, token, token))
         found[part, word] = min(begin, start), max(before, end), first, token + 1
-    words = []
+    words: list[Word] = []
+    blank = None  # tokens of nothing but spaces belong to the word before, or else to the next
     for (part, _), (start, end, first, after) in found.items():
         text = texts[part][start:end]
-        start += len(text) - len(text.lstrip())  # some tokenizers count the space before it
         if text.strip():
+            start += len(text) - len(text.lstrip())  # some tokenizers count the space before it
             text = text.strip()
+            first = first if blank is None else blank
             words.append(Word(text, start, start + len(text), part, (first, after)))
+            blank = None
+        elif words and words[-1].part == part:
+            words[-1] = replace(words[-1], tokens=(words[-1].tokens[0], after))
+        else:
+            blank = first if blank is None else blank
     return tuple(words)
 
 

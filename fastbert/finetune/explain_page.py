@@ -194,8 +194,8 @@ def _table(one: Explanation) -> str:
     opened = " open" if len(one.words) <= _FEW else ""
     return (
         f"<details{opened}><summary>{len(one.words)} words in a table</summary>"
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Words"><table><thead><tr>{names}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="Words"><table>'
+        f"<thead><tr>{names}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 
@@ -294,7 +294,8 @@ button { font: inherit; color: inherit; background: none; border: 1px solid var(
   border-radius: 4px; padding: 0; cursor: pointer; }
 button.plain { padding: 0.2rem 0.8rem; }
 button[aria-pressed="true"] { outline: 2px solid var(--link); border-color: var(--link); }
-button:focus-visible, canvas:focus-visible, .scroll:focus-visible { outline: 3px solid var(--ink); outline-offset: 1px; }
+button:focus-visible, canvas:focus-visible, .scroll:focus-visible {
+  outline: 3px solid var(--ink); outline-offset: 1px; }
 .grid button { aspect-ratio: 1; min-width: 0; overflow: hidden; }
 .grid canvas { display: block; width: 100%; height: 100%; image-rendering: pixelated; }
 .map { display: block; width: 100%; touch-action: pan-y; cursor: crosshair; }
