@@ -80,7 +80,7 @@ def run(args: Namespace) -> None:
     found = _explained(Explainer(args.model), texts, asked | {"max_length": max_length})
     title = f"{os.path.basename(os.path.abspath(args.model))}, explained"
     size = write_page(args.out, found, title)
-    print(f"{args.out}: {size / 1e6:.1f} MB")
+    print(f"{args.out}: {size / 1e3:,.0f} kB")
 
 
 def _explained(

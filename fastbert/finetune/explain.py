@@ -432,7 +432,7 @@ class Explainer:
             "score": float(chances[word - 1].max()),
             "tags": tags,
         }
-        what = f"logit of {tag} for word {word}, {words[word - 1].text}"
+        what = f'logit of {tag} for word {word}, "{words[word - 1].text}"'
         return _Asked(prediction, what, token, lambda out: out.logits[:, token, index])
 
     def _ask_mask(self, output: Any, token: int, target: str | None) -> _Asked:
@@ -513,5 +513,5 @@ def _ask_answer(output: Any, text: str, encoding: Any) -> _Asked:
         "score": float(spans[first, last]),
         "no_answer": float(begins[0] * ends[0]),
     }
-    what = f"start logit of the answer {prediction['answer']}"
+    what = f'start logit of the answer "{prediction["answer"]}"'
     return _Asked(prediction, what, first, lambda out: out.start_logits[:, first])

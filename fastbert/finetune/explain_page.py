@@ -151,7 +151,7 @@ def _rollout(one: Explanation) -> str:
 def _named(one: Explanation, token: int) -> str:
     """A token as a reader knows it: by its word, or by its own name."""
     words = (word.text for word in one.words if word.tokens[0] <= token < word.tokens[1])
-    return next(words, one.tokens[token])
+    return next((f'"{word}"' for word in words), one.tokens[token])
 
 
 def _coloured(
@@ -244,8 +244,8 @@ among the words: that for the text, and that for the same number of [PAD] with [
 <p>Attention tells where a model takes from, not why it decides. Rollout (Abnar and Zuidema 2020)
 multiplies it through the layers, its mean over the heads and the identity in equal parts.</p>
 <p>The maps hold the square root of attention in 256 levels, which errs by at most 0.4 percentage
-points; colours follow that root. A word takes from another the sum over its tokens, the mean over
-those of its own.</p>"""
+points; colours follow the cube root, so that little is seen too. A word takes from another the sum
+over its tokens, the mean over those of its own.</p>"""
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #20242b; --dim: #5b6472; --line: #d0d5dd;
@@ -342,7 +342,7 @@ function paint(canvas, weights) {
   const n = canvas.width = canvas.height = Math.sqrt(weights.length);
   const context = canvas.getContext('2d'), image = context.createImageData(n, n);
   const [r, g, b] = look();
-  weights.forEach((weight, at) => image.data.set([r, g, b, 255 * Math.sqrt(weight)], 4 * at));
+  weights.forEach((weight, at) => image.data.set([r, g, b, 255 * Math.cbrt(weight)], 4 * at));
   context.putImageData(image, 0, 0);
 }
 function percent(weight) { return (100 * weight).toFixed(1) + '%'; }
@@ -442,14 +442,14 @@ async function draw(box) {
         const line = document.createElementNS('http://www.w3.org/2000/svg', 'line');
         const ends = {x1: 0, y1: row + 0.5, x2: 1, y2: column + 0.5};
         for (const [name, value] of Object.entries(ends)) line.setAttribute(name, value);
-        line.setAttribute('stroke-opacity', Math.sqrt(weight));
+        line.setAttribute('stroke-opacity', Math.cbrt(weight));
         svg.append(line);
       });
     });
     const to = words.map(word => chosen < 0 ? 0 : between(words[chosen], word));
     ends.forEach(({end, share}, at) => {
       share.textContent = to[at] >= 0.005 ? percent(to[at]) : '';
-      end.style.background = `rgb(var(--look) / ${0.6 * Math.sqrt(to[at])})`;
+      end.style.background = `rgb(var(--look) / ${0.6 * Math.cbrt(to[at])})`;
     });
     const most = to.indexOf(Math.max(...to));
     told.textContent = chosen < 0 ? 'Lines: 5% and more. Choose a word for its own.' :

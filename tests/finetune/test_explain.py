@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,14 @@ import fastbert
 from fastbert.cli import main
 from fastbert.errors import UserError
 from fastbert.finetune.explain import (
+    LONGEST_ANSWER,
     STEPS,
     TOLERANCE,
     Explainer,
     Explanation,
+    Gradients,
     Word,
+    _ask_answer,
     explain,
     integrated_gradients,
     rollout,
@@ -337,6 +341,18 @@ def test_an_answer(folders: Callable[[str], Path]) -> None:
     assert word.tokens[0] <= found.token < word.tokens[1]
 
 
+def test_an_answer_ends_after_it_begins_and_is_short(folders: Callable[[str], Path]) -> None:
+    asked, text = Explainer(folders("BertForQuestionAnswering")), "the cat " * 25
+    encoding = asked.tokenizer("who", text)
+    begins, ends = torch.zeros(1, 54), torch.zeros(1, 54)
+    begins[0, 20] = ends[0, 10] = 9.0  # the likeliest, were they apart
+    begins[0, 1] = ends[0, 1] = 20.0  # of the question
+    ends[0, 20 + LONGEST_ANSWER - 1], ends[0, 20 + LONGEST_ANSWER] = 3.0, 5.0
+    found = _ask_answer(SimpleNamespace(start_logits=begins, end_logits=ends), text, encoding)
+    assert found.token == 20
+    assert len(found.prediction["answer"].split()) == LONGEST_ANSWER
+
+
 def test_a_masked_word(folders: Callable[[str], Path]) -> None:
     folder = folders("BertForMaskedLM")
     (theirs, *_) = transformers.pipeline("fill-mask", str(folder), device="cpu")("the [MASK] sat")
@@ -371,6 +387,8 @@ def test_what_does_not_fit_is_cut_and_counted(folders: Callable[[str], Path]) ->
     found = asked(long, question="who sat?", max_length=20)
     assert (len(found.tokens), found.cut) == (20, 3 + 3 + 100 - 20)
     assert [word.text for word in found.words if word.part == 0] == ["who", "sat", "?"]
+    found = asked(long, question="who sat on the good mat", max_length=11)
+    assert [len([w for w in found.words if w.part == part]) for part in (0, 1)] == [6, 2]
     with pytest.raises(UserError, match="at most 6 tokens: must be at least 7"):
         asked(long, question="who sat?", max_length=6)
 
@@ -442,6 +460,21 @@ def test_a_label_is_escaped(tmp_path: Path) -> None:
     assert "&lt;img src=x" in html
 
 
+def test_no_word_or_token_is_read_as_html(tmp_path: Path) -> None:
+    """Not even where a tokenizer leaves a whole tag in a word, or between words."""
+    bad = "</script><img src=x>"
+    one = np.ones((1, 1, 1, 1), np.float32)
+    found = Explanation(
+        texts=(bad * 2,), tokens=(bad,), words=(Word(bad, 0, len(bad), 0, (0, 1)),), cut=0,
+        attentions=one, rollout=one[0, 0], token=0, prediction={"tag": bad, "word": bad,
+        "tags": [bad], "score": 1.0}, target=bad, note="",
+        gradients=Gradients(np.ones(1), 1.0, 0.0, 32),
+    )  # fmt: skip
+    html, read, (data,) = page_of(tmp_path / "page.html", found)
+    assert "img" not in read.tags and "<img" not in html
+    assert (data["tokens"], read.marked) == ([bad], [bad * 2] * 2)
+
+
 def test_the_maps_are_the_attention(folders: Callable[[str], Path], tmp_path: Path) -> None:
     found = explain(TEXT, folders("BertForSequenceClassification"))
     _, _, (data,) = page_of(tmp_path / "page.html", found)
@@ -508,7 +541,7 @@ def test_the_command_writes_a_page_of_several_texts(
     model = folders("BertForSequenceClassification")
     out, err = say(capsys, 0, "--model", model, "--file", "texts")
     assert "1 empty lines were skipped" in err
-    assert re.search(r"^text 2: logit of \w+: .*\nexplain.html: 0.\d MB$", out, re.M)
+    assert re.search(r"^text 2: logit of \w+: .*\nexplain.html: \d+ kB$", out, re.M)
     read = _Read(Path("explain.html").read_text("utf-8"))
     assert read.marked == [TEXT, TEXT, NASTY, NASTY]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["explain.html", "texts"]
