@@ -465,14 +465,14 @@ def test_no_word_or_token_is_read_as_html(tmp_path: Path) -> None:
     bad = "</script><img src=x>"
     one = np.ones((1, 1, 1, 1), np.float32)
     found = Explanation(
-        texts=(bad * 2,), tokens=(bad,), words=(Word(bad, 0, len(bad), 0, (0, 1)),), cut=0,
+        texts=(bad * 3,), tokens=(bad,), words=(Word(bad, len(bad), 2 * len(bad), 0, (0, 1)),), cut=0,
         attentions=one, rollout=one[0, 0], token=0, prediction={"tag": bad, "word": bad,
         "tags": [bad], "score": 1.0}, target=bad, note="",
         gradients=Gradients(np.ones(1), 1.0, 0.0, 32),
     )  # fmt: skip
     html, read, (data,) = page_of(tmp_path / "page.html", found)
     assert "img" not in read.tags and "<img" not in html
-    assert (data["tokens"], read.marked) == ([bad], [bad * 2] * 2)
+    assert (data["tokens"], read.marked) == ([bad], [bad * 3] * 2)
 
 
 def test_the_maps_are_the_attention(folders: Callable[[str], Path], tmp_path: Path) -> None:
