@@ -244,7 +244,7 @@ among the words: that for the text, and that for the same number of [PAD] with [
 <p>Attention tells where a model takes from, not why it decides. Rollout (Abnar and Zuidema 2020)
 multiplies it through the layers, its mean over the heads and the identity in equal parts.</p>
 <p>The maps hold the square root of attention in 256 levels, which errs by at most 0.4 percentage
-points; colours follow the cube root, so that little is seen too. A word takes from another the sum
+points; their colours follow the cube root: little is seen too. A word takes from another the sum
 over its tokens, the mean over those of its own.</p>"""
 
 _STYLE = """

@@ -465,7 +465,8 @@ def test_no_word_or_token_is_read_as_html(tmp_path: Path) -> None:
     bad = "</script><img src=x>"
     one = np.ones((1, 1, 1, 1), np.float32)
     found = Explanation(
-        texts=(bad * 3,), tokens=(bad,), words=(Word(bad, len(bad), 2 * len(bad), 0, (0, 1)),), cut=0,
+        texts=(bad * 3,), tokens=(bad,), cut=0,
+        words=(Word(bad, len(bad), 2 * len(bad), 0, (0, 1)),),
         attentions=one, rollout=one[0, 0], token=0, prediction={"tag": bad, "word": bad,
         "tags": [bad], "score": 1.0}, target=bad, note="",
         gradients=Gradients(np.ones(1), 1.0, 0.0, 32),
