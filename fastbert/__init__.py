@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastbert.data.examples import pack
     from fastbert.data.tokenize import WordPiece
     from fastbert.errors import FastbertError, RunError, UserError
+    from fastbert.finetune.explain import Explanation, explain
     from fastbert.hf.accelerate import accelerate, decelerate
     from fastbert.hf.attention import register_attention
     from fastbert.hf.encode import encode
@@ -50,6 +51,7 @@ __all__ = [
     "BertModel",
     "Callback",
     "Evaluation",
+    "Explanation",
     "FastbertError",
     "Metrics",
     "ModelConfig",
@@ -63,6 +65,7 @@ __all__ = [
     "accelerate",
     "decelerate",
     "encode",
+    "explain",
     "load_pretrained",
     "make_step",
     "model_config",
@@ -79,6 +82,7 @@ _HOME = {
     "data.examples": ("pack",),
     "data.tokenize": ("WordPiece",),
     "errors": ("FastbertError", "RunError", "UserError"),
+    "finetune.explain": ("Explanation", "explain"),
     "hf.accelerate": ("accelerate", "decelerate"),
     "hf.attention": ("register_attention",),
     "hf.encode": ("encode",),
