@@ -19,20 +19,27 @@ from fastbert.finetune import metrics
 from fastbert.finetune.augment import augmented
 from fastbert.finetune.config import ClassifyConfig, FinetuneConfig
 from fastbert.finetune.data import Data, read_data
-from fastbert.finetune.loop import FinetuneResult, Trainer
+from fastbert.finetune.loop import FinetuneResult, Trainer, metric_of
 from fastbert.finetune.metrics import Evaluation
 from fastbert.finetune.needs import needs
 from fastbert.finetune.report import Report, write_report
 from fastbert.finetune.tasks import TASKS
 from fastbert.finetune.tasks.base import Task
 from fastbert.hf.load import load_tokenizer, longest_sequence
-from fastbert.settings import sealed_toml
+from fastbert.settings import load_config, sealed_toml, settings
 from fastbert.train.device import choose_device, choose_dtype, keep_freed_memory
 from fastbert.train.interrupts import interruptible, noting_signals
-from fastbert.train.prepare import held_run, say, write_whole
+from fastbert.train.prepare import held_run, say, taken_back_on_failure, write_whole
 
 _MOST_LENGTH = {"answer": 384}
 """Tokens of a sequence where nothing is said: a window of a paragraph; others take what fits."""
+
+_FREE = {
+    *("out", "device", "resume", "num_threads", "report_to", "logging_steps", "save_steps"),
+    *("model", "train", "eval", "seeds"),
+}
+"""What may be other when a run goes on. That examples are the same, a checkpoint knows."""
+_BEGUN = ("config.toml", "metrics.jsonl", "tensorboard", "wandb")
 
 
 def finetune(config: FinetuneConfig) -> FinetuneResult:
@@ -54,13 +61,15 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         asked = config.max_seq_length or min(longest, _MOST_LENGTH.get(config.task, longest))
         if asked > longest:
             raise UserError(f"max_seq_length = {asked}: the model takes at most {longest}")
+        config = dataclasses.replace(config, out=str(run))
+        if config.resume:
+            _check_same(config, run)
         task = TASKS[config.task](tokenizer, asked, {})
         data = read_data(config, task, say)
         if isinstance(config, ClassifyConfig) and config.augment:
             more = augmented(data.train, "text", config.augment, config.model, config.seed)
             data.train += more
             data.notes.append(f"{len(more)} examples were made by replacing words.")
-        write_whole(run / "config.toml", sealed_toml(dataclasses.replace(config, resume=False)))
         with noting_signals() as stop:
             runs = _Runs(config, task, data, run, device, dtype, stop)
             if config.search:
@@ -68,6 +77,21 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             if config.seeds > 1:
                 return runs.seeds()
             return runs.one(config, run)
+
+
+def _check_same(config: FinetuneConfig, run: Path) -> None:
+    """Refuses settings that a run cannot change half-way."""
+    path = run / "config.toml"
+    if not path.exists():
+        return
+    before = load_config(type(config), path, {}, sealed=True)
+    for name in (one.name for one in settings(type(config)) if one.name not in _FREE):
+        asked, kept = getattr(config, name), getattr(before, name)
+        if asked != kept:
+            raise UserError(
+                f"{name} = {asked!r} differs from {kept!r} of the run in {run}: leave it out to go "
+                "on, or name another --out"
+            )
 
 
 def _dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
@@ -101,11 +125,15 @@ class _Runs:
         if done is not None:
             say(f"{folder}: is done")
             return done
-        folder.mkdir(exist_ok=True)
         self.task.cut = 0
-        trainer = Trainer(
-            config, self.task, self.data, folder, self.device, self.dtype, config.resume, say
-        )
+        below = () if folder == self.folder else (folder.name,)
+        with taken_back_on_failure(self.folder, (*_BEGUN, *below)):
+            settings = dataclasses.replace(self.config, resume=False)
+            write_whole(self.folder / "config.toml", sealed_toml(settings))
+            folder.mkdir(exist_ok=True)
+            trainer = Trainer(
+                config, self.task, self.data, folder, self.device, self.dtype, config.resume, say
+            )
         trainer.run(self.stop)
         result = trainer.finish()
         write_whole(folder / "result.json", json.dumps(_as_json(result)))
@@ -127,10 +155,10 @@ class _Runs:
         optuna = needs("optuna")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space, config, found = self.config.search_space, self.config, []
-        name = self._metric
+        name = metric_of(config, self.task)
         study = optuna.create_study(
             direction="minimize" if name in metrics.LESS_IS_BETTER else "maximize",
-            sampler=optuna.samplers.TPESampler(seed=config.seed),
+            sampler=optuna.samplers.TPESampler(seed=config.seed % 2**32),
         )
         notes = []
         # What was found before is told again in the same order, so the proposals are the same.
@@ -151,16 +179,11 @@ class _Runs:
             notes.append(f"Trial {number}: {shown}: {name} {result.metrics[name]:.4g}")
         return self._best(found, {}, notes)
 
-    @property
-    def _metric(self) -> str:
-        asked = self.config.metric_for_best_model
-        return metrics.METRICS[self.task.kind][0] if asked == "auto" else asked
-
     def _best(
         self, found: list[FinetuneResult], spreads: dict[str, metrics.Spread], notes: list[str]
     ) -> FinetuneResult:
         """Makes the best run's model that of the whole, and writes the report of all."""
-        name = self._metric
+        name = metric_of(self.config, self.task)
         sign = -1 if name in metrics.LESS_IS_BETTER else 1
         best = max(found, key=lambda one: sign * one.metrics[name])
         hf = self.folder / "hf"

@@ -13,8 +13,13 @@ from fastbert.finetune.needs import needs
 from fastbert.finetune.tasks.base import Task
 from fastbert.hf.accelerate import accelerate, decelerate
 from fastbert.hf.depths import depths
-from fastbert.hf.load import add_markers, begin_head, dropout_changes, saved_head
-from fastbert.hf.save import children_with_weights
+from fastbert.hf.load import (
+    add_markers,
+    begin_head,
+    children_with_weights,
+    dropout_changes,
+    saved_head,
+)
 
 
 @dataclass
@@ -52,13 +57,15 @@ def start(config: FinetuneConfig, task: Task) -> Start:
         changes = _agreed(config.model, task, saved_config, changes)
     changes |= dropout_changes(
         saved_config.model_type,
+        task.head,
         hidden_dropout_prob=config.hidden_dropout_prob,
         attention_probs_dropout_prob=config.attention_probs_dropout_prob,
         classifier_dropout=config.classifier_dropout,
     )
+    fresh = config.new_head and bool(task.head) and saved == task.head
     torch.manual_seed(config.seed)
     model: Any
-    model, drawn = begin_head(config.model, task.head, changes)
+    model, drawn = begin_head(config.model, task.head, changes, fresh=fresh)
     try:
         accelerate(model)
     except ValueError as error:
