@@ -4,16 +4,28 @@ The names below are imported on first use (PEP 562), so that `import fastbert` a
 command's help never wait for torch.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastbert.commands.finetune import finetune
     from fastbert.commands.pretrain import pretrain
     from fastbert.config import ModelConfig, PretrainConfig, model_config
     from fastbert.data.batch import Batch
     from fastbert.data.examples import pack
     from fastbert.data.tokenize import WordPiece
     from fastbert.errors import FastbertError, RunError, UserError
+    from fastbert.finetune.config import (
+        AnswerConfig,
+        ChooseConfig,
+        ClassifyConfig,
+        EmbedConfig,
+        TagConfig,
+    )
+    from fastbert.finetune.loop import FinetuneResult
+    from fastbert.finetune.predict import Pipeline, pipeline
     from fastbert.hf.accelerate import accelerate, decelerate
     from fastbert.hf.attention import register_attention
     from fastbert.hf.encode import encode
@@ -38,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerConfig",
     "Batch",
     "Bert",
     "BertForMaskedLM",
@@ -49,13 +62,19 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "Callback",
+    "ChooseConfig",
+    "ClassifyConfig",
+    "EmbedConfig",
     "Evaluation",
     "FastbertError",
+    "FinetuneResult",
     "Metrics",
     "ModelConfig",
+    "Pipeline",
     "PretrainConfig",
     "PretrainResult",
     "RunError",
+    "TagConfig",
     "TrainStep",
     "UserError",
     "WordPiece",
@@ -63,10 +82,12 @@ __all__ = [
     "accelerate",
     "decelerate",
     "encode",
+    "finetune",
     "load_pretrained",
     "make_step",
     "model_config",
     "pack",
+    "pipeline",
     "pretrain",
     "register_attention",
     "save_pretrained",
@@ -79,6 +100,11 @@ _HOME = {
     "data.examples": ("pack",),
     "data.tokenize": ("WordPiece",),
     "errors": ("FastbertError", "RunError", "UserError"),
+    "finetune.config": (
+        *("AnswerConfig", "ChooseConfig", "ClassifyConfig", "EmbedConfig", "TagConfig"),
+    ),
+    "finetune.loop": ("FinetuneResult",),
+    "finetune.predict": ("Pipeline", "pipeline"),
     "hf.accelerate": ("accelerate", "decelerate"),
     "hf.attention": ("register_attention",),
     "hf.encode": ("encode",),
@@ -108,3 +134,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`fastbert.finetune` is the function, whoever imported the room of that name before."""
+
+    @property
+    def finetune(self) -> Any:
+        return import_module("fastbert.commands.finetune").finetune
+
+    @finetune.setter
+    def finetune(self, room: ModuleType) -> None:
+        """Python puts the room here once it is imported; statements find it in sys.modules."""
+
+
+sys.modules[__name__].__class__ = _Package
