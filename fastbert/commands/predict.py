@@ -9,9 +9,10 @@ import os
 import sys
 import time
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from glob import glob
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
@@ -230,7 +231,9 @@ def _predict(config: PredictConfig, pipe: "Pipeline") -> None:
     total = _count(config, table.rows[0])
     to_terminal = not config.output and sys.stdout.isatty()  # whose lines are progress enough
     with (
-        open(config.output, "wb") if config.output else nullcontext(sys.stdout.buffer) as out,
+        open(config.output, "wb", buffering=0)
+        if config.output
+        else nullcontext(sys.stdout.buffer) as out,
         nullcontext()
         if to_terminal
         else progress_bar(total=total, desc="predict", unit="row") as bar,
@@ -316,15 +319,22 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _write(out: BinaryIO, lines: list[bytes], path: str) -> None:
-    """Whole lines, whatever signal comes meanwhile."""
+def _write(out: BinaryIO | FileIO, lines: list[bytes], path: str) -> None:
+    """Whole lines, whatever signal comes meanwhile, and none where they do not all fit."""
+    content = b"".join(lines)
+    if not path:
+        with held_signals():
+            out.write(content)
+            out.flush()
+        return
+    begin = written = out.tell()
     try:
         with held_signals():
-            out.write(b"".join(lines))
-            out.flush()
+            while written < begin + len(content):
+                written += out.write(content[written - begin :]) or 0
     except OSError as error:
-        if not path:
-            raise
+        with suppress(OSError):
+            out.truncate(begin)
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
 
