@@ -508,7 +508,7 @@ class Trainer:
                 task=self.task.kind,
                 settings=_shown(self.config),
                 evaluation=found,
-                mistakes=_mistakes(self.task, self.data.eval, predictions),
+                mistakes=worst_mistakes(self.task, self.data.eval, predictions),
                 history=history,
                 notes=notes,
                 baselines=baselines,
@@ -564,10 +564,10 @@ def _what_is_wrong(state: Mapping[str, Any]) -> str:
     return "" if isinstance(state.get("seconds"), float | int) else "seconds must be a number"
 
 
-def _mistakes(
+def worst_mistakes(
     task: Task, examples: list[Example], predictions: list[Prediction]
 ) -> list[dict[str, Any]]:
-    """The worst first."""
+    """What a report shows of wrong predictions: `Task.mistake`, the worst first."""
     found = [
         mistake
         for one, prediction in zip(examples, predictions, strict=True)
