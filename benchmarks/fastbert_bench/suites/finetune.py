@@ -34,8 +34,8 @@ from fastbert.finetune.config import CONFIGS, FinetuneConfig
 from fastbert.finetune.data import Data, read_data
 from fastbert.finetune.infer import infer
 from fastbert.finetune.metrics import Evaluation
-from fastbert.finetune.tasks import TASKS, Task
-from fastbert.finetune.tasks.base import Feature
+from fastbert.finetune.tasks import TASKS
+from fastbert.finetune.tasks.base import Feature, Task
 from fastbert.hf.load import (
     begin_head,
     dropout_changes,
@@ -250,9 +250,10 @@ def check_same(given: Given) -> dict[str, float]:
     Raises:
         RunError: with dropout off, losses differ by more than rounding does.
     """
+    dropouts: dict[str, Any] = dict.fromkeys(_DROPOUTS, 0.0)
     asked = dataclasses.replace(
         given.asked,
-        **dict.fromkeys(_DROPOUTS, 0.0),
+        **dropouts,
         unpad=given.task.name != "answer",
         max_steps=min(CHECKED_STEPS, given.asked.max_steps or CHECKED_STEPS),
     )
