@@ -1,4 +1,4 @@
-"""`fastbert finetune TASK` and `fastbert.finetune`: check the request, and hand it to the runs."""
+"""`fastbert finetune TASK` and `fastbert.fine_tune`: check the request, and hand it to the runs."""
 
 import tomllib
 from argparse import Namespace
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fastbert.commands.checks import check_folder, check_path
 from fastbert.commands.options import Commands, typed
 from fastbert.errors import UserError
-from fastbert.finetune.config import CONFIGS, FinetuneConfig
+from fastbert.finetune.config import CONFIGS, DEMO, DEMOS, FinetuneConfig
 from fastbert.settings import load_config, settings, to_toml
 from fastbert.train.interrupts import held_signals
 
@@ -22,6 +22,14 @@ _HELP = {
     "answer": "the span of a paragraph that answers a question",
     "choose": "the right one among several answers",
     "embed": "vectors that lie near each other for texts that belong together",
+}
+
+
+# Of a small model that has learnt little: large rates, chosen for 3 minutes on 2 cores.
+_DEMO: dict[str, dict[str, Any]] = {
+    "classify": {"learning_rate": 1e-3, "num_train_epochs": 4.0},
+    "tag": {"learning_rate": 1e-3, "num_train_epochs": 6.0},
+    "answer": {"learning_rate": 1e-3, "num_train_epochs": 6.0, "max_seq_length": 128},
 }
 
 
@@ -38,19 +46,29 @@ def add(commands: Commands) -> None:
         parser.add_argument(
             "--print-config", action="store_true", help="print all settings as TOML and stop"
         )
+        if task in DEMOS:
+            parser.add_argument(
+                "--demo", action="store_true",
+                help=f"the same as --train {DEMO}, with the newest model of runs/ and its settings",
+            )  # fmt: skip
 
 
 def run(args: Namespace) -> None:
     """Fine-tunes, or prints what it would do.
 
     Raises:
-        FastbertError: see `finetune`.
+        FastbertError: see `fine_tune`.
     """
-    config = _asked(args.config_class, args.config, typed(args))
+    overrides = typed(args)
+    if getattr(args, "demo", False):
+        overrides = {**_DEMO[args.config_class.task], "train": DEMO, **overrides}
+        if "model" not in overrides and not overrides.get("resume"):
+            overrides["model"] = _newest_model()
+    config = _asked(args.config_class, args.config, overrides)
     if args.print_config:
         print(to_toml(config), end="")
         return
-    result = finetune(config)
+    result = fine_tune(config)
     for name, value in result.metrics.items():
         spread = result.seeds.get(name)
         if spread is None or spread.deviation is None:
@@ -61,7 +79,13 @@ def run(args: Namespace) -> None:
     print(f"model: {result.hf} (fastbert predict --model {result.folder} --input FILE)")
 
 
-def finetune(config: FinetuneConfig) -> "FinetuneResult":
+def _newest_model() -> str:
+    from fastbert.finetune.demo import newest_model
+
+    return newest_model()
+
+
+def fine_tune(config: FinetuneConfig) -> "FinetuneResult":
     """Fine-tunes a model, exactly as `fastbert finetune TASK` does.
 
     Args:

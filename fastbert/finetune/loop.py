@@ -47,6 +47,7 @@ _MAX_SKIPPED_IN_A_ROW = 3
 _MOST_MISTAKES = 200  # in eval.json; the page shows the first 50
 _NO_DECAY = ("bias", "layernorm", "layer_norm", "norm.weight")
 _AGAIN = "--resume"
+_NONE: Mapping[str, Mapping[str, float]] = {}
 _BAR_FROM = 512  # features of an evaluation that takes seconds
 
 
@@ -117,6 +118,7 @@ class Trainer:
         dtype: in what.
         resume: whether to go on from the newest checkpoint there.
         say: gets lines until the bar is there.
+        fresh: see `start`.
     """
 
     def __init__(
@@ -129,13 +131,14 @@ class Trainer:
         dtype: torch.dtype,
         resume: bool,
         say: Callable[[str], None],
+        fresh: bool = False,
     ) -> None:
         self.config, self.task, self.data, self.folder = config, task, data, run
         self.device, self.dtype, self.notes = device, dtype, list(data.notes)
         self.metric = metric_of(config, task)
         self.hf = run / "hf"
         recover(self.hf)
-        begun: Start = start(config, task)
+        begun: Start = start(config, task, fresh)
         self.model, self.depth, self.layers = begun.model.to(device), begun.depth, begun.layers
         self.train = task.features(data.train, True)
         cut_in_training, task.cut = task.cut, 0
@@ -510,8 +513,12 @@ class Trainer:
 
     # The end
 
-    def finish(self) -> FinetuneResult:
-        """Evaluates the best model once more, and writes the report."""
+    def finish(self, baselines: Mapping[str, Mapping[str, float]] = _NONE) -> FinetuneResult:
+        """Evaluates the best model once more, and writes the report.
+
+        Args:
+            baselines: metrics of others, shown beside ours.
+        """
         if self.best["step"] != self.step:
             self.model = load_weights(self._bare(), self.hf)
         found, predictions = self._evaluation()
@@ -524,9 +531,10 @@ class Trainer:
                 task=self.task.kind,
                 settings=_shown(self.config),
                 evaluation=found,
-                mistakes=_mistakes(self.task, self.data.eval, predictions),
+                mistakes=worst_mistakes(self.task, self.data.eval, predictions),
                 history=history,
                 notes=notes,
+                baselines=baselines,
             ),
         )
         losses = {row["step"]: row["loss"] for row in history if "loss" in row}
@@ -564,10 +572,10 @@ def _what_is_wrong(state: Mapping[str, Any]) -> str:
     return "" if isinstance(state.get("seconds"), float | int) else "seconds must be a number"
 
 
-def _mistakes(
+def worst_mistakes(
     task: Task, examples: list[Example], predictions: list[Prediction]
 ) -> list[dict[str, Any]]:
-    """The worst first."""
+    """What a report shows of wrong predictions: `Task.mistake`, the worst first."""
     found = [
         mistake
         for one, prediction in zip(examples, predictions, strict=True)

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 from fastbert.errors import UserError
 from fastbert.finetune import metrics
 from fastbert.finetune.augment import augmented
-from fastbert.finetune.config import ClassifyConfig, FinetuneConfig
+from fastbert.finetune.config import DEMO, ClassifyConfig, FinetuneConfig
 from fastbert.finetune.data import Data, read_data
+from fastbert.finetune.demo import RANDOM, verdict, yardsticks
+from fastbert.finetune.demo_data import write_demo
 from fastbert.finetune.loop import FinetuneResult, Trainer, metric_of
 from fastbert.finetune.metrics import Evaluation
 from fastbert.finetune.needs import needs
@@ -31,6 +34,7 @@ from fastbert.train.device import choose_device, choose_dtype, keep_freed_memory
 from fastbert.train.interrupts import interruptible, noting_signals
 from fastbert.train.prepare import held_run, say, taken_back_on_failure, write_whole
 
+_NONE: Mapping[str, Mapping[str, float]] = {}
 _MOST_LENGTH = {"answer": 384}
 """Tokens of a sequence where nothing is said: a window of a paragraph; others take what fits."""
 
@@ -39,7 +43,7 @@ _FREE = {
     *("model", "train", "eval", "seeds"),
 }
 """What may be other when a run goes on. That examples are the same, a checkpoint knows."""
-_BEGUN = ("config.toml", "metrics.jsonl", "tensorboard", "wandb")
+_BEGUN = ("config.toml", "data", "metrics.jsonl", "tensorboard", "wandb")
 
 
 def finetune(config: FinetuneConfig) -> FinetuneResult:
@@ -51,7 +55,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    with interruptible(), held_run(config) as run:
+    with interruptible(), held_run(config) as run, ExitStack() as beginning:
+        # Until training begins, a new run leaves nothing behind that was asked for wrongly.
+        first = (f"seed-{config.seed}", "trial-000", "random")
+        beginning.enter_context(taken_back_on_failure(run, (*_BEGUN, *first)))
         device = choose_device(config.device)
         dtype = _dtype(config, device)
         if device.type == "cpu":
@@ -65,17 +72,27 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         if config.resume:
             _check_same(config, run)
         task = TASKS[config.task](tokenizer, asked, {})
+        asked_for = config
+        if config.train == DEMO:
+            made = run / "data"
+            made.mkdir(exist_ok=True)
+            train, held_out = map(str, write_demo(config.task, made, config.seed))
+            config = dataclasses.replace(config, train=train, eval=held_out)
         data = read_data(config, task, say)
         if isinstance(config, ClassifyConfig) and config.augment:
             more = augmented(data.train, "text", config.augment, config.model, config.seed)
             data.train += more
             data.notes.append(f"{len(more)} examples were made by replacing words.")
+        kept = dataclasses.replace(asked_for, resume=False)
+        write_whole(run / "config.toml", sealed_toml(kept))
         with noting_signals() as stop:
-            runs = _Runs(config, task, data, run, device, dtype, stop)
+            runs = _Runs(config, task, data, run, device, dtype, stop, beginning.close)
             if config.search:
                 return runs.search()
             if config.seeds > 1:
                 return runs.seeds()
+            if asked_for.train == DEMO:
+                return runs.demo()
             return runs.one(config, run)
 
 
@@ -115,29 +132,45 @@ class _Runs:
         device: torch.device,
         dtype: torch.dtype,
         stop: Callable[[], str],
+        begun: Callable[[], None],
     ) -> None:
         self.config, self.task, self.data, self.folder = config, task, data, folder
         self.device, self.dtype, self.stop = device, dtype, stop
+        self.begun = begun
 
-    def one(self, config: FinetuneConfig, folder: Path) -> FinetuneResult:
+    def one(
+        self,
+        config: FinetuneConfig,
+        folder: Path,
+        *,
+        fresh: bool = False,
+        baselines: Mapping[str, Mapping[str, float]] = _NONE,
+    ) -> FinetuneResult:
         """One run, or what it found when it was done before."""
         done = _done(folder) if config.resume else None
         if done is not None:
             say(f"{folder}: is done")
             return done
+        folder.mkdir(exist_ok=True)
         self.task.cut = 0
-        below = () if folder == self.folder else (folder.name,)
-        with taken_back_on_failure(self.folder, (*_BEGUN, *below)):
-            settings = dataclasses.replace(self.config, resume=False)
-            write_whole(self.folder / "config.toml", sealed_toml(settings))
-            folder.mkdir(exist_ok=True)
-            trainer = Trainer(
-                config, self.task, self.data, folder, self.device, self.dtype, config.resume, say
-            )
+        trainer = Trainer(
+            config, self.task, self.data, folder, self.device, self.dtype, config.resume, say, fresh
+        )
+        self.begun()
         trainer.run(self.stop)
-        result = trainer.finish()
+        result = trainer.finish(baselines)
         write_whole(folder / "result.json", json.dumps(_as_json(result)))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return result
+
+    def demo(self) -> FinetuneResult:
+        """The same network from random weights first, then the model; both beside yardsticks."""
+        baselines = yardsticks(self.config, self.data, say)
+        random = self.one(self.config, self.folder / "random", fresh=True)
+        baselines[RANDOM] = random.metrics
+        result = self.one(self.config, self.folder, baselines=baselines)
+        for line in verdict(metric_of(self.config, self.task), result.metrics, baselines):
+            print(line)
         return result
 
     def seeds(self) -> FinetuneResult:

@@ -74,7 +74,12 @@ def load_head(folder: str | os.PathLike[str], head: str) -> nn.Module:
 
 
 def begin_head(
-    folder: str | os.PathLike[str], head: str, changes: Mapping[str, Any], *, fresh: bool = False
+    folder: str | os.PathLike[str],
+    head: str,
+    changes: Mapping[str, Any],
+    fresh: bool = False,
+    *,
+    new_head: bool = False,
 ) -> tuple[nn.Module, list[str]]:
     """A model to train: what its head lacks is drawn from torch's generator, as transformers does.
 
@@ -82,7 +87,8 @@ def begin_head(
         folder: of a model or of a run; or a name of the hub.
         head: one of `HEADS`; "" for the encoder alone, without pooler.
         changes: of the model's configuration, such as `num_labels`.
-        fresh: whether a head that the folder has is drawn as well; its pooler stays.
+        fresh: whether all weights are drawn.
+        new_head: whether a head that the folder has is drawn as well; its pooler stays.
 
     Returns:
         The model, in evaluation, and the names of the weights that were drawn.
@@ -91,13 +97,16 @@ def begin_head(
         UserError: there is no such model, or one whose encoder lacks weights.
     """
     auto: Any = getattr(transformers, f"AutoModelFor{head}") if head else AutoModel
+    if fresh:
+        config = AutoConfig.from_pretrained(_place(folder), **changes)
+        return auto.from_config(config).eval(), []
     model, lacking = _load(folder, auto, {"ignore_mismatched_sizes": True, **changes})
     # A pooler counts as head: none is saved with masked words alone.
     encoder = f"{model.base_model_prefix}." if head else ""
     inside = [n for n in lacking if n.startswith(encoder) and "pooler." not in n]
     if inside:
         raise UserError(f"{_place(folder)}: lacks {len(inside)} weights, {inside[0]} first")
-    if fresh:
+    if new_head:
         for name in children_with_weights(model):
             part = getattr(model, name)
             for parameter in part.parameters():
@@ -108,7 +117,7 @@ def begin_head(
 
 
 def children_with_weights(model: Any) -> list[str]:
-    """The parts of a head: modules beside the encoder that hold weights; none of an encoder alone."""
+    """The parts of a head: modules with weights beside the encoder; none where it is alone."""
     if not hasattr(model, model.base_model_prefix):
         return []
     return [

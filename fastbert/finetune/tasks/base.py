@@ -103,6 +103,14 @@ class Task(ABC):
             UserError: one has an unknown label.
         """
 
+    def meet(self, examples: Sequence[Example]) -> None:
+        """Takes from labelled examples what a trained model's folder does not tell; checks them.
+
+        Raises:
+            UserError: as `check`.
+        """
+        self.check(examples)
+
     @abstractmethod
     def features(self, examples: Sequence[Example], labelled: bool) -> list[Feature]:
         """Tokenizes examples, which are all there is in `Feature.example`; counts in `cut`."""
@@ -221,6 +229,11 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A batch without what only a task reads."""
     names = ("input_ids", "token_type_ids", "attention_mask")
     return {name: batch[name] for name in names if name in batch}
+
+
+def unnamed(labels: Sequence[str]) -> bool:
+    """Whether a model's labels have the names that transformers gives them."""
+    return all(name == f"LABEL_{number}" for number, name in enumerate(labels))
 
 
 def unknown_label(name: str, where: str, known: Sequence[str]) -> UserError:

@@ -28,6 +28,7 @@ from fastbert.finetune.tasks.base import (
     label_names,
     model_inputs,
     unknown_label,
+    unnamed,
 )
 
 ONE, SEVERAL, SCORE = (
@@ -123,9 +124,23 @@ class Classify(Task):
             return
         known = set(self.labels)
         for one in examples:
+            if self.problem == ONE and isinstance(one.fields["label"], list):
+                raise UserError(f"{one.where}: has a list of labels where one is expected")
             for name in _listed(one.fields["label"]):
                 if name not in known:
                     raise unknown_label(name, one.where, self.labels)
+
+    def meet(self, examples: Sequence[Example]) -> None:
+        given = label_names(name for one in examples for name in _listed(one.fields["label"]))
+        known = set(self.labels)
+        if self.problem != SCORE and unnamed(self.labels) and not known.issuperset(given):
+            if len(given) != len(self.labels):
+                raise UserError(
+                    f"the model has {len(self.labels)} labels, none with a name of its own, and "
+                    f"the data {len(given)}: {', '.join(given[:20])}"
+                )
+            self.labels = given  # in the order that whoever numbered them most likely used
+        self.check(examples)
 
     @property
     def changes(self) -> dict[str, Any]:

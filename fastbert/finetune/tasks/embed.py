@@ -42,6 +42,7 @@ class Embed(Task):
     def __init__(self, tokenizer: Any, max_length: int, description: Mapping[str, Any]) -> None:
         super().__init__(tokenizer, max_length, description)
         self.pooling = str(description.get("pooling", "mean"))
+        self.normalize = bool(description.get("normalize", False))
         self.scale = 20.0
         self.scored = False
 
@@ -64,6 +65,9 @@ class Embed(Task):
                     f"scores go from {least:g} to {most:g}: a cosine lies between -1 and 1, "
                     "divide them"
                 )
+
+    def meet(self, examples: Sequence[Example]) -> None:
+        self.scored = "score" in examples[0].fields
 
     @property
     def description(self) -> dict[str, Any]:
@@ -125,6 +129,8 @@ class Embed(Task):
     def predictions(
         self, examples: Sequence[Example], features: Sequence[Feature], raws: Sequence[np.ndarray]
     ) -> list[Prediction]:
+        if self.normalize:
+            raws = [raw / max(float(np.linalg.norm(raw[0])), 1e-12) for raw in raws]
         return [{"embedding": raw[0].tolist()} for raw in raws]
 
     @property

@@ -6,6 +6,7 @@ in windows that overlap; a word is read where it has most text around it.
 B windows padded to S, K tags.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from fastbert.finetune.tasks.base import (
 from fastbert.finetune.values import read_tagged
 
 _NONE = -100
+_OF_SPAN = re.compile("[BIESLU]-.")
 
 
 class Tag(Task):
@@ -48,7 +50,7 @@ class Tag(Task):
         self.stride = int(description.get("doc_stride", 64))
         self.smoothing = 0.0
         self.weight_of: dict[str, float] = {}
-        self.scheme = tags.IOB2
+        self.scheme = ""
 
     def example(self, row: Row, columns: Columns, labelled: bool) -> Example:
         found = read_tagged(row, columns)
@@ -65,10 +67,11 @@ class Tag(Task):
 
     def _settle(self, examples: Sequence[Example]) -> None:
         """Checks the scheme of the tags, and makes them IOB2."""
+        scheme = self.scheme or tags.scheme_of(one.fields["tags"] for one in examples)
         for one in examples:
             given = one.fields["tags"]
-            tags.check(given, self.scheme, one.where, one.fields["lines"])
-            one.fields["tags"] = tags.to_iob2(given, self.scheme)
+            tags.check(given, scheme, one.where, one.fields["lines"])
+            one.fields["tags"] = tags.to_iob2(given, scheme)
 
     def learn(self, examples: Sequence[Example], asked: Any) -> None:
         self.smoothing, self.stride = asked.label_smoothing_factor, asked.doc_stride
@@ -100,19 +103,22 @@ class Tag(Task):
 
     @property
     def is_entities(self) -> bool:
-        """Whether tags are those of spans: B-x, I-x, O."""
-        return all(tag == "O" or tag[:2] in ("B-", "I-") for tag in self.labels)
+        """Whether tags are those of spans: B-x, I-x, O, and of others' models E-x, S-x and such."""
+        return all(tag == "O" or _OF_SPAN.match(tag) for tag in self.labels)
 
     def check(self, examples: Sequence[Example]) -> None:
         self._settle(examples)
-        known = set(self.labels)
+        known = set(map(self._type, self.labels))
         for one in examples:
             for place, tag in enumerate(one.fields["tags"]):
-                if tag not in known:
+                if self._type(tag) not in known:
                     lines = one.fields["lines"]
                     file = one.where.rpartition(":")[0]
                     where = f"{file}:{lines[place]}" if lines else one.where
                     raise unknown_label(tag, where, self.labels)
+
+    def _type(self, tag: str) -> str:
+        return tag[2:] if self.is_entities and _OF_SPAN.match(tag) else tag
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -240,6 +246,8 @@ class Tag(Task):
         found = []
         for one, chances in zip(examples, self._of_words(examples, features, raws), strict=True):
             given = [self.labels[number] for number in chances.argmax(1)]
+            if self.is_entities and any(tag[0] in "ESLU" for tag in given):
+                given = tags.to_iob2(given, tags.IOBES)
             found.append({"entities": self._entities(one, given, chances.max(1)), "tags": given})
         return found
 
