@@ -390,11 +390,15 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for batch in batches:
             batch = {name: value.to(self.device) for name, value in batch.items()}
+            words = self.model.get_input_embeddings().weight if self.config.fgm_epsilon else None
+            if words is not None:  # the step against the loss goes by this batch's gradient alone
+                earlier, words.grad = words.grad, None
             loss = self._loss(batch) / items
             self.scaler.scale(loss).backward()
             total += loss.detach()
-            if self.config.fgm_epsilon:
-                self._adversarial(batch, items)
+            if words is not None:
+                self._adversarial(words, batch, items)
+                words.grad = words.grad if earlier is None else words.grad + earlier
         self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
         return float(total)
 
@@ -432,9 +436,9 @@ class Trainer:
             both = task.loss(outputs, batch) + task.loss(again, batch)
             return both / 2 + alpha * divergence / 4
 
-    def _adversarial(self, batch: dict[str, Tensor], items: float) -> None:
+    def _adversarial(self, weight: nn.Parameter, batch: dict[str, Tensor], items: float) -> None:
         """Adds the gradient at embeddings moved against the loss (Miyato et al. 2017)."""
-        weight = self.model.get_input_embeddings().weight
+        assert weight.grad is not None
         length = weight.grad.norm()
         if not bool(length.isfinite()) or not float(length):
             return
@@ -499,7 +503,7 @@ class Trainer:
         predictions = self.task.predictions(self.data.eval, self.eval, raws)
         found = self.task.evaluate(self.data.eval, self.eval, raws, predictions)
         assert loss is not None
-        found.metrics["loss"] = loss
+        found.metrics.setdefault("loss", loss)
         return found, predictions
 
     def _keep(self) -> None:

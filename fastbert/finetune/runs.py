@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ class _Runs:
             direction="minimize" if name in metrics.LESS_IS_BETTER else "maximize",
             sampler=optuna.samplers.TPESampler(seed=config.seed % 2**32),
         )
-        notes = []
+        notes, proposed = [], []
         # What was found before is told again in the same order, so the proposals are the same.
         for number in range(config.search):
             trial = study.ask()
@@ -203,6 +203,7 @@ class _Runs:
                 values[setting] = trial.suggest_categorical(setting, space[setting])
             shown = ", ".join(f"{key} = {value:.3g}" for key, value in values.items())
             say(f"trial {number}: {shown}")
+            proposed.append(shown)
             asked: Any = {**values, "search": 0}
             result = self.one(
                 dataclasses.replace(config, **asked), self.folder / f"trial-{number:03d}"
@@ -210,21 +211,28 @@ class _Runs:
             study.tell(trial, result.metrics[name])
             found.append(result)
             notes.append(f"Trial {number}: {shown}: {name} {result.metrics[name]:.4g}")
-        return self._best(found, {}, notes)
+        return self._best(found, {}, notes, proposed)
 
     def _best(
-        self, found: list[FinetuneResult], spreads: dict[str, metrics.Spread], notes: list[str]
+        self,
+        found: list[FinetuneResult],
+        spreads: dict[str, metrics.Spread],
+        notes: list[str],
+        proposed: Sequence[str] = (),
     ) -> FinetuneResult:
         """Makes the best run's model that of the whole, and writes the report of all."""
         name = metric_of(self.config, self.task)
         sign = -1 if name in metrics.LESS_IS_BETTER else 1
         best = max(found, key=lambda one: sign * one.metrics[name])
-        hf = self.folder / "hf"
-        temporary = self.folder / ".hf.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(best.hf, temporary)
-        shutil.rmtree(hf, ignore_errors=True)
-        os.replace(temporary, hf)
+        if proposed:
+            notes.append(f"The best: {proposed[found.index(best)]}.")
+            say(notes[-1])
+        for part in ("hf", "adapter") if self.config.lora_r else ("hf",):
+            temporary = self.folder / f".{part}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(best.folder / part, temporary)
+            shutil.rmtree(self.folder / part, ignore_errors=True)
+            os.replace(temporary, self.folder / part)
         write_report(
             self.folder,
             Report(
@@ -236,7 +244,7 @@ class _Runs:
                 seeds=spreads,
             ),
         )
-        return dataclasses.replace(best, folder=self.folder, hf=hf, seeds=spreads)
+        return dataclasses.replace(best, folder=self.folder, hf=self.folder / "hf", seeds=spreads)
 
 
 def _as_json(result: FinetuneResult) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,11 +18,10 @@ from transformers.trainer_pt_utils import LabelSmoother
 from fastbert.errors import UserError
 from fastbert.finetune import metrics
 from fastbert.finetune.config import CONFIGS
-from fastbert.finetune.data import Data, read_data
+from fastbert.finetune.data import read_data
 from fastbert.finetune.infer import batches, infer
 from fastbert.finetune.loop import Trainer, epoch_order
 from fastbert.finetune.tasks import TASKS
-from fastbert.finetune.tasks.base import Task
 from fastbert.hf.load import load_head, load_tokenizer
 
 from . import tiny
@@ -195,7 +193,9 @@ def test_answers_as_trainer_with_padding_masked(root: Path, tmp_path: Path) -> N
 def test_smoothing_is_transformers_label_smoother(root: Path, tmp_path: Path) -> None:
     for task in ("classify", "tag"):
         made = begun(root, task, tmp_path / task, label_smoothing_factor=0.3).task
-        labels = torch.tensor([[0, 2, -100], [1, -100, -100]]) if task == "tag" else torch.tensor([0, 2])
+        labels = (
+            torch.tensor([[0, 2, -100], [1, -100, -100]]) if task == "tag" else torch.tensor([0, 2])
+        )
         logits = torch.randn(*labels.shape, len(made.labels))
         wanted = LabelSmoother(0.3)({"logits": logits}, labels)
         given = {"labels": labels}
@@ -260,7 +260,9 @@ def test_what_decays_is_what_decays_for_trainer(root: Path, tmp_path: Path, fami
         if group["weight_decay"]
     }
     arguments = TrainingArguments(str(tmp_path / "hf"), report_to="none", use_cpu=True)
-    assert decaying == {*transformers.Trainer(trainer.model, arguments).get_decay_parameter_names(trainer.model)}
+    assert decaying == {
+        *transformers.Trainer(trainer.model, arguments).get_decay_parameter_names(trainer.model)
+    }
 
 
 def test_dropout_reaches_the_modules(root: Path, tmp_path: Path) -> None:
@@ -282,7 +284,9 @@ def one_step(trainer: Trainer) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a run's first step, before clipping."""
     trainer.model.train()
     loss = trainer._gradients()
-    return loss, {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss, {
+        n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None
+    }
 
 
 def features_of_first_step(trainer: Trainer) -> dict[str, Tensor]:
@@ -331,28 +335,37 @@ def test_r_drop_is_the_loss_of_the_paper_halved(root: Path, tmp_path: Path, task
     assert_gradients(trainer, whole, found)
 
 
-def test_fgm_adds_the_gradient_at_moved_embeddings(root: Path, tmp_path: Path) -> None:
-    trainer = begun(root, "classify", tmp_path / "run", fgm_epsilon=2.0)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_fgm_adds_the_gradient_at_moved_embeddings(
+    root: Path, tmp_path: Path, accumulation: int
+) -> None:
+    trainer = begun(
+        root, "classify", tmp_path / "run", fgm_epsilon=2.0,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
     words = trainer.model.get_input_embeddings().weight
     before = words.detach().clone()
     loss, found = one_step(trainer)
     assert torch.equal(words, before)
-    batch = features_of_first_step(trainer)
-    labels = batch.pop("labels")
-
-    def mean() -> Tensor:
-        return F.cross_entropy(trainer.model(**batch).logits, labels)
-
-    assert loss == pytest.approx(float(mean().detach()), rel=1e-5)
-    trainer.model.zero_grad()
-    mean().backward()
-    clean = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    with torch.no_grad():
-        words += 2.0 * words.grad / words.grad.norm()
-    trainer.model.zero_grad()
-    mean().backward()
-    for name, parameter in trainer.model.named_parameters():
-        torch.testing.assert_close(found[name], clean[name] + parameter.grad, rtol=1e-4, atol=1e-6)
+    total, wanted = 0.0, {name: torch.zeros_like(p) for name, p in states(trainer).items()}
+    for features in trainer._step_batches():
+        batch = trainer.task.batch(features)
+        labels = batch.pop("labels")
+        for moved in (False, True):
+            if moved:
+                with torch.no_grad():
+                    words += 2.0 * words.grad / words.grad.norm()
+            trainer.model.zero_grad()
+            mean = F.cross_entropy(trainer.model(**batch).logits, labels) / accumulation
+            mean.backward()
+            total += 0 if moved else float(mean.detach())
+            for name, parameter in trainer.model.named_parameters():
+                wanted[name] += parameter.grad
+        with torch.no_grad():
+            words.copy_(before)
+    assert loss == pytest.approx(total, rel=1e-5)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_checkpointing_gives_the_same_losses(root: Path, tmp_path: Path) -> None:
@@ -418,7 +431,7 @@ def test_what_is_said_of_a_text_does_not_depend_on_others(
 class _Scripted(Trainer):
     """A run whose evaluations are told."""
 
-    accuracies: list[float] = []
+    accuracies: ClassVar[list[float]] = []
 
     def _evaluation(self) -> Any:
         found, predictions = super()._evaluation()
@@ -464,7 +477,7 @@ def test_early_stopping(
 
 
 def test_the_best_model_is_what_was_recorded(root: Path, tmp_path: Path) -> None:
-    """Of runs that end beyond their best: metrics of hf/ anew, eval.json and metrics.jsonl agree."""
+    """Of runs beyond their best: metrics of hf/ anew, eval.json and metrics.jsonl agree."""
     for task, metric in (("classify", "loss"), ("tag", "f1"), ("answer", "loss")):
         run = tmp_path / task
         trainer = begun(

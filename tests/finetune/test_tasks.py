@@ -1,15 +1,14 @@
 """The five tasks: rows to sequences, outputs to losses, answers and evaluations."""
 
-import json
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fastbert.errors import UserError
 from fastbert.finetune.columns import Columns
@@ -135,7 +134,7 @@ def test_pairs_and_texts_that_are_cut() -> None:
     rows = [Example("f:1", {"text": "good", "text_pair": "bad film"})]
     rows += [Example("f:2", {"text": long, "text_pair": long})]
     one, other = task.features(rows, False)
-    assert pieces(task, one) == "[CLS] good [SEP] bad film [SEP]".split()
+    assert " ".join(pieces(task, one)) == "[CLS] good [SEP] bad film [SEP]"
     assert one.inputs[0]["token_type_ids"] == [0, 0, 0, 1, 1, 1]
     assert (one.label, len(other.inputs[0]["input_ids"]), task.cut) == (None, 8, 1)
     assert task.features([], True) == []
@@ -183,7 +182,10 @@ def test_weights_go_by_names_where_a_head_has_an_order_of_its_own() -> None:
     task = learnt("a", "b", "b", "b", class_weight="balanced")
     task.labels = ["b", "a"]
     heavy = task.items({"labels": torch.tensor([1])})
-    assert (float(heavy), float(task.items({"labels": torch.tensor([0])}))) == (2.0, pytest.approx(2 / 3))
+    assert (float(heavy), float(task.items({"labels": torch.tensor([0])}))) == (
+        2.0,
+        pytest.approx(2 / 3),
+    )
     tagger = made("tag")
     tagger.labels, tagger.weight_of = ["I-x", "O", "B-x"], {"O": 0.5, "B-x": 2.0, "I-x": 1.0}
     assert float(tagger.items({"labels": torch.tensor([[2, -100, 1]])})) == 2.5
@@ -248,7 +250,7 @@ def test_a_word_has_the_tag_of_its_first_piece() -> None:
     task.learn([one], asked("tag"))
     assert task.labels == ["O", "B-person", "I-person", "B-place", "I-place"]
     (found,) = task.features([one], True)
-    assert pieces(task, found) == "[CLS] carl ##ton met ada in bob ##ville [SEP]".split()
+    assert " ".join(pieces(task, found)) == "[CLS] carl ##ton met ada in bob ##ville [SEP]"
     assert found.extra == [None, 0, None, 1, 2, 3, 4, None, None]
     assert found.label == [-100, 1, -100, 0, 1, 0, 3, -100, -100]
 
@@ -341,7 +343,9 @@ def test_tags_that_are_no_entities() -> None:
     raws = [np.eye(2, dtype=np.float32)[[0, 0, 1, 1, 0]]]
     predictions = task.predictions([one], features, raws)
     assert [e["type"] for e in predictions[0]["entities"]] == ["NOUN", "VERB", "VERB"]
-    assert task.evaluate([one], features, raws, predictions).metrics["accuracy"] == pytest.approx(2 / 3)
+    assert task.evaluate([one], features, raws, predictions).metrics["accuracy"] == pytest.approx(
+        2 / 3
+    )
 
 
 def test_entities_stand_at_their_characters() -> None:
@@ -354,7 +358,13 @@ def test_entities_stand_at_their_characters() -> None:
         raw[place, tag] = 0.6
     predictions = task.predictions([one], features, [raw])
     first, second = predictions[0]["entities"]
-    assert first == {"type": "x", "text": "ada carlton", "start": 0, "end": 11, "score": pytest.approx(0.6)}
+    assert first == {
+        "type": "x",
+        "text": "ada carlton",
+        "start": 0,
+        "end": 11,
+        "score": pytest.approx(0.6),
+    }
     assert (second["text"], second["start"], second["end"]) == ("paris", 16, 21)
     assert task.evaluate([one], features, [raw], predictions).metrics["f1"] == 1.0
     assert task.mistake(one, predictions[0]) is None
@@ -409,7 +419,7 @@ def test_windows_share_what_was_asked_for() -> None:
     assert [one.example for one in both] == sorted(one.example for one in both)
     again = [one.inputs for one in both if one.example == 1]
     assert again == [one.inputs for one in alone]
-    for first, second in zip(alone, alone[1:], strict=False):
+    for first, second in pairwise(alone):
         shared = {s for s in first.extra if s} & {s for s in second.extra if s}
         assert len(shared) == 20
     few = [one for one in both if one.example == 0]
@@ -481,13 +491,16 @@ def test_questions_none_of_which_has_an_answer() -> None:
 def test_choices_of_differing_number() -> None:
     task = made("choose")
     rows = [
-        Example("f:1", {"context": "ada saw", "question": "who", "choices": ["a", "b", "we"], "label": 2}),
+        Example(
+            "f:1",
+            {"context": "ada saw", "question": "who", "choices": ["a", "b", "we"], "label": 2},
+        ),
         Example("f:2", {"context": "", "question": "ada", "choices": ["bob", "carl"], "label": 0}),
     ]
     features = task.features(rows, True)
     assert [len(one.inputs) for one in features] == [3, 2]
-    assert pieces(task, features[0], 2) == "[CLS] ada saw [SEP] who we [SEP]".split()
-    assert pieces(task, features[1], 1) == "[CLS] ada [SEP] carl [SEP]".split()
+    assert " ".join(pieces(task, features[0], 2)) == "[CLS] ada saw [SEP] who we [SEP]"
+    assert " ".join(pieces(task, features[1], 1)) == "[CLS] ada [SEP] carl [SEP]"
     model = tiny.model("ForMultipleChoice").eval()
     batch = task.batch(features)
     logits = task.outputs(model, batch, True)
@@ -503,7 +516,9 @@ def test_choices_of_differing_number() -> None:
     predictions = task.predictions(rows, features, raws)
     assert all(sum(one["probabilities"]) == pytest.approx(1, abs=1e-5) for one in predictions)
     found = task.evaluate(rows, features, raws, predictions).metrics["accuracy"]
-    right = [one["choice"] == row.fields["label"] for one, row in zip(predictions, rows, strict=True)]
+    right = [
+        one["choice"] == row.fields["label"] for one, row in zip(predictions, rows, strict=True)
+    ]
     assert found == np.mean(right)
 
 
@@ -516,9 +531,7 @@ def test_in_batch_negatives_as_sentence_transformers() -> None:
     texts = [text for text, _ in tiny.sentences(12)]
     for roles in (("text", "text_pair"), ("text", "text_pair", "negative")):
         task = made("embed")
-        rows = [
-            Example(f"f:{n}", dict(zip(roles, texts[n::4], strict=False))) for n in range(4)
-        ]
+        rows = [Example(f"f:{n}", dict(zip(roles, texts[n::4], strict=False))) for n in range(4)]
         task.learn(rows, asked("embed"))
         batch = task.batch(task.features(rows, True))
         vectors = task.outputs(tiny.model("").eval(), batch, True)
@@ -547,7 +560,11 @@ def test_vectors_are_means_or_first_states() -> None:
     for pooling in ("mean", "cls"):
         task = made("embed")
         task.learn(rows, asked("embed", pooling=pooling))
-        assert (task.scored, task.kind, task.description["pooling"]) == (True, "embed score", pooling)
+        assert (task.scored, task.kind, task.description["pooling"]) == (
+            True,
+            "embed score",
+            pooling,
+        )
         features = task.features(rows, True)
         batch = task.batch(features)
         vectors = task.outputs(model, batch, True)
@@ -570,6 +587,12 @@ def test_a_retrieval_is_evaluated_over_all() -> None:
     raws = [np.array([[1.0, 0], [2, 0.1]]), np.array([[0, 1.0], [0.1, 3]])]
     found = task.evaluate([], [], raws, [])
     assert found.metrics["accuracy_at_1"] == 1.0
+    cosines = (
+        F.normalize(torch.tensor([[1, 0], [0, 1.0]]))
+        @ F.normalize(torch.tensor([[2, 0.1], [0.1, 3]])).T
+    )
+    wanted = F.cross_entropy(20 * cosines, torch.arange(2))
+    assert found.metrics["loss"] == pytest.approx(float(wanted), abs=1e-6)
     raws[1] = np.array([[0, 1.0], [1, 0]])
     assert task.evaluate([], [], raws, []).metrics["accuracy_at_1"] < 1.0
 
@@ -580,7 +603,9 @@ def test_a_retrieval_is_evaluated_over_all() -> None:
 def test_batches_are_padded_with_the_tokenizers_own() -> None:
     for family, pad in (("bert", 0), ("roberta", 1)):
         task = made("classify", family)
-        batch = task.batch(task.features(labelled("a", text="ada") + labelled("b", text="ada saw"), False))
+        batch = task.batch(
+            task.features(labelled("a", text="ada") + labelled("b", text="ada saw"), False)
+        )
         assert batch["input_ids"][0, -1] == pad
         assert "labels" not in batch
         assert batch["attention_mask"].sum(1).tolist()[0] < batch["input_ids"].shape[1]

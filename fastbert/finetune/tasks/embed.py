@@ -149,7 +149,12 @@ class Embed(Task):
         if self.scored:
             cosines = (sides[:, 0] * sides[:, 1]).sum(1)
             return metrics.similarity([one.fields["score"] for one in examples], cosines)
-        return metrics.retrieval(sides[:, 0] @ sides[:, 1].T)
+        found = metrics.retrieval(sides[:, 0] @ sides[:, 1].T)
+        # Among all: the negatives of a batch are whatever happens to be computed with it.
+        outputs = torch.from_numpy(np.stack(raws)).float().flatten(0, 1)
+        total = self.loss(outputs, {"labels": torch.zeros(len(raws))})
+        found.metrics["loss"] = float(total) / len(raws)
+        return found
 
     def mistake(self, example: Example, prediction: Prediction) -> dict[str, Any] | None:
         return None
