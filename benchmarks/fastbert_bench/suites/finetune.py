@@ -36,6 +36,7 @@ from fastbert.finetune.infer import infer
 from fastbert.finetune.metrics import Evaluation
 from fastbert.finetune.tasks import TASKS
 from fastbert.finetune.tasks.base import Feature, Task
+from fastbert.finetune.yardsticks import YARDSTICKS
 from fastbert.hf.load import (
     begin_head,
     dropout_changes,
@@ -49,7 +50,6 @@ from fastbert_bench.measure import result as results
 from fastbert_bench.measure.result import Row
 from fastbert_bench.measure.timing import figures, in_turn
 from fastbert_bench.suites.convergence import training_arguments, why_no_trainer
-from fastbert_bench.suites.yardsticks import YARDSTICKS
 
 OURS, CPU = "fastbert", torch.device("cpu")
 TOLERANCE, CHECKED_STEPS = 1e-4, 20

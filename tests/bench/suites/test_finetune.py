@@ -7,12 +7,13 @@ import pytest
 
 from fastbert.cli import main
 from fastbert.errors import RunError, UserError
+from fastbert.finetune import yardsticks
 from fastbert_bench.config import FinetuneBenchConfig
 from fastbert_bench.measure import result as results
 from fastbert_bench.report import build as report
 from fastbert_bench.report import files as report_files
 from fastbert_bench.report import readme as report_readme
-from fastbert_bench.suites import finetune, yardsticks
+from fastbert_bench.suites import finetune
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None, reason="transformers' Trainer needs accelerate"
