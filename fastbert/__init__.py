@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         EmbedConfig,
         TagConfig,
     )
+    from fastbert.finetune.explain import Explanation, explain
     from fastbert.finetune.loop import FinetuneResult
     from fastbert.finetune.predict import Pipeline, pipeline
     from fastbert.hf.accelerate import accelerate, decelerate
@@ -66,6 +67,7 @@ __all__ = [
     "ClassifyConfig",
     "EmbedConfig",
     "Evaluation",
+    "Explanation",
     "FastbertError",
     "FinetuneResult",
     "Metrics",
@@ -82,6 +84,7 @@ __all__ = [
     "accelerate",
     "decelerate",
     "encode",
+    "explain",
     "finetune",
     "load_pretrained",
     "make_step",
@@ -103,6 +106,7 @@ _HOME = {
     "finetune.config": (
         *("AnswerConfig", "ChooseConfig", "ClassifyConfig", "EmbedConfig", "TagConfig"),
     ),
+    "finetune.explain": ("Explanation", "explain"),
     "finetune.loop": ("FinetuneResult",),
     "finetune.predict": ("Pipeline", "pipeline"),
     "hf.accelerate": ("accelerate", "decelerate"),

@@ -292,7 +292,7 @@ def corpus_files(source: str, report: Skipped | None = None) -> list[str]:
         UserError: there is no such file or folder, or no text file in it.
     """
     if source == BUILTIN:
-        return list(_stdlib_files())
+        return list(stdlib_files())
     if os.path.isfile(source):
         return [source]
     if not os.path.isdir(source):
@@ -789,7 +789,8 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 _NOT_LIBRARY |= {"pydoc_data"}  # its one file is the topics, which are read as such
 
 
-def _stdlib_files() -> Iterator[str]:
+def stdlib_files() -> Iterator[str]:
+    """Sources of the standard library, sorted; none where Python came without them."""
     for parent, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
         folders[:] = sorted(name for name in folders if name not in _NOT_LIBRARY)
         yield from (os.path.join(parent, name) for name in sorted(names) if name.endswith(".py"))
@@ -800,7 +801,7 @@ def _builtin(report: Skipped, progress: Progress) -> Iterator[list[list[str]]]:
     for name in sorted(topics):
         yield [list(_prose(topics[name], f"topic {name}", report)), []]
     found = False
-    for path in _stdlib_files():
+    for path in stdlib_files():
         docstrings = _docstrings(path, report, progress)
         found = found or bool(docstrings)
         yield [[s for docstring in docstrings for s in _prose(docstring, path, report)], []]

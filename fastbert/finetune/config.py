@@ -24,6 +24,10 @@ from fastbert.settings import (
     settings,
 )
 
+DEMO = "demo"
+"""As `train`: examples out of the sources that every Python carries."""
+DEMOS = ("classify", "tag", "answer")
+
 RUN = Group("run", "where and on what it runs")
 DATA = Group("data", "labelled examples, and which column is what")
 MODEL = Group("model", "what is trained of it, and its dropout")
@@ -57,7 +61,10 @@ class FinetuneConfig(Config):
         aka=("model_name_or_path", "model_name", "init_from", "checkpoint"),
     )
     train: str = setting(
-        "", "file, folder or glob of training examples", RUN, aka=("train_file", "data", "dataset")
+        "",
+        f"file, folder or glob of training examples ({DEMO} = made of Python's own sources)",
+        RUN,
+        aka=("train_file", "data", "dataset"),
     )
     eval: str = setting(
         "0.1",
@@ -226,6 +233,10 @@ class FinetuneConfig(Config):
             raise UserError("model = '': give --model DIR, the folder of a pre-trained model")
         if not self.train:
             raise UserError("train = '': give --train FILE, labelled examples")
+        if self.train == DEMO and self.task not in DEMOS:
+            raise UserError(f"train = {DEMO!r}: there is one of {', '.join(DEMOS)} only")
+        if self.train == DEMO and (self.search or self.seeds > 1):
+            raise UserError(f"train = {DEMO!r} is one run: leave --seeds and --search out")
         if self.eval_share is not None and not 0 < self.eval_share < 1:
             raise UserError(f"eval = {self.eval}: a share must be more than 0 and less than 1")
         known = ("auto", "loss", *self.metrics)

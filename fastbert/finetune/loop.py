@@ -44,6 +44,7 @@ from fastbert.train.schedule import share_of_peak
 _MAX_SKIPPED_IN_A_ROW = 3
 _MOST_MISTAKES = 200  # in eval.json; the page shows the first 50
 _NO_DECAY = ("bias", "layernorm", "layer_norm", "norm.weight")
+_NONE: Mapping[str, Mapping[str, float]] = {}
 _BAR_FROM = 512  # features of an evaluation that takes seconds
 
 
@@ -96,6 +97,7 @@ class Trainer:
         dtype: in what.
         resume: whether to go on from the newest checkpoint there.
         say: gets lines until the bar is there.
+        fresh: see `start`.
     """
 
     def __init__(
@@ -108,12 +110,13 @@ class Trainer:
         dtype: torch.dtype,
         resume: bool,
         say: Callable[[str], None],
+        fresh: bool = False,
     ) -> None:
         self.config, self.task, self.data, self.folder = config, task, data, run
         self.device, self.dtype, self.notes = device, dtype, list(data.notes)
         self.hf = run / "hf"
         recover(self.hf)
-        begun: Start = start(config, task)
+        begun: Start = start(config, task, fresh)
         self.model, self.depth, self.layers = begun.model.to(device), begun.depth, begun.layers
         self.train = task.features(data.train, True)
         cut_in_training, task.cut = task.cut, 0
@@ -487,8 +490,12 @@ class Trainer:
 
     # The end
 
-    def finish(self) -> FinetuneResult:
-        """Evaluates the best model once more, and writes the report."""
+    def finish(self, baselines: Mapping[str, Mapping[str, float]] = _NONE) -> FinetuneResult:
+        """Evaluates the best model once more, and writes the report.
+
+        Args:
+            baselines: metrics of others, shown beside ours.
+        """
         if self.best["step"] != self.step:
             self.model = load_weights(self._bare(), self.hf)
         found, predictions = self._evaluation()
@@ -504,6 +511,7 @@ class Trainer:
                 mistakes=worst_mistakes(self.task, self.data.eval, predictions),
                 history=history,
                 notes=notes,
+                baselines=baselines,
             ),
         )
         losses = {row["step"]: row["loss"] for row in history if "loss" in row}

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from fastbert.errors import UserError
 from fastbert.finetune import metrics
 from fastbert.finetune.augment import augmented
-from fastbert.finetune.config import ClassifyConfig, FinetuneConfig
+from fastbert.finetune.config import DEMO, ClassifyConfig, FinetuneConfig
 from fastbert.finetune.data import Data, read_data
+from fastbert.finetune.demo import RANDOM, verdict, yardsticks
+from fastbert.finetune.demo_data import write_demo
 from fastbert.finetune.loop import FinetuneResult, Trainer
 from fastbert.finetune.metrics import Evaluation
 from fastbert.finetune.needs import needs
@@ -31,6 +33,7 @@ from fastbert.train.device import choose_device, choose_dtype, keep_freed_memory
 from fastbert.train.interrupts import interruptible, noting_signals
 from fastbert.train.prepare import held_run, say, write_whole
 
+_NONE: Mapping[str, Mapping[str, float]] = {}
 _MOST_LENGTH = {"answer": 384}
 """Tokens of a sequence where nothing is said: a window of a paragraph; others take what fits."""
 
@@ -55,18 +58,26 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         if asked > longest:
             raise UserError(f"max_seq_length = {asked}: the model takes at most {longest}")
         task = TASKS[config.task](tokenizer, asked, {})
+        asked_for = config
+        if config.train == DEMO:
+            made = run / "data"
+            made.mkdir(exist_ok=True)
+            train, held_out = map(str, write_demo(config.task, made, config.seed))
+            config = dataclasses.replace(config, train=train, eval=held_out)
         data = read_data(config, task, say)
         if isinstance(config, ClassifyConfig) and config.augment:
             more = augmented(data.train, "text", config.augment, config.model, config.seed)
             data.train += more
             data.notes.append(f"{len(more)} examples were made by replacing words.")
-        write_whole(run / "config.toml", sealed_toml(dataclasses.replace(config, resume=False)))
+        write_whole(run / "config.toml", sealed_toml(dataclasses.replace(asked_for, resume=False)))
         with noting_signals() as stop:
             runs = _Runs(config, task, data, run, device, dtype, stop)
             if config.search:
                 return runs.search()
             if config.seeds > 1:
                 return runs.seeds()
+            if asked_for.train == DEMO:
+                return runs.demo()
             return runs.one(config, run)
 
 
@@ -95,7 +106,14 @@ class _Runs:
         self.config, self.task, self.data, self.folder = config, task, data, folder
         self.device, self.dtype, self.stop = device, dtype, stop
 
-    def one(self, config: FinetuneConfig, folder: Path) -> FinetuneResult:
+    def one(
+        self,
+        config: FinetuneConfig,
+        folder: Path,
+        *,
+        fresh: bool = False,
+        baselines: Mapping[str, Mapping[str, float]] = _NONE,
+    ) -> FinetuneResult:
         """One run, or what it found when it was done before."""
         done = _done(folder) if config.resume else None
         if done is not None:
@@ -104,12 +122,22 @@ class _Runs:
         folder.mkdir(exist_ok=True)
         self.task.cut = 0
         trainer = Trainer(
-            config, self.task, self.data, folder, self.device, self.dtype, config.resume, say
+            config, self.task, self.data, folder, self.device, self.dtype, config.resume, say, fresh
         )
         trainer.run(self.stop)
-        result = trainer.finish()
+        result = trainer.finish(baselines)
         write_whole(folder / "result.json", json.dumps(_as_json(result)))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return result
+
+    def demo(self) -> FinetuneResult:
+        """The same network from random weights first, then the model; both beside yardsticks."""
+        baselines = yardsticks(self.config, self.data, say)
+        random = self.one(self.config, self.folder / "random", fresh=True)
+        baselines[RANDOM] = random.metrics
+        result = self.one(self.config, self.folder, baselines=baselines)
+        for line in verdict(self._metric, result.metrics, baselines):
+            print(line)
         return result
 
     def seeds(self) -> FinetuneResult:

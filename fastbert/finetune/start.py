@@ -36,8 +36,13 @@ class Start:
     notes: list[str]
 
 
-def start(config: FinetuneConfig, task: Task) -> Start:
+def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
     """Loads the model for a task that has learnt its labels.
+
+    Args:
+        config: of the task.
+        task: with its labels.
+        fresh: whether all weights are drawn, to see what the checkpoint's are worth.
 
     What is drawn comes from torch's generator, seeded as transformers' `set_seed(seed)` does, so
     that a head is the one that transformers would begin with.
@@ -58,7 +63,7 @@ def start(config: FinetuneConfig, task: Task) -> Start:
     )
     torch.manual_seed(config.seed)
     model: Any
-    model, drawn = begin_head(config.model, task.head, changes)
+    model, drawn = begin_head(config.model, task.head, changes, fresh)
     try:
         accelerate(model)
     except ValueError as error:
@@ -70,7 +75,9 @@ def start(config: FinetuneConfig, task: Task) -> Start:
     if not config.unpad:
         decelerate(model)
     notes = [f"model: {config.model}: {_count(model.parameters())} weights, {layers} layers"]
-    if drawn:
+    if fresh:
+        notes.append("all weights are random")
+    elif drawn:
         notes.append(f"new weights: {', '.join(drawn)}")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

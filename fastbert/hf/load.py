@@ -74,7 +74,7 @@ def load_head(folder: str | os.PathLike[str], head: str) -> nn.Module:
 
 
 def begin_head(
-    folder: str | os.PathLike[str], head: str, changes: Mapping[str, Any]
+    folder: str | os.PathLike[str], head: str, changes: Mapping[str, Any], fresh: bool = False
 ) -> tuple[nn.Module, list[str]]:
     """A model to train: what its head lacks is drawn from torch's generator, as transformers does.
 
@@ -82,6 +82,7 @@ def begin_head(
         folder: of a model or of a run; or a name of the hub.
         head: one of `HEADS`; "" for the encoder alone, without pooler.
         changes: of the model's configuration, such as `num_labels`.
+        fresh: whether all weights are drawn.
 
     Returns:
         The model, in evaluation, and the names of the weights that were drawn.
@@ -90,6 +91,9 @@ def begin_head(
         UserError: there is no such model, or one whose encoder lacks weights.
     """
     auto: Any = getattr(transformers, f"AutoModelFor{head}") if head else AutoModel
+    if fresh:
+        config = AutoConfig.from_pretrained(_place(folder), **changes)
+        return auto.from_config(config).eval(), []
     model, lacking = _load(folder, auto, {"ignore_mismatched_sizes": True, **changes})
     # A pooler counts as head: none is saved with masked words alone.
     encoder = f"{model.base_model_prefix}." if head else ""

@@ -1,0 +1,190 @@
+"""Labelled data that every Python carries: its library's own sources, read and never run.
+
+Each is made by simple rules, so that right and wrong are known; files of the library are held out
+whole, so that no evaluation asks for what was trained on.
+"""
+
+import ast
+import io
+import json
+import keyword
+import os
+import random
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+from inspect import cleandoc
+from pathlib import Path
+
+from fastbert.data.corpus import stdlib_files
+from fastbert.errors import UserError
+
+FAMILIES = {
+    "async and processes": "asyncio concurrent multiprocessing threading subprocess queue sched "
+    "selectors socketserver",
+    "files and archives": "os shutil pathlib tempfile zipfile tarfile gzip bz2 lzma glob fnmatch "
+    "posixpath ntpath genericpath filecmp fileinput _pyio io mailbox",
+    "mail and web": "email http urllib ftplib smtplib imaplib poplib nntplib telnetlib xmlrpc "
+    "wsgiref cgi cgitb ssl socket webbrowser ipaddress",
+    "numbers and dates": "datetime _pydatetime calendar decimal _pydecimal fractions numbers "
+    "statistics random zoneinfo uuid",
+    "python itself": "ast dis inspect importlib tokenize typing pickletools symtable traceback "
+    "types enum functools contextlib abc runpy pkgutil lib2to3 code codeop",
+    "testing and debugging": "unittest doctest pdb bdb trace cProfile profile pstats timeit "
+    "tracemalloc logging warnings faulthandler",
+    "text and markup": "xml html json csv configparser difflib textwrap string re codecs "
+    "encodings locale gettext pprint reprlib shlex optparse argparse plistlib tomllib",
+    "windows and drawing": "tkinter turtle turtledemo idlelib curses colorsys",
+}
+_MOST_WORDS = 64
+_MOST_EXAMPLES = {"classify": 4000, "tag": 1500, "answer": 900}
+_HELD_OUT = 5  # of so many files one
+
+
+def write_demo(task: str, folder: Path, seed: int) -> tuple[Path, Path]:
+    """Writes a task's data for training and evaluation, and returns both paths.
+
+    Args:
+        task: "classify", "tag" or "answer".
+        folder: that is there.
+        seed: of the order, and of what is left out where there is too much.
+
+    Raises:
+        UserError: Python came without its library's sources.
+    """
+    makers = {"classify": _families, "tag": _tokens, "answer": _definitions}
+    root = sysconfig.get_paths()["stdlib"]
+    files = [(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in stdlib_files()]
+    # By family and size: so the files that are held out are like the others.
+    files.sort(key=lambda file: (_family(file[0]) or "", os.path.getsize(file[1]), file[0]))
+    parts: tuple[dict[str, None], dict[str, None]] = ({}, {})
+    for number, (name, path) in enumerate(files):
+        source = _read(path)
+        if source is not None:
+            made = makers[task](name, *source)
+            parts[number % _HELD_OUT == _HELD_OUT // 2].update(dict.fromkeys(made))
+    train, held_out = (list(part) for part in parts)
+    if not train or not held_out:
+        raise UserError("--demo: this Python came without the sources of its library")
+    asked = str if task == "tag" else _asked
+    known = set(map(asked, train))
+    held_out = [one for one in held_out if asked(one) not in known]
+    draw, paths = random.Random(seed), []
+    for part, lines, share in zip(("train", "eval"), (train, held_out), (1.0, 0.2), strict=True):
+        draw.shuffle(lines)
+        path = folder / f"{part}.{'conll' if task == 'tag' else 'jsonl'}"
+        most = int(_MOST_EXAMPLES[task] * share)
+        path.write_text("\n".join(lines[:most]) + "\n", encoding="utf-8")
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def _family(name: str) -> str | None:
+    """Of a file of the library."""
+    top = name.partition("/")[0].removesuffix(".py")
+    return next((f for f, modules in FAMILIES.items() if top in modules.split()), None)
+
+
+def _asked(made: str) -> str:
+    """What an example asks: one that asks the same is no other."""
+    row = json.loads(made)
+    return str(row.get("text") or row.get("context"))
+
+
+def _read(path: str) -> tuple[str, ast.Module] | None:
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in the library's own strings
+            return text, ast.parse(text)
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return None
+
+
+def _documented(module: ast.Module) -> Iterator[tuple[str, str]]:
+    """Names of functions and classes, with the first paragraph of what is said of them."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            said = ast.get_docstring(node, clean=False)
+            first = " ".join(cleandoc(said or "").partition("\n\n")[0].split())
+            if 4 <= len(first.split()) <= _MOST_WORDS:
+                yield node.name, first
+
+
+def _families(name: str, text: str, module: ast.Module) -> Iterator[str]:
+    """Which part of the library a docstring is of."""
+    family = _family(name)
+    if family is not None:
+        for said in dict.fromkeys(said for _, said in _documented(module)):
+            yield json.dumps({"text": said, "label": family, "source": name}, ensure_ascii=False)
+
+
+def _tokens(name: str, text: str, module: ast.Module) -> Iterator[str]:
+    """Words of source lines, tagged with the kind of token that they are of."""
+    lines = {} if name.startswith("encodings/") else _tagged_lines(text)  # tables of characters
+    for number in sorted(lines):
+        if 5 <= len(lines[number]) <= _MOST_WORDS and number % 7 == 0:
+            yield "\n".join(f"{word}\t{tag}" for word, tag in lines[number]) + "\n"
+
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def _tagged_lines(text: str) -> dict[int, list[tuple[str, str]]]:
+    lines: dict[int, list[tuple[str, str]]] = {}
+    before = ""
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            kind = _kind(token, before)
+            if token.start[0] == token.end[0] and token.string.strip():
+                words = _WORD.findall(token.string)
+                tags = [
+                    f"{'I' if place else 'B'}-{kind}" if kind else "O"
+                    for place in range(len(words))
+                ]
+                lines.setdefault(token.start[0], []).extend(zip(words, tags, strict=True))
+            if token.string.strip():
+                before = token.string
+    except (tokenize.TokenError, IndentationError):
+        return {}
+    return lines
+
+
+def _kind(token: tokenize.TokenInfo, before: str) -> str:
+    if token.type == tokenize.COMMENT:
+        return "comment"
+    if token.type == tokenize.STRING:
+        return "string"
+    if token.type == tokenize.NUMBER:
+        return "number"
+    if token.type != tokenize.NAME:
+        return ""
+    if keyword.iskeyword(token.string):
+        return "keyword"
+    return {"def": "function", "class": "class", ".": "attribute"}.get(before, "")
+
+
+_TOGETHER = 6  # definitions in a paragraph
+
+
+def _definitions(name: str, text: str, module: ast.Module) -> Iterator[str]:
+    """Where in a page of documentation it says what a function does."""
+    said = list(dict(_documented(module)).items())
+    for begin in range(0, len(said) - _TOGETHER + 1, _TOGETHER):
+        together = said[begin : begin + _TOGETHER]
+        context, starts = "", []
+        for function, first in together:
+            context += f"{function}: "
+            starts.append(len(context))
+            context += f"{first} "
+        for (function, first), start in list(zip(together, starts, strict=True))[::3]:
+            row = {
+                "id": f"{name}:{function}",
+                "question": f"What does {function} do?",
+                "context": context.strip(),
+                "answers": {"text": [first], "answer_start": [start]},
+            }
+            yield json.dumps(row, ensure_ascii=False)
