@@ -4,13 +4,11 @@ The names below are imported on first use (PEP 562), so that `import fastbert` a
 command's help never wait for torch.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastbert.commands.finetune import finetune
+    from fastbert.commands.finetune import fine_tune
     from fastbert.commands.pretrain import pretrain
     from fastbert.config import ModelConfig, PretrainConfig, model_config
     from fastbert.data.batch import Batch
@@ -85,7 +83,7 @@ __all__ = [
     "decelerate",
     "encode",
     "explain",
-    "finetune",
+    "fine_tune",
     "load_pretrained",
     "make_step",
     "model_config",
@@ -97,16 +95,17 @@ __all__ = [
 ]
 
 _HOME = {
+    "commands.finetune": ("fine_tune",),
     "commands.pretrain": ("pretrain",),
     "config": ("ModelConfig", "PretrainConfig", "model_config"),
     "data.batch": ("Batch",),
     "data.examples": ("pack",),
     "data.tokenize": ("WordPiece",),
     "errors": ("FastbertError", "RunError", "UserError"),
+    "finetune.explain": ("Explanation", "explain"),
     "finetune.config": (
         *("AnswerConfig", "ChooseConfig", "ClassifyConfig", "EmbedConfig", "TagConfig"),
     ),
-    "finetune.explain": ("Explanation", "explain"),
     "finetune.loop": ("FinetuneResult",),
     "finetune.predict": ("Pipeline", "pipeline"),
     "hf.accelerate": ("accelerate", "decelerate"),
@@ -138,18 +137,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """`fastbert.finetune` is the function, whoever imported the room of that name before."""
-
-    @property
-    def finetune(self) -> Any:
-        return import_module("fastbert.commands.finetune").finetune
-
-    @finetune.setter
-    def finetune(self, room: ModuleType) -> None:
-        """Python puts the room here once it is imported; statements find it in sys.modules."""
-
-
-sys.modules[__name__].__class__ = _Package

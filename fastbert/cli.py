@@ -14,15 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from fastbert import __version__
-from fastbert.commands import (
-    doctor,
-    explain,
-    fill_mask,
-    finetune,
-    options,
-    predict,
-    pretrain,
-)
+from fastbert.commands import doctor, explain, fill_mask, finetune, options, predict, pretrain
 from fastbert.errors import FastbertError
 from fastbert.train.interrupts import Interrupted, interruptible, raise_lost
 
@@ -125,8 +117,8 @@ def _dispatch(argv: list[str]) -> None:
     pretrain.add(commands)
     finetune.add(commands)
     predict.add(commands)
-    explain.add(commands)
     fill_mask.add(commands)
+    explain.add(commands)
     ours = argv[:1] in ([name] for name in OURS)  # whatever befalls the bench
     missing = {} if ours else _add_bench(commands)
     doctor.add(commands)

@@ -1,4 +1,4 @@
-"""`fastbert finetune TASK` and `fastbert.finetune`: check the request, and hand it to the runs."""
+"""`fastbert finetune TASK` and `fastbert.fine_tune`: check the request, and hand it to the runs."""
 
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -54,7 +54,7 @@ def run(args: Namespace) -> None:
     """Fine-tunes, or prints what it would do.
 
     Raises:
-        FastbertError: see `finetune`.
+        FastbertError: see `fine_tune`.
     """
     overrides = typed(args)
     if getattr(args, "demo", False):
@@ -65,7 +65,7 @@ def run(args: Namespace) -> None:
     if args.print_config:
         print(to_toml(config), end="")
         return
-    result = finetune(config)
+    result = fine_tune(config)
     told = result.seeds or result.metrics
     for name, value in told.items():
         if isinstance(value, float):
@@ -82,7 +82,7 @@ def _newest_model() -> str:
     return newest_model()
 
 
-def finetune(config: FinetuneConfig) -> "FinetuneResult":
+def fine_tune(config: FinetuneConfig) -> "FinetuneResult":
     """Fine-tunes a model, exactly as `fastbert finetune TASK` does.
 
     Args:
