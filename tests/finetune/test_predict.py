@@ -488,14 +488,6 @@ def test_outputs_that_are_not_finite_end_the_run(models: dict[str, str]) -> None
         pipe("the cat")
 
 
-def test_the_function_keeps_its_name_whoever_imports_the_room() -> None:
-    import fastbert.finetune.columns
-
-    assert callable(fastbert.finetune)
-    assert fastbert.finetune.__name__ == "finetune"
-    assert fastbert.ClassifyConfig.task == "classify"
-
-
 # The command
 
 
