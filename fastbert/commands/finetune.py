@@ -1,13 +1,16 @@
 """`fastbert finetune TASK` and `fastbert.fine_tune`: check the request, and hand it to the runs."""
 
+import tomllib
 from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastbert.commands.checks import check_folder, check_path
 from fastbert.commands.options import Commands, typed
 from fastbert.errors import UserError
 from fastbert.finetune.config import CONFIGS, DEMO, DEMOS, FinetuneConfig
-from fastbert.settings import load_config, to_toml
+from fastbert.settings import load_config, settings, to_toml
 from fastbert.train.interrupts import held_signals
 
 if TYPE_CHECKING:
@@ -66,12 +69,12 @@ def run(args: Namespace) -> None:
         print(to_toml(config), end="")
         return
     result = fine_tune(config)
-    told = result.seeds or result.metrics
-    for name, value in told.items():
-        if isinstance(value, float):
+    for name, value in result.metrics.items():
+        spread = result.seeds.get(name)
+        if spread is None or spread.deviation is None:
             print(f"{name}: {value:.4g}")
         else:
-            print(f"{name}: {value.mean:.4g} ± {value.deviation:.2g}")
+            print(f"{name}: {spread.mean:.4g} ± {spread.deviation:.2g}")
     print(f"report: {result.folder / 'report.html'}")
     print(f"model: {result.hf} (fastbert predict --model {result.folder} --input FILE)")
 
@@ -115,9 +118,21 @@ def _asked(
         run = run_folder(where)
         if not (run / "config.toml").exists():
             raise UserError(f"resume: {run} holds no run of fastbert finetune")
+        _check_task(config_class, run)
         overrides = overrides | {"out": str(run)}
         return load_config(config_class, run / "config.toml", overrides, sealed=True)
     return load_config(config_class, file, overrides)
+
+
+def _check_task(config_class: type[FinetuneConfig], run: Path) -> None:
+    """Refuses the run of another task, by the settings that its config.toml names."""
+    with suppress(OSError, ValueError):
+        written = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).keys()
+        known = {task: {one.name for one in settings(c)} for task, c in CONFIGS.items()}
+        asked = config_class.task
+        tasks = [task for task, names in known.items() if written <= names]
+        if tasks and asked not in tasks:
+            raise UserError(f"{run} is a run of fastbert finetune {tasks[0]}, not of {asked}")
 
 
 class _Where:

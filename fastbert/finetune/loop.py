@@ -8,6 +8,8 @@ B sequences of a micro-batch; a step has `gradient_accumulation_steps` of them.
 
 import copy
 import dataclasses
+import hashlib
+import json
 import math
 import random
 import shlex
@@ -45,6 +47,7 @@ from fastbert.train.schedule import share_of_peak
 _MAX_SKIPPED_IN_A_ROW = 3
 _MOST_MISTAKES = 200  # in eval.json; the page shows the first 50
 _NO_DECAY = ("bias", "layernorm", "layer_norm", "norm.weight")
+_AGAIN = "--resume"
 _NONE: Mapping[str, Mapping[str, float]] = {}
 _BAR_FROM = 512  # features of an evaluation that takes seconds
 
@@ -86,6 +89,24 @@ def epoch_order(examples: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
+def metric_of(config: FinetuneConfig, task: Task) -> str:
+    """The metric by which the best model is chosen, of a task that has learnt its labels.
+
+    Raises:
+        UserError: the evaluation of such a task has no such metric.
+    """
+    asked, known = config.metric_for_best_model, list(metrics.METRICS[task.kind])
+    if task.kind == "classify" and len(task.labels) != 2:
+        known = [name for name in known if name not in metrics.OF_TWO_CLASSES]
+    if asked == "auto":
+        return known[0]
+    if asked not in known:
+        raise UserError(
+            f"metric_for_best_model = {asked!r}: such labels are judged by {', '.join(known)}"
+        )
+    return asked
+
+
 class Trainer:
     """The state of a run between steps.
 
@@ -115,6 +136,7 @@ class Trainer:
     ) -> None:
         self.config, self.task, self.data, self.folder = config, task, data, run
         self.device, self.dtype, self.notes = device, dtype, list(data.notes)
+        self.metric = metric_of(config, task)
         self.hf = run / "hf"
         recover(self.hf)
         begun: Start = start(config, task, fresh)
@@ -150,9 +172,8 @@ class Trainer:
         if restored is not None:
             self._restore(restored)
             say(f"resume: goes on at step {self.step}")
-        self.reporter = Reporter(
-            run, self.step, self.max_steps, config.report_to == "tensorboard", "finetune"
-        )
+        board = config.report_to == "tensorboard"
+        self.reporter = Reporter(run, self.step, self.max_steps, board, "finetune", again=_AGAIN)
         self.wandb = Wandb(run, dataclasses.asdict(config)) if config.report_to == "wandb" else None
 
     def _said_of_lengths(self, cut_in_training: int) -> Iterator[str]:
@@ -216,19 +237,23 @@ class Trainer:
             "window": self.window,
             "seconds": self.seconds,
             "scale": [scale["scale"], scale["_growth_tracker"]] if scale else None,
-            "recipe": _recipe(self.config),
+            "examples": self._digest(),
         }
-        checkpoint.save(self.folder, checkpoint.Checkpoint(self.step, weights, moments, state), 1)
+        found = checkpoint.Checkpoint(self.step, weights, moments, state)
+        checkpoint.save(self.folder, found, 1, again=_AGAIN)
+
+    def _digest(self) -> str:
+        """What tells whether the examples are those that a run began with."""
+        content = [[(one.inputs, one.label) for one in part] for part in (self.train, self.eval)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         state = found.state
-        recipe = _recipe(self.config)
-        for name, value in state["recipe"].items():
-            if name in recipe and recipe[name] != value:
-                raise UserError(
-                    f"{name} = {recipe[name]!r} differs from {value!r} of the run in "
-                    f"{self.folder}: leave it out to go on, or name another --out"
-                )
+        if state["examples"] != self._digest():
+            raise UserError(
+                f"{self.config.train} and {self.config.eval} do not hold what the run in "
+                f"{self.folder} began with: put that back, or name another --out"
+            )
         named = self._named()
         try:
             with torch.no_grad():
@@ -292,17 +317,17 @@ class Trainer:
             if stop or self.step % self.save_every == 0 or self.step == self.max_steps:
                 self._save()
             if stop and self.step < self.max_steps:
-                again = f"--resume --out {shlex.quote(str(self.folder))}"
                 raise RunError(
-                    f"stopped by {stop} at step {self.step}; everything is saved: go on with the "
-                    f"same command and {again}"
+                    f"stopped by {stop} at step {self.step}; everything is saved: go on with "
+                    f"fastbert finetune {self.task.name} --resume --out "
+                    f"{shlex.quote(config.out)}"
                 )
 
     def _is_stale(self) -> bool:
         patience = self.config.early_stopping_patience
         if patience and self.stale >= patience:
             self.reporter.say(
-                f"step {self.step}: {self._metric} was not better in {self.stale} evaluations: "
+                f"step {self.step}: {self.metric} was not better in {self.stale} evaluations: "
                 f"stopped; the best is that of step {self.best['step']}"
             )
             return True
@@ -361,7 +386,8 @@ class Trainer:
     def _gradients(self) -> float:
         """Adds the gradients of a step's batches; returns its loss."""
         batches = [self.task.batch(features) for features in self._step_batches()]
-        items = sum(float(self.task.items(batch)) for batch in batches)
+        # None where a batch is one sequence without a word of its own.
+        items = sum(float(self.task.items(batch)) for batch in batches) or 1.0
         total = torch.zeros((), device=self.device)
         for batch in batches:
             batch = {name: value.to(self.device) for name, value in batch.items()}
@@ -402,6 +428,8 @@ class Trainer:
                 F.kl_div(a, b, reduction="sum", log_target=True)
                 for a, b in ((one, other), (other, one))
             )
+            # As the loss, of which each of `items` may have several rows: starts and ends.
+            divergence = divergence * task.items(batch) / max(1, len(one))
             both = task.loss(outputs, batch) + task.loss(again, batch)
             return both / 2 + alpha * divergence / 4
 
@@ -436,14 +464,9 @@ class Trainer:
         if self.wandb is not None:
             self.wandb.log(self.step, row)
 
-    @property
-    def _metric(self) -> str:
-        asked = self.config.metric_for_best_model
-        return metrics.METRICS[self.task.kind][0] if asked == "auto" else asked
-
     def _evaluate(self) -> None:
         found, _ = self._evaluation()
-        name = self._metric
+        name = self.metric
         if name not in found.metrics:
             raise UserError(
                 f"metric_for_best_model = {name!r}: this evaluation has {', '.join(found.metrics)}"
@@ -535,21 +558,6 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-_FREE = {
-    *("out", "device", "resume", "num_threads", "report_to", "logging_steps", "save_steps"),
-    *("model", "train", "eval", "seeds"),
-}
-
-
-def _recipe(config: FinetuneConfig) -> dict[str, Any]:
-    """The settings that a run cannot change half-way."""
-    return {
-        one.name: getattr(config, one.name)
-        for one in settings(type(config))
-        if one.name not in _FREE
-    }
-
-
 def _shown(config: FinetuneConfig) -> dict[str, Any]:
     return {one.name: getattr(config, one.name) for one in settings(type(config))}
 
@@ -559,8 +567,8 @@ def _what_is_wrong(state: Mapping[str, Any]) -> str:
     for name in ("step", "skipped", "streak", "stale"):
         if type(state.get(name)) is not int or state[name] < 0:
             return f"{name} must be a count"
-    if not isinstance(state.get("best"), dict) or not isinstance(state.get("recipe"), dict):
-        return "best and recipe must be there"
+    if not isinstance(state.get("best"), dict) or not isinstance(state.get("examples"), str):
+        return "best and examples must be there"
     window = state.get("window")
     if not isinstance(window, list) or len(window) != 2 or "scale" not in state:
         return "window and scale must be there"

@@ -13,8 +13,13 @@ from fastbert.finetune.needs import needs
 from fastbert.finetune.tasks.base import Task
 from fastbert.hf.accelerate import accelerate, decelerate
 from fastbert.hf.depths import depths
-from fastbert.hf.load import add_markers, begin_head, dropout_changes, saved_head
-from fastbert.hf.save import children_with_weights
+from fastbert.hf.load import (
+    add_markers,
+    begin_head,
+    children_with_weights,
+    dropout_changes,
+    saved_head,
+)
 
 
 @dataclass
@@ -57,13 +62,15 @@ def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
         changes = _agreed(config.model, task, saved_config, changes)
     changes |= dropout_changes(
         saved_config.model_type,
+        task.head,
         hidden_dropout_prob=config.hidden_dropout_prob,
         attention_probs_dropout_prob=config.attention_probs_dropout_prob,
         classifier_dropout=config.classifier_dropout,
     )
+    new_head = config.new_head and bool(task.head) and saved == task.head
     torch.manual_seed(config.seed)
     model: Any
-    model, drawn = begin_head(config.model, task.head, changes, fresh)
+    model, drawn = begin_head(config.model, task.head, changes, fresh, new_head=new_head)
     try:
         accelerate(model)
     except ValueError as error:

@@ -3,6 +3,7 @@
 B sequences padded to S, K labels, R rows of a distribution.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,11 +166,7 @@ class Task(ABC):
 
     @abstractmethod
     def distributions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Logits (R, K) whose softmax R-Drop compares.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Logits (R, K) whose softmax R-Drop compares; `learn` has refused a task of scores."""
 
     @abstractmethod
     def raw(self, outputs: Tensor, batch: dict[str, Tensor]) -> list[np.ndarray]:
@@ -211,8 +208,8 @@ class Task(ABC):
 def label_names(examples: Iterable[str]) -> list[str]:
     """Names in the order of their numbers: numeric where all are numbers, else alphabetic."""
     names = set(examples)
-    if all(name.lstrip("-").isdecimal() for name in names):
-        return sorted(names, key=int)
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
 
 

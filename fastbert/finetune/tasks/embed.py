@@ -57,6 +57,8 @@ class Embed(Task):
         self.pooling, self.scale = asked.pooling, asked.scale
         self.scored = "score" in examples[0].fields
         if self.scored:
+            if asked.rdrop_alpha:
+                raise UserError("rdrop_alpha: a score has no distribution: leave it out")
             least, most = (f(one.fields["score"] for one in examples) for f in (min, max))
             if most > 1.0 or least < -1.0:
                 raise UserError(
@@ -116,8 +118,6 @@ class Embed(Task):
         )
 
     def distributions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        if self.scored:
-            raise UserError("rdrop_alpha: a score has no distribution: leave R-Drop out")
         sides = self._sides(outputs, len(batch["labels"]))
         others = sides[:, 1:].transpose(0, 1).flatten(0, 1)  # pairs, then negatives
         return self.scale * sides[:, 0] @ others.T  # (B, B) or (B, 2 B)
