@@ -171,7 +171,7 @@ class Tag(Task):
         return made
 
     def _words(self, examples: Sequence[Example]) -> list[list[str]]:
-        """Their words, with the space before them where a tokenizer tells by it where one begins."""
+        """Their words, with the space before them where a tokenizer tells words by it."""
         first, second = self.tokenizer(
             [["a", "a"], ["a", " a"]], is_split_into_words=True, verbose=False
         )["input_ids"]
