@@ -46,7 +46,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         torch.set_num_threads(config.num_threads)
     with interruptible(), held_run(config) as run:
         device = choose_device(config.device)
-        dtype = _dtype(config, device)
+        dtype = dtype_of(config, device)
         if device.type == "cpu":
             keep_freed_memory()
         tokenizer = load_tokenizer(config.model)
@@ -62,7 +62,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             data.notes.append(f"{len(more)} examples were made by replacing words.")
         write_whole(run / "config.toml", sealed_toml(dataclasses.replace(config, resume=False)))
         with noting_signals() as stop:
-            runs = _Runs(config, task, data, run, device, dtype, stop)
+            runs = Runs(config, task, data, run, device, dtype, stop)
             if config.search:
                 return runs.search()
             if config.seeds > 1:
@@ -70,7 +70,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             return runs.one(config, run)
 
 
-def _dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
+def dtype_of(config: FinetuneConfig, device: torch.device) -> torch.dtype:
+    """What `precision` asks for, said; in fp32 on a CPU where nothing is."""
     precision = config.precision
     if precision == "auto" and device.type == "cpu":
         precision = "fp32"
@@ -79,8 +80,18 @@ def _dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
     return dtype
 
 
-class _Runs:
-    """What runs of a request share."""
+class Runs:
+    """What runs of a request share.
+
+    Args:
+        config: of the request.
+        task: that has learnt its labels.
+        data: examples.
+        folder: of all runs.
+        device: where they compute.
+        dtype: in what.
+        stop: names the signal that has come, if one has.
+    """
 
     def __init__(
         self,
