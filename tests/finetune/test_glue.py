@@ -329,6 +329,16 @@ def test_labels_of_a_data_set_go_by_their_names(tmp_path: Path, data: Path) -> N
         read_task("RTE", tmp_path / "rte")
 
 
+def test_the_positive_class_is_1() -> None:
+    ones = {name: dict(zip(t.labels, t.names, strict=True)).get("1") for name, t in TASKS.items()}
+    assert {name: one for name, one in ones.items() if one} == {
+        "CoLA": "acceptable",
+        "SST-2": "positive",
+        "MRPC": "equivalent",
+        "QQP": "duplicate",
+    }
+
+
 def broken(data: Path, tmp_path: Path, name: str, split: str, change: Callable[[str], str]) -> Path:
     """The data of one task with one file changed."""
     folder = tmp_path / "broken" / name
