@@ -8,13 +8,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastbert.commands.finetune import fine_tune
     from fastbert.commands.pretrain import pretrain
     from fastbert.config import ModelConfig, PretrainConfig, model_config
     from fastbert.data.batch import Batch
     from fastbert.data.examples import pack
     from fastbert.data.tokenize import WordPiece
     from fastbert.errors import FastbertError, RunError, UserError
+    from fastbert.finetune.config import (
+        AnswerConfig,
+        ChooseConfig,
+        ClassifyConfig,
+        EmbedConfig,
+        TagConfig,
+    )
     from fastbert.finetune.explain import Explanation, explain
+    from fastbert.finetune.loop import FinetuneResult
+    from fastbert.finetune.predict import Pipeline, pipeline
     from fastbert.hf.accelerate import accelerate, decelerate
     from fastbert.hf.attention import register_attention
     from fastbert.hf.encode import encode
@@ -39,6 +49,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerConfig",
     "Batch",
     "Bert",
     "BertForMaskedLM",
@@ -50,14 +61,20 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "Callback",
+    "ChooseConfig",
+    "ClassifyConfig",
+    "EmbedConfig",
     "Evaluation",
     "Explanation",
     "FastbertError",
+    "FinetuneResult",
     "Metrics",
     "ModelConfig",
+    "Pipeline",
     "PretrainConfig",
     "PretrainResult",
     "RunError",
+    "TagConfig",
     "TrainStep",
     "UserError",
     "WordPiece",
@@ -66,16 +83,19 @@ __all__ = [
     "decelerate",
     "encode",
     "explain",
+    "fine_tune",
     "load_pretrained",
     "make_step",
     "model_config",
     "pack",
+    "pipeline",
     "pretrain",
     "register_attention",
     "save_pretrained",
 ]
 
 _HOME = {
+    "commands.finetune": ("fine_tune",),
     "commands.pretrain": ("pretrain",),
     "config": ("ModelConfig", "PretrainConfig", "model_config"),
     "data.batch": ("Batch",),
@@ -83,6 +103,11 @@ _HOME = {
     "data.tokenize": ("WordPiece",),
     "errors": ("FastbertError", "RunError", "UserError"),
     "finetune.explain": ("Explanation", "explain"),
+    "finetune.config": (
+        *("AnswerConfig", "ChooseConfig", "ClassifyConfig", "EmbedConfig", "TagConfig"),
+    ),
+    "finetune.loop": ("FinetuneResult",),
+    "finetune.predict": ("Pipeline", "pipeline"),
     "hf.accelerate": ("accelerate", "decelerate"),
     "hf.attention": ("register_attention",),
     "hf.encode": ("encode",),

@@ -145,7 +145,7 @@ def test_a_panic_is_one_line(
 
 
 BAD_REQUESTS = [
-    ("pretrian", "unknown command 'pretrian': did you mean 'pretrain'? (pretrain, fill-mask,"),
+    ("pretrian", "unknown command 'pretrian': did you mean 'pretrain'? (pretrain, finetune,"),
     ("--seed 1 pretrain", "--seed stands before the command: write fastbert COMMAND --seed"),
     ("bench", "bench needs one of step, kernels, data, inference, convergence, dropin"),
     ("bench stp", "unknown bench 'stp': did you mean 'step'? (step, kernels,"),

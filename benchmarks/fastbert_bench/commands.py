@@ -22,6 +22,7 @@ from fastbert_bench.config import (
     DataBenchConfig,
     DropinBenchConfig,
     EstimateConfig,
+    FinetuneBenchConfig,
     InferenceBenchConfig,
     KernelBenchConfig,
     ProfileKernelConfig,
@@ -45,6 +46,7 @@ _BENCHMARKS: dict[str, tuple[str, type]] = {
         ConvergenceBenchConfig,
     ),
     "dropin": ("what one line brings to transformers' Trainer", DropinBenchConfig),
+    "finetune": ("fine-tuning, side by side with transformers' Trainer", FinetuneBenchConfig),
 }
 
 
@@ -89,7 +91,9 @@ def add(commands: Commands) -> None:
 
 def _check(config: Any) -> None:
     """Checks what only files can tell of whichever settings there are."""
-    if getattr(config, "model", "auto") != "auto":
+    if isinstance(config, FinetuneBenchConfig):  # any family that is accelerated
+        check_path("model", config.model, words=())
+    elif getattr(config, "model", "auto") != "auto":
         longest = getattr(config, "max_seq_lengths", str(getattr(config, "max_seq_length", 1)))
         check_positions(config.model, max(map(int, longest.split(","))))
     for name, words in (

@@ -36,6 +36,8 @@ INFERENCE_RIVAL_NAMES = (
 )
 CONVERGENCE_RIVAL_NAMES = ("hf-trainer", "hf-loop")
 DROPIN_TASKS = ("mlm", "classification")
+FINETUNE_SETS = ("sentiment", "entities", "questions")
+FINETUNE_RIVAL_NAMES = ("hf-trainer", "hf-trainer+malloc")
 KERNEL_OPS = (
     *("attention", "dropout_add_layer_norm", "linear_cross_entropy", "adamw", "linear_gelu"),
     *("gelu_layer_norm", "bias_gelu", "embed_layer_norm", "lamb", "mask_tokens"),
@@ -337,6 +339,47 @@ class DropinBenchConfig:
     def tasks(self) -> list[str]:
         """Those of `task`, each once."""
         return list(dict.fromkeys(self.task.split(",")))
+
+
+@dataclass(frozen=True)
+class FinetuneBenchConfig:
+    """Everything `fastbert bench finetune` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    model: str = _bench("", "folder of a pre-trained model (none is downloaded)")
+    name: str = _bench("", "what the result calls it (empty = as its folder)")
+    data: str = _bench("", "folder of sentiment-train.tsv, -eval.tsv and so on")
+    sets: str = _bench(",".join(FINETUNE_SETS), "what is learnt, separated by commas")
+    seeds: int = _bench(
+        3, "trainings of each contender, with seed, seed + 1, ...", at_least=1, at_most=99
+    )
+    max_steps: int = _bench(
+        0, "steps of a training, for a rehearsal (0 = all epochs)", at_least=0,
+        at_most=settings.MOST_STEPS,
+    )  # fmt: skip
+    against: str = _against(more="+malloc = with our allocator setting")
+    json: str = _json(BENCH)
+    seed: int = engine.seed_setting(BENCH, "new weights, data order and dropout")
+
+    def __post_init__(self) -> None:
+        settings.check_fields(self)
+        for name, what in (("model", "a pre-trained model"), ("data", "the data sets")):
+            if not getattr(self, name):
+                raise UserError(f"{name} = '': give --{name} DIR, the folder of {what}")
+        _check_names("sets", self.sets, FINETUNE_SETS, ())
+        _check_names("against", self.against, FINETUNE_RIVAL_NAMES, ("auto",))
+
+    def names(self) -> list[str]:
+        """Those of `sets`, each once."""
+        return list(dict.fromkeys(self.sets.split(",")))
+
+    def rivals(self) -> list[str]:
+        """Those of `against`, each once."""
+        asked = FINETUNE_RIVAL_NAMES if self.against == "auto" else self.against.split(",")
+        return list(dict.fromkeys(asked))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ _FLAGS = {
     CONTEXT: "--context-column NAME",
     ANSWERS: "--answers-column NAME",
     CHOICES: "--choices-columns NAME or A,B,C",
-    ID: "--id-column NAME",
+    NEGATIVE: "--negative-column NAME",
 }
 _PLURAL = (ANSWERS, CHOICES, TOKENS, TAGS)
 _ROWS = 1000  # that are looked at, at most
@@ -213,7 +213,7 @@ class _Search:
             names = name.split(",") if role == CHOICES and name not in table.columns else [name]
             for one in names:
                 if one not in table.columns:
-                    flag = _FLAGS.get(role, f"--{role}-column").split()[0]
+                    flag = self._flag(role).split()[0] or f"{role} ="
                     near = did_you_mean(one, table.columns)
                     raise UserError(
                         f"{flag} {name}: {table.path} has no column {one!r}"
@@ -223,6 +223,10 @@ class _Search:
                 self.choices = tuple(names)
             else:
                 self.of[role] = name
+
+    def _flag(self, role: str) -> str:
+        of_embed = "--score-column NAME" if self.task == "embed" else ""
+        return (of_embed if role == LABEL else "") or _FLAGS.get(role, "")
 
     def columns(self) -> Columns:
         getattr(self, f"_{self.task}")()
@@ -391,11 +395,11 @@ class _Search:
         what = role if role in _PLURAL else f"the {role}"
         return UserError(
             f"{self.table.path}: no column for {what} among {_columns(self.table.columns)}: "
-            f"name it with {_FLAGS[role]}"
+            f"name it with {self._flag(role)}"
         )
 
     def _ambiguous(self, role: str, found: list[str]) -> UserError:
-        flag = _FLAGS.get(role, "")
+        flag = self._flag(role)
         return UserError(
             f"{self.table.path}: {role} could be {' or '.join(map(repr, found))} (of "
             f"{_columns(self.table.columns)}): {f'name it with {flag}' if flag else 'rename one'}"

@@ -24,6 +24,10 @@ from fastbert.settings import (
     settings,
 )
 
+DEMO = "demo"
+"""As `train`: examples out of the sources that every Python carries."""
+DEMOS = ("classify", "tag", "answer")
+
 RUN = Group("run", "where and on what it runs")
 DATA = Group("data", "labelled examples, and which column is what")
 MODEL = Group("model", "what is trained of it, and its dropout")
@@ -48,7 +52,7 @@ class FinetuneConfig(Config):
     command: ClassVar[str] = "finetune"
     task: ClassVar[str] = ""
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
-    """What `metric_for_best_model` may be; the first is "auto"."""
+    """What `metric_for_best_model` may be, of one kind of labels or another."""
 
     model: str = setting(
         "",
@@ -57,7 +61,10 @@ class FinetuneConfig(Config):
         aka=("model_name_or_path", "model_name", "init_from", "checkpoint"),
     )
     train: str = setting(
-        "", "file, folder or glob of training examples", RUN, aka=("train_file", "data", "dataset")
+        "",
+        f"file, folder or glob of training examples ({DEMO} = made of Python's own sources)",
+        RUN,
+        aka=("train_file", "data", "dataset"),
     )
     eval: str = setting(
         "0.1",
@@ -222,20 +229,28 @@ class FinetuneConfig(Config):
     def __post_init__(self) -> None:
         check_fields(self)
         check_not_empty(self, "out")
-        if not self.model:
-            raise UserError("model = '': give --model DIR, the folder of a pre-trained model")
-        if not self.train:
-            raise UserError("train = '': give --train FILE, labelled examples")
+        for name, value in (("model", self.model), ("train", self.train), ("eval", self.eval)):
+            if not value:
+                raise UserError(
+                    f"{name} = '': give fastbert finetune {self.task} --model DIR --train FILE "
+                    "[--eval FILE or a share]"
+                )
+        if self.train == DEMO and self.task not in DEMOS:
+            raise UserError(f"train = {DEMO!r}: there is one of {', '.join(DEMOS)} only")
+        if self.train == DEMO and (self.search or self.seeds > 1):
+            raise UserError(f"train = {DEMO!r} is one run: leave --seeds and --search out")
         if self.eval_share is not None and not 0 < self.eval_share < 1:
             raise UserError(f"eval = {self.eval}: a share must be more than 0 and less than 1")
-        known = ("auto", "loss", *self.metrics)
+        known = ("auto", *self.metrics)
         if self.metric_for_best_model not in known:
             raise UserError(
                 f"metric_for_best_model = {self.metric_for_best_model!r} must be one of "
-                f"{', '.join(dict.fromkeys(known))}"
+                f"{', '.join(known)}"
             )
         if self.lora_r and (self.freeze_layers or self.freeze_embeddings):
             raise UserError("lora_r trains nothing but adapters and head: leave freeze_* out")
+        if self.fgm_epsilon and (self.freeze_layers or self.freeze_embeddings or self.lora_r):
+            raise UserError("fgm_epsilon moves embeddings that are trained: leave it out")
         if self.search and self.seeds > 1:
             raise UserError("search and seeds: look for settings first, then give them and --seeds")
         rates = self.search_space["learning_rate"]
@@ -253,12 +268,6 @@ class FinetuneConfig(Config):
             return float(self.eval)
         except ValueError:
             return None
-
-    @property
-    def best_metric(self) -> str:
-        """By which the best model is chosen."""
-        asked = self.metric_for_best_model
-        return self.metrics[0] if asked == "auto" else asked
 
     @property
     def search_space(self) -> dict[str, list[float]]:
@@ -292,8 +301,12 @@ class ClassifyConfig(FinetuneConfig):
 
     task: ClassVar[str] = "classify"
     metrics: ClassVar[tuple[str, ...]] = (
-        *("accuracy", "macro_f1", "micro_f1", "weighted_f1", "matthews", "f1", "precision"),
-        *("recall", "subset_accuracy", "pearson", "spearman", "mse", "mae"),
+        *("accuracy", "macro_f1", "weighted_f1", "matthews", "balanced_accuracy"),
+        *("macro_precision", "macro_recall", "weighted_precision", "weighted_recall"),
+        *("micro_f1", "micro_precision", "micro_recall"),
+        *("f1", "precision", "recall", "average_precision", "roc_auc"),
+        *("samples_f1", "subset_accuracy", "pearson", "spearman", "mse", "mae", "r2"),
+        *("expected_calibration_error", "brier_score", "loss"),
     )
     text_column: str = _column("column of the text")
     text_pair_column: str = _column("column of a second text, for pairs")
@@ -337,7 +350,9 @@ class TagConfig(FinetuneConfig):
 
     task: ClassVar[str] = "tag"
     metrics: ClassVar[tuple[str, ...]] = (
-        *("f1", "precision", "recall", "macro_f1", "weighted_f1", "accuracy"),
+        *("f1", "precision", "recall", "macro_f1", "macro_precision", "macro_recall"),
+        *("weighted_f1", "weighted_precision", "weighted_recall", "accuracy", "matthews"),
+        *("balanced_accuracy", "micro_f1", "micro_precision", "micro_recall", "loss"),
     )
     tokens_column: str = _column("column of the words, a list")
     tags_column: str = _column("column of the tags, a list")
@@ -359,7 +374,10 @@ class AnswerConfig(FinetuneConfig):
     """The span of a paragraph that answers a question."""
 
     task: ClassVar[str] = "answer"
-    metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
+    metrics: ClassVar[tuple[str, ...]] = (
+        *("f1", "exact_match", "has_answer_f1", "has_answer_exact_match", "no_answer_f1"),
+        *("no_answer_exact_match", "best_f1", "best_exact", "loss"),
+    )
     question_column: str = _column("column of the question")
     context_column: str = _column("column of the paragraph")
     answers_column: str = _column("column of the answers, with texts and starts")
@@ -377,7 +395,9 @@ class ChooseConfig(FinetuneConfig):
     """The right one among several answers."""
 
     task: ClassVar[str] = "choose"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    metrics: ClassVar[tuple[str, ...]] = (
+        *("accuracy", "expected_calibration_error", "brier_score", "loss"),
+    )
     context_column: str = _column("column of the text before the choices")
     question_column: str = _column("column of the question, or of the choices' common beginning")
     choices_columns: str = _column("column of the list of choices, or columns of one each: a,b,c")
@@ -391,6 +411,7 @@ class EmbedConfig(FinetuneConfig):
     task: ClassVar[str] = "embed"
     metrics: ClassVar[tuple[str, ...]] = (
         *("mrr_at_10", "accuracy_at_1", "accuracy_at_3", "accuracy_at_10", "spearman", "pearson"),
+        "loss",
     )
     text_column: str = _column("column of the first text")
     text_pair_column: str = _column("column of the one that belongs to it")

@@ -71,13 +71,13 @@ def write_demo(task: str, folder: Path, seed: int) -> tuple[Path, Path]:
     asked = str if task == "tag" else _asked
     known = set(map(asked, train))
     held_out = [one for one in held_out if asked(one) not in known]
-    draw, paths = random.Random(seed), []
+    draw = random.Random(seed)
+    paths: list[Path] = []
     for part, lines, share in zip(("train", "eval"), (train, held_out), (1.0, 0.2), strict=True):
         draw.shuffle(lines)
-        path = folder / f"{part}.{'conll' if task == 'tag' else 'jsonl'}"
+        paths.append(folder / f"{part}.{'conll' if task == 'tag' else 'jsonl'}")
         most = int(_MOST_EXAMPLES[task] * share)
-        path.write_text("\n".join(lines[:most]) + "\n", encoding="utf-8")
-        paths.append(path)
+        paths[-1].write_text("\n".join(lines[:most]) + "\n", encoding="utf-8")
     return paths[0], paths[1]
 
 

@@ -52,6 +52,7 @@ def infer(
     *,
     unpad: bool = True,
     progress: Any = None,
+    tokens: int | None = None,
 ) -> tuple[list[np.ndarray], float | None]:
     """What is kept of each feature, in their order, and the mean loss where they have labels.
 
@@ -62,9 +63,10 @@ def infer(
         dtype: that it computes in.
         unpad: see `Task.outputs`.
         progress: a bar that is moved by features.
+        tokens: of a batch, see `batches`; None: what the device is used well with.
     """
     device = next(model.parameters()).device
-    tokens = TOKENS_PER_BATCH.get(device.type, 16384)
+    tokens = tokens or TOKENS_PER_BATCH.get(device.type, 16384)
     raws: list[np.ndarray | None] = [None] * len(features)
     total = items = 0.0
     for places in batches(features, tokens):

@@ -8,6 +8,8 @@ B sequences of a micro-batch; a step has `gradient_accumulation_steps` of them.
 
 import copy
 import dataclasses
+import hashlib
+import json
 import math
 import random
 import shlex
@@ -26,6 +28,7 @@ from fastbert.errors import RunError, UserError
 from fastbert.finetune import metrics
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.data import Data
+from fastbert.finetune.demo import verdict
 from fastbert.finetune.infer import autocast, infer
 from fastbert.finetune.metrics import Evaluation
 from fastbert.finetune.report import Report, write_report
@@ -44,6 +47,8 @@ from fastbert.train.schedule import share_of_peak
 _MAX_SKIPPED_IN_A_ROW = 3
 _MOST_MISTAKES = 200  # in eval.json; the page shows the first 50
 _NO_DECAY = ("bias", "layernorm", "layer_norm", "norm.weight")
+_AGAIN = "--resume"
+_NONE: Mapping[str, Mapping[str, float]] = {}
 _BAR_FROM = 512  # features of an evaluation that takes seconds
 
 
@@ -84,6 +89,24 @@ def epoch_order(examples: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
+def metric_of(config: FinetuneConfig, task: Task) -> str:
+    """The metric by which the best model is chosen, of a task that has learnt its labels.
+
+    Raises:
+        UserError: the evaluation of such a task has no such metric.
+    """
+    asked, known = config.metric_for_best_model, list(metrics.METRICS[task.kind])
+    if task.kind == "classify" and len(task.labels) != 2:
+        known = [name for name in known if name not in metrics.OF_TWO_CLASSES]
+    if asked == "auto":
+        return known[0]
+    if asked not in known:
+        raise UserError(
+            f"metric_for_best_model = {asked!r}: such labels are judged by {', '.join(known)}"
+        )
+    return asked
+
+
 class Trainer:
     """The state of a run between steps.
 
@@ -96,6 +119,7 @@ class Trainer:
         dtype: in what.
         resume: whether to go on from the newest checkpoint there.
         say: gets lines until the bar is there.
+        fresh: see `start`.
     """
 
     def __init__(
@@ -108,12 +132,14 @@ class Trainer:
         dtype: torch.dtype,
         resume: bool,
         say: Callable[[str], None],
+        fresh: bool = False,
     ) -> None:
         self.config, self.task, self.data, self.folder = config, task, data, run
         self.device, self.dtype, self.notes = device, dtype, list(data.notes)
+        self.metric = metric_of(config, task)
         self.hf = run / "hf"
         recover(self.hf)
-        begun: Start = start(config, task)
+        begun: Start = start(config, task, fresh)
         self.model, self.depth, self.layers = begun.model.to(device), begun.depth, begun.layers
         self.train = task.features(data.train, True)
         cut_in_training, task.cut = task.cut, 0
@@ -146,9 +172,8 @@ class Trainer:
         if restored is not None:
             self._restore(restored)
             say(f"resume: goes on at step {self.step}")
-        self.reporter = Reporter(
-            run, self.step, self.max_steps, config.report_to == "tensorboard", "finetune"
-        )
+        board = config.report_to == "tensorboard"
+        self.reporter = Reporter(run, self.step, self.max_steps, board, "finetune", again=_AGAIN)
         self.wandb = Wandb(run, dataclasses.asdict(config)) if config.report_to == "wandb" else None
 
     def _said_of_lengths(self, cut_in_training: int) -> Iterator[str]:
@@ -212,19 +237,23 @@ class Trainer:
             "window": self.window,
             "seconds": self.seconds,
             "scale": [scale["scale"], scale["_growth_tracker"]] if scale else None,
-            "recipe": _recipe(self.config),
+            "examples": self._digest(),
         }
-        checkpoint.save(self.folder, checkpoint.Checkpoint(self.step, weights, moments, state), 1)
+        found = checkpoint.Checkpoint(self.step, weights, moments, state)
+        checkpoint.save(self.folder, found, 1, again=_AGAIN)
+
+    def _digest(self) -> str:
+        """What tells whether the examples are those that a run began with."""
+        content = [[(one.inputs, one.label) for one in part] for part in (self.train, self.eval)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         state = found.state
-        recipe = _recipe(self.config)
-        for name, value in state["recipe"].items():
-            if name in recipe and recipe[name] != value:
-                raise UserError(
-                    f"{name} = {recipe[name]!r} differs from {value!r} of the run in "
-                    f"{self.folder}: leave it out to go on, or name another --out"
-                )
+        if state["examples"] != self._digest():
+            raise UserError(
+                f"{self.config.train} and {self.config.eval} do not hold what the run in "
+                f"{self.folder} began with: put that back, or name another --out"
+            )
         named = self._named()
         try:
             with torch.no_grad():
@@ -288,17 +317,17 @@ class Trainer:
             if stop or self.step % self.save_every == 0 or self.step == self.max_steps:
                 self._save()
             if stop and self.step < self.max_steps:
-                again = f"--resume --out {shlex.quote(str(self.folder))}"
                 raise RunError(
-                    f"stopped by {stop} at step {self.step}; everything is saved: go on with the "
-                    f"same command and {again}"
+                    f"stopped by {stop} at step {self.step}; everything is saved: go on with "
+                    f"fastbert finetune {self.task.name} --resume --out "
+                    f"{shlex.quote(config.out)}"
                 )
 
     def _is_stale(self) -> bool:
         patience = self.config.early_stopping_patience
         if patience and self.stale >= patience:
             self.reporter.say(
-                f"step {self.step}: {self._metric} was not better in {self.stale} evaluations: "
+                f"step {self.step}: {self.metric} was not better in {self.stale} evaluations: "
                 f"stopped; the best is that of step {self.best['step']}"
             )
             return True
@@ -357,7 +386,8 @@ class Trainer:
     def _gradients(self) -> float:
         """Adds the gradients of a step's batches; returns its loss."""
         batches = [self.task.batch(features) for features in self._step_batches()]
-        items = sum(float(self.task.items(batch)) for batch in batches)
+        # None where a batch is one sequence without a word of its own.
+        items = sum(float(self.task.items(batch)) for batch in batches) or 1.0
         total = torch.zeros((), device=self.device)
         for batch in batches:
             batch = {name: value.to(self.device) for name, value in batch.items()}
@@ -398,6 +428,8 @@ class Trainer:
                 F.kl_div(a, b, reduction="sum", log_target=True)
                 for a, b in ((one, other), (other, one))
             )
+            # As the loss, of which each of `items` may have several rows: starts and ends.
+            divergence = divergence * task.items(batch) / max(1, len(one))
             both = task.loss(outputs, batch) + task.loss(again, batch)
             return both / 2 + alpha * divergence / 4
 
@@ -432,14 +464,9 @@ class Trainer:
         if self.wandb is not None:
             self.wandb.log(self.step, row)
 
-    @property
-    def _metric(self) -> str:
-        asked = self.config.metric_for_best_model
-        return metrics.METRICS[self.task.kind][0] if asked == "auto" else asked
-
     def _evaluate(self) -> None:
         found, _ = self._evaluation()
-        name = self._metric
+        name = self.metric
         if name not in found.metrics:
             raise UserError(
                 f"metric_for_best_model = {name!r}: this evaluation has {', '.join(found.metrics)}"
@@ -487,13 +514,19 @@ class Trainer:
 
     # The end
 
-    def finish(self) -> FinetuneResult:
-        """Evaluates the best model once more, and writes the report."""
+    def finish(self, baselines: Mapping[str, Mapping[str, float]] = _NONE) -> FinetuneResult:
+        """Evaluates the best model once more, and writes the report.
+
+        Args:
+            baselines: metrics of others, shown beside ours.
+        """
         if self.best["step"] != self.step:
             self.model = load_weights(self._bare(), self.hf)
         found, predictions = self._evaluation()
         history = read_metrics(self.folder / "metrics.jsonl")
         notes = [*self.notes, f"The best of the evaluations was that of step {self.best['step']}."]
+        if baselines:
+            notes.append(verdict(self._metric, found.metrics, baselines)[-1])
         write_report(
             self.folder,
             Report(
@@ -501,9 +534,10 @@ class Trainer:
                 task=self.task.kind,
                 settings=_shown(self.config),
                 evaluation=found,
-                mistakes=_mistakes(self.task, self.data.eval, predictions),
+                mistakes=worst_mistakes(self.task, self.data.eval, predictions),
                 history=history,
                 notes=notes,
+                baselines=baselines,
             ),
         )
         losses = {row["step"]: row["loss"] for row in history if "loss" in row}
@@ -524,21 +558,6 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-_FREE = {
-    *("out", "device", "resume", "num_threads", "report_to", "logging_steps", "save_steps"),
-    *("model", "train", "eval", "seeds"),
-}
-
-
-def _recipe(config: FinetuneConfig) -> dict[str, Any]:
-    """The settings that a run cannot change half-way."""
-    return {
-        one.name: getattr(config, one.name)
-        for one in settings(type(config))
-        if one.name not in _FREE
-    }
-
-
 def _shown(config: FinetuneConfig) -> dict[str, Any]:
     return {one.name: getattr(config, one.name) for one in settings(type(config))}
 
@@ -548,18 +567,18 @@ def _what_is_wrong(state: Mapping[str, Any]) -> str:
     for name in ("step", "skipped", "streak", "stale"):
         if type(state.get(name)) is not int or state[name] < 0:
             return f"{name} must be a count"
-    if not isinstance(state.get("best"), dict) or not isinstance(state.get("recipe"), dict):
-        return "best and recipe must be there"
+    if not isinstance(state.get("best"), dict) or not isinstance(state.get("examples"), str):
+        return "best and examples must be there"
     window = state.get("window")
     if not isinstance(window, list) or len(window) != 2 or "scale" not in state:
         return "window and scale must be there"
     return "" if isinstance(state.get("seconds"), float | int) else "seconds must be a number"
 
 
-def _mistakes(
+def worst_mistakes(
     task: Task, examples: list[Example], predictions: list[Prediction]
 ) -> list[dict[str, Any]]:
-    """The worst first."""
+    """What a report shows of wrong predictions: `Task.mistake`, the worst first."""
     found = [
         mistake
         for one, prediction in zip(examples, predictions, strict=True)

@@ -21,13 +21,13 @@ _CLASSES = (
     *("macro_recall", "weighted_precision", "weighted_recall"),
     *("micro_f1", "micro_precision", "micro_recall"),
 )
-_TWO_CLASSES = ("f1", "precision", "recall", "average_precision", "roc_auc")
+OF_TWO_CLASSES = ("f1", "precision", "recall", "average_precision", "roc_auc")
 _CALIBRATION = ("expected_calibration_error", "brier_score")
 _SCORES = ("pearson", "spearman", "mse", "mae", "r2")
 _ENTITIES = ("f1", "precision", "recall", "macro_f1", "macro_precision", "macro_recall")
 
 METRICS: dict[str, tuple[str, ...]] = {
-    "classify": (*_CLASSES, *_TWO_CLASSES, *_CALIBRATION, "loss"),
+    "classify": (*_CLASSES, *OF_TWO_CLASSES, *_CALIBRATION, "loss"),
     "classify several": (
         *("micro_f1", "macro_f1", "weighted_f1", "samples_f1", "subset_accuracy"),
         *("micro_precision", "micro_recall", "macro_precision", "macro_recall"),

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,32 @@ import torch
 from fastbert.errors import UserError
 from fastbert.finetune import metrics
 from fastbert.finetune.augment import augmented
-from fastbert.finetune.config import ClassifyConfig, FinetuneConfig
+from fastbert.finetune.config import DEMO, ClassifyConfig, FinetuneConfig
 from fastbert.finetune.data import Data, read_data
-from fastbert.finetune.loop import FinetuneResult, Trainer
+from fastbert.finetune.demo import RANDOM, verdict, yardsticks
+from fastbert.finetune.demo_data import write_demo
+from fastbert.finetune.loop import FinetuneResult, Trainer, metric_of
 from fastbert.finetune.metrics import Evaluation
 from fastbert.finetune.needs import needs
 from fastbert.finetune.report import Report, write_report
 from fastbert.finetune.tasks import TASKS
 from fastbert.finetune.tasks.base import Task
 from fastbert.hf.load import load_tokenizer, longest_sequence
-from fastbert.settings import sealed_toml
+from fastbert.settings import load_config, sealed_toml, settings
 from fastbert.train.device import choose_device, choose_dtype, keep_freed_memory
 from fastbert.train.interrupts import interruptible, noting_signals
-from fastbert.train.prepare import held_run, say, write_whole
+from fastbert.train.prepare import held_run, say, taken_back_on_failure, write_whole
 
+_NONE: Mapping[str, Mapping[str, float]] = {}
 _MOST_LENGTH = {"answer": 384}
 """Tokens of a sequence where nothing is said: a window of a paragraph; others take what fits."""
+
+_FREE = {
+    *("out", "device", "resume", "num_threads", "report_to", "logging_steps", "save_steps"),
+    *("model", "train", "eval", "seeds"),
+}
+"""What may be other when a run goes on. That examples are the same, a checkpoint knows."""
+_BEGUN = ("config.toml", "data", "metrics.jsonl", "tensorboard", "wandb")
 
 
 def finetune(config: FinetuneConfig) -> FinetuneResult:
@@ -44,7 +55,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    with interruptible(), held_run(config) as run:
+    with interruptible(), held_run(config) as run, ExitStack() as beginning:
+        # Until training begins, a new run leaves nothing behind that was asked for wrongly.
+        first = (f"seed-{config.seed}", "trial-000", "random")
+        beginning.enter_context(taken_back_on_failure(run, (*_BEGUN, *first)))
         device = choose_device(config.device)
         dtype = dtype_of(config, device)
         if device.type == "cpu":
@@ -54,20 +68,47 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         asked = config.max_seq_length or min(longest, _MOST_LENGTH.get(config.task, longest))
         if asked > longest:
             raise UserError(f"max_seq_length = {asked}: the model takes at most {longest}")
+        config = dataclasses.replace(config, out=str(run))
+        if config.resume:
+            _check_same(config, run)
         task = TASKS[config.task](tokenizer, asked, {})
+        asked_for = config
+        if config.train == DEMO:
+            made = run / "data"
+            made.mkdir(exist_ok=True)
+            train, held_out = map(str, write_demo(config.task, made, config.seed))
+            config = dataclasses.replace(config, train=train, eval=held_out)
         data = read_data(config, task, say)
         if isinstance(config, ClassifyConfig) and config.augment:
             more = augmented(data.train, "text", config.augment, config.model, config.seed)
             data.train += more
             data.notes.append(f"{len(more)} examples were made by replacing words.")
-        write_whole(run / "config.toml", sealed_toml(dataclasses.replace(config, resume=False)))
+        kept = dataclasses.replace(asked_for, resume=False)
+        write_whole(run / "config.toml", sealed_toml(kept))
         with noting_signals() as stop:
-            runs = Runs(config, task, data, run, device, dtype, stop)
+            runs = Runs(config, task, data, run, device, dtype, stop, beginning.close)
             if config.search:
                 return runs.search()
             if config.seeds > 1:
                 return runs.seeds()
+            if asked_for.train == DEMO:
+                return runs.demo()
             return runs.one(config, run)
+
+
+def _check_same(config: FinetuneConfig, run: Path) -> None:
+    """Refuses settings that a run cannot change half-way."""
+    path = run / "config.toml"
+    if not path.exists():
+        return
+    before = load_config(type(config), path, {}, sealed=True)
+    for name in (one.name for one in settings(type(config)) if one.name not in _FREE):
+        asked, kept = getattr(config, name), getattr(before, name)
+        if asked != kept:
+            raise UserError(
+                f"{name} = {asked!r} differs from {kept!r} of the run in {run}: leave it out to go "
+                "on, or name another --out"
+            )
 
 
 def dtype_of(config: FinetuneConfig, device: torch.device) -> torch.dtype:
@@ -91,6 +132,7 @@ class Runs:
         device: where they compute.
         dtype: in what.
         stop: names the signal that has come, if one has.
+        begun: called before a run's first step.
     """
 
     def __init__(
@@ -102,11 +144,20 @@ class Runs:
         device: torch.device,
         dtype: torch.dtype,
         stop: Callable[[], str],
+        begun: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.task, self.data, self.folder = config, task, data, folder
         self.device, self.dtype, self.stop = device, dtype, stop
+        self.begun = begun
 
-    def one(self, config: FinetuneConfig, folder: Path) -> FinetuneResult:
+    def one(
+        self,
+        config: FinetuneConfig,
+        folder: Path,
+        *,
+        fresh: bool = False,
+        baselines: Mapping[str, Mapping[str, float]] = _NONE,
+    ) -> FinetuneResult:
         """One run, or what it found when it was done before."""
         done = _done(folder) if config.resume else None
         if done is not None:
@@ -115,12 +166,23 @@ class Runs:
         folder.mkdir(exist_ok=True)
         self.task.cut = 0
         trainer = Trainer(
-            config, self.task, self.data, folder, self.device, self.dtype, config.resume, say
+            config, self.task, self.data, folder, self.device, self.dtype, config.resume, say, fresh
         )
+        self.begun()
         trainer.run(self.stop)
-        result = trainer.finish()
+        result = trainer.finish(baselines)
         write_whole(folder / "result.json", json.dumps(_as_json(result)))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return result
+
+    def demo(self) -> FinetuneResult:
+        """The same network from random weights first, then the model; both beside yardsticks."""
+        baselines = yardsticks(self.config, self.data, say)
+        random = self.one(self.config, self.folder / "random", fresh=True)
+        baselines[RANDOM] = random.metrics
+        result = self.one(self.config, self.folder, baselines=baselines)
+        for line in verdict(metric_of(self.config, self.task), result.metrics, baselines):
+            print(line)
         return result
 
     def seeds(self) -> FinetuneResult:
@@ -138,10 +200,10 @@ class Runs:
         optuna = needs("optuna")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space, config, found = self.config.search_space, self.config, []
-        name = self._metric
+        name = metric_of(config, self.task)
         study = optuna.create_study(
             direction="minimize" if name in metrics.LESS_IS_BETTER else "maximize",
-            sampler=optuna.samplers.TPESampler(seed=config.seed),
+            sampler=optuna.samplers.TPESampler(seed=config.seed % 2**32),
         )
         notes = []
         # What was found before is told again in the same order, so the proposals are the same.
@@ -162,16 +224,11 @@ class Runs:
             notes.append(f"Trial {number}: {shown}: {name} {result.metrics[name]:.4g}")
         return self._best(found, {}, notes)
 
-    @property
-    def _metric(self) -> str:
-        asked = self.config.metric_for_best_model
-        return metrics.METRICS[self.task.kind][0] if asked == "auto" else asked
-
     def _best(
         self, found: list[FinetuneResult], spreads: dict[str, metrics.Spread], notes: list[str]
     ) -> FinetuneResult:
         """Makes the best run's model that of the whole, and writes the report of all."""
-        name = self._metric
+        name = metric_of(self.config, self.task)
         sign = -1 if name in metrics.LESS_IS_BETTER else 1
         best = max(found, key=lambda one: sign * one.metrics[name])
         hf = self.folder / "hf"

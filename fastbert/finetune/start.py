@@ -13,8 +13,13 @@ from fastbert.finetune.needs import needs
 from fastbert.finetune.tasks.base import Task
 from fastbert.hf.accelerate import accelerate, decelerate
 from fastbert.hf.depths import depths
-from fastbert.hf.load import add_markers, begin_head, dropout_changes, saved_head
-from fastbert.hf.save import children_with_weights
+from fastbert.hf.load import (
+    add_markers,
+    begin_head,
+    children_with_weights,
+    dropout_changes,
+    saved_head,
+)
 
 
 @dataclass
@@ -36,8 +41,13 @@ class Start:
     notes: list[str]
 
 
-def start(config: FinetuneConfig, task: Task) -> Start:
+def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
     """Loads the model for a task that has learnt its labels.
+
+    Args:
+        config: of the task.
+        task: with its labels.
+        fresh: whether all weights are drawn, to see what the checkpoint's are worth.
 
     What is drawn comes from torch's generator, seeded as transformers' `set_seed(seed)` does, so
     that a head is the one that transformers would begin with.
@@ -52,13 +62,15 @@ def start(config: FinetuneConfig, task: Task) -> Start:
         changes = _agreed(config.model, task, saved_config, changes)
     changes |= dropout_changes(
         saved_config.model_type,
+        task.head,
         hidden_dropout_prob=config.hidden_dropout_prob,
         attention_probs_dropout_prob=config.attention_probs_dropout_prob,
         classifier_dropout=config.classifier_dropout,
     )
+    new_head = config.new_head and bool(task.head) and saved == task.head
     torch.manual_seed(config.seed)
     model: Any
-    model, drawn = begin_head(config.model, task.head, changes)
+    model, drawn = begin_head(config.model, task.head, changes, fresh, new_head=new_head)
     try:
         accelerate(model)
     except ValueError as error:
@@ -70,7 +82,9 @@ def start(config: FinetuneConfig, task: Task) -> Start:
     if not config.unpad:
         decelerate(model)
     notes = [f"model: {config.model}: {_count(model.parameters())} weights, {layers} layers"]
-    if drawn:
+    if fresh:
+        notes.append("all weights are random")
+    elif drawn:
         notes.append(f"new weights: {', '.join(drawn)}")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

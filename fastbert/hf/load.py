@@ -74,7 +74,12 @@ def load_head(folder: str | os.PathLike[str], head: str) -> nn.Module:
 
 
 def begin_head(
-    folder: str | os.PathLike[str], head: str, changes: Mapping[str, Any]
+    folder: str | os.PathLike[str],
+    head: str,
+    changes: Mapping[str, Any],
+    fresh: bool = False,
+    *,
+    new_head: bool = False,
 ) -> tuple[nn.Module, list[str]]:
     """A model to train: what its head lacks is drawn from torch's generator, as transformers does.
 
@@ -82,6 +87,8 @@ def begin_head(
         folder: of a model or of a run; or a name of the hub.
         head: one of `HEADS`; "" for the encoder alone, without pooler.
         changes: of the model's configuration, such as `num_labels`.
+        fresh: whether all weights are drawn.
+        new_head: whether a head that the folder has is drawn as well; its pooler stays.
 
     Returns:
         The model, in evaluation, and the names of the weights that were drawn.
@@ -90,13 +97,34 @@ def begin_head(
         UserError: there is no such model, or one whose encoder lacks weights.
     """
     auto: Any = getattr(transformers, f"AutoModelFor{head}") if head else AutoModel
+    if fresh:
+        config = AutoConfig.from_pretrained(_place(folder), **changes)
+        return auto.from_config(config).eval(), []
     model, lacking = _load(folder, auto, {"ignore_mismatched_sizes": True, **changes})
     # A pooler counts as head: none is saved with masked words alone.
     encoder = f"{model.base_model_prefix}." if head else ""
     inside = [n for n in lacking if n.startswith(encoder) and "pooler." not in n]
     if inside:
         raise UserError(f"{_place(folder)}: lacks {len(inside)} weights, {inside[0]} first")
-    return model, lacking
+    if new_head:
+        for name in children_with_weights(model):
+            part = getattr(model, name)
+            for parameter in part.parameters():
+                parameter._is_hf_initialized = False  # else transformers draws it no more
+            part.apply(model._init_weights)
+            lacking += [f"{name}.{inside}" for inside, _ in part.named_parameters()]
+    return model, sorted(set(lacking))
+
+
+def children_with_weights(model: Any) -> list[str]:
+    """The parts of a head: modules with weights beside the encoder; none where it is alone."""
+    if not hasattr(model, model.base_model_prefix):
+        return []
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
@@ -105,8 +133,10 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     Raises:
         UserError: the folder lacks some.
     """
+    kind: Any = type(model)
+    options = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
     with quiet():
-        kept = type(model).from_pretrained(_place(folder))  # type: ignore[attr-defined]
+        kept = kind.from_pretrained(_place(folder), **options)
     model.load_state_dict(kept.state_dict())
     return model
 
@@ -114,13 +144,39 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 _DISTILBERT = {
     "hidden_dropout_prob": "dropout",
     "attention_probs_dropout_prob": "attention_dropout",
-    "classifier_dropout": "seq_classif_dropout",
 }
+_HEAD_DROPOUT = {
+    "distilbert": {
+        "SequenceClassification": "seq_classif_dropout",
+        "MultipleChoice": "seq_classif_dropout",
+        "QuestionAnswering": "qa_dropout",
+    },
+    "electra": {
+        "SequenceClassification": "classifier_dropout",
+        "TokenClassification": "classifier_dropout",
+        "MultipleChoice": "summary_last_dropout",
+    },
+}
+_DROPOUT_OF_HEADS = dict.fromkeys(
+    ("SequenceClassification", "TokenClassification", "MultipleChoice"), "classifier_dropout"
+)
 
 
-def dropout_changes(model_type: str, **asked: float | None) -> dict[str, float]:
-    """Changes of a configuration for these dropouts, by the family's names; None: as it is."""
-    names = _DISTILBERT if model_type == "distilbert" else {}
+def dropout_changes(model_type: str, head: str, **asked: float | None) -> dict[str, float]:
+    """Changes of a configuration for these dropouts, by the family's names; None: as it is.
+
+    Raises:
+        UserError: a dropout before a head that has none of its own.
+    """
+    names = dict(_DISTILBERT) if model_type == "distilbert" else {}
+    of_head = _HEAD_DROPOUT.get(model_type, _DROPOUT_OF_HEADS).get(head)
+    if of_head is not None:
+        names["classifier_dropout"] = of_head
+    elif asked.get("classifier_dropout") is not None:
+        raise UserError(
+            f"classifier_dropout: {model_type} has none of its own before "
+            f"{f'its head for {head}' if head else 'its vectors'}: leave it out"
+        )
     return {names.get(name, name): value for name, value in asked.items() if value is not None}
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
 
 from fastbert.errors import RunError
 from fastbert.hf.load import quiet
@@ -82,12 +81,3 @@ def _write_pooling(folder: Path, width: int, description: Mapping[str, Any], poo
     (folder / "1_Pooling").mkdir()
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def children_with_weights(model: Any) -> list[str]:
-    """The parts of a head: modules beside the encoder that hold weights."""
-    return [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in nn.Module.parameters(child))
-    ]

@@ -50,11 +50,17 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def save(run: Path, checkpoint: Checkpoint, keep: int, again: str = "--resume auto") -> Path:
     """Writes a checkpoint and deletes all but the newest `keep` of the run.
 
     Later ones, of a run that went on from an earlier checkpoint, belong to a past that this run no
     longer has: they are deleted as well.
+
+    Args:
+        run: the run's folder.
+        checkpoint: what is written.
+        keep: how many stay.
+        again: what is typed to go on.
 
     Raises:
         RunError: it cannot be written (disk full, no permission); nothing half-written stays.
@@ -90,7 +96,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         )
         raise RunError(
             f"{final}: cannot write the checkpoint: {_reason(error)}; make room and go on with "
-            f"--resume auto ({kept})"
+            f"{again} ({kept})"
         ) from None
     except BaseException:  # a second signal
         shutil.rmtree(temporary, ignore_errors=True)
@@ -302,7 +308,7 @@ def load_newest(
         return found
     if passed_over:
         raise UserError(
-            f"resume = 'auto': none of the {len(passed_over)} checkpoints in {run} is whole "
+            f"resume: none of the {len(passed_over)} checkpoints in {run} is whole "
             f"({passed_over[0]}): start a new run with another --out"
         )
     return None

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -393,16 +393,18 @@ def _run_of(checkpoint: Path, out: str) -> Path:
 
 
 @contextmanager
-def taken_back_on_failure(run: Path) -> Iterator[None]:
+def taken_back_on_failure(run: Path, names: Sequence[str] = _PREPARED) -> Iterator[None]:
     """Removes what a new run has written if its preparation fails, so that it can start again.
 
-    The folder is there already, and held.
+    Args:
+        run: the folder, which is there already, and held.
+        names: of what its preparation may have written.
     """
     is_new = _is_empty(run)
     try:
         yield
     except BaseException:
-        for name in _PREPARED if is_new else ():
+        for name in names if is_new else ():
             if (run / name).is_dir():
                 shutil.rmtree(run / name, ignore_errors=True)
             else:

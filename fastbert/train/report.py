@@ -45,11 +45,19 @@ class Reporter:
         max_steps: where the progress bar ends.
         tensorboard: whether to write `tensorboard/` beside metrics.jsonl.
         name: of the bar.
+        again: what is typed to go on after a failure.
     """
 
     def __init__(
-        self, run: Path, done: int, max_steps: int, tensorboard: bool, name: str = "pretrain"
+        self,
+        run: Path,
+        done: int,
+        max_steps: int,
+        tensorboard: bool,
+        name: str = "pretrain",
+        again: str = "--resume auto",
     ) -> None:
+        self._again = again
         self._path = run / "metrics.jsonl"
         self._run = run
         try:
@@ -82,7 +90,7 @@ class Reporter:
                 self._board.write(step, metrics)
         except OSError as error:
             raise RunError(
-                f"{self._path}: cannot be written: {error.strerror}; go on with --resume auto once "
+                f"{self._path}: cannot be written: {error.strerror}; go on with {self._again} once "
                 "it can"
             ) from None
 

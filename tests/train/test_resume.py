@@ -399,7 +399,7 @@ def test_when_every_checkpoint_is_damaged(
     capsys.readouterr()
     resume("run", exit_code=2)
     shown = capsys.readouterr().err
-    assert shown.startswith("fastbert: error: resume = 'auto': none of the 2 checkpoints in")
+    assert shown.startswith("fastbert: error: resume: none of the 2 checkpoints in")
     assert shown.endswith("start a new run with another --out\n") and shown.count("\n") == 1
     assert (run / "metrics.jsonl").read_text() == before
 

@@ -233,6 +233,13 @@ def table(
     return "\n".join(text)
 
 
+def metric(row: Row) -> str:
+    """What a fine-tuned model is worth, as text: 88.3 ± 0.4% accuracy."""
+    deviation = row["metric_deviation"]
+    spread = "" if deviation is None else f" ± {deviation:.1f}"
+    return f"{row['metric_mean']:.1f}{spread}% {row['metric']}"
+
+
 def gaps(rows: Sequence[Row], why: Mapping[str, str]) -> list[dict[str, str]]:
     """{"name", "why"} of each figure of `why` that no row has; watts stand for all of energy."""
     return [

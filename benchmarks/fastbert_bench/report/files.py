@@ -30,6 +30,7 @@ TITLES = {
     "data": "Data loader",
     "convergence": "Loss over wall time",
     "dropin": "One line in Trainer",
+    "finetune": "Fine-tuning",
     "profile-step": "Where a step's time goes",
     "profile-kernel": "One kernel over sizes",
     "estimate": "Estimates: computed, not measured",
@@ -86,6 +87,8 @@ class Result:
             known.append(f"at most {asked['max_seq_length']} tokens")
         if "lengths" in asked:
             known.append(f"{Path(str(asked['lengths'])).name} lengths")
+        if self.kind == "finetune":
+            known.append(f"{asked['seeds']} seed{'s' * (asked['seeds'] != 1)}")
         if "dtype" in self.more:
             known.append(self.more["dtype"])
         return ", ".join(known) or self.stem

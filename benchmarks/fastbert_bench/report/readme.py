@@ -10,7 +10,7 @@ from pathlib import Path
 from fastbert.errors import UserError
 from fastbert_bench.measure.marked import with_lines
 from fastbert_bench.measure.places import RESULTS, ROOT
-from fastbert_bench.measure.result import Row
+from fastbert_bench.measure.result import Row, metric
 from fastbert_bench.report.files import TITLES, Result, in_folder
 
 README = ROOT / "README.md"
@@ -98,21 +98,29 @@ def _figure(row: Row) -> str:
     """What a row says in one number, and how it compares with the first."""
     if "seconds_to_target" in row and row["seconds_to_target"] is None:
         return "never reached the target loss"
+    if "metric_mean" in row:
+        time = f", {_number(row['ms'] / 1e3)} s{_compared(row)}" if "ms" in row else ""
+        return metric(row) + time
     for key, unit in (
         ("seconds_to_target", "s to the target loss"),
         ("real_tokens_per_second", "real tokens/s"),
         ("ms", "ms"),
     ):
         if key in row:
-            shown = f"{row[key]:,.0f}" if row[key] >= 100 else f"{row[key]:.3g}"
-            compared = f" ({_ratio(row['ratio'])}x)" if row.get("ratio", 1) != 1 else ""
-            return f"{shown} {unit}{compared}"
+            return f"{_number(row[key])} {unit}{_compared(row)}"
     return "not available"
 
 
-def _ratio(ratio: float) -> str:
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _compared(row: Row) -> str:
     """A digit more where the first would hide on which side of 1 it lies."""
-    return f"{ratio:.2f}" if 0.9 < ratio < 1.1 else f"{ratio:.1f}"
+    ratio = row.get("ratio", 1)
+    if ratio == 1:
+        return ""
+    return f" ({ratio:.2f}x)" if 0.9 < ratio < 1.1 else f" ({ratio:.1f}x)"
 
 
 def with_section(readme: str, results: Path = RESULTS) -> str:

@@ -15,7 +15,8 @@ _COLUMNS = {
     "ms": "ms", "ms_p20": "p20", "ms_p80": "p80", "real_tokens_per_second": "real tokens/s",
     "sequences_per_second": "sequences/s", "mfu": "MFU", "peak_memory_bytes": "peak memory, MiB",
     "watts": "watts", "joules_per_million_tokens": "J / 10⁶ tokens",
-    "ratio": "speed of the first",
+    "ratio": "speed of the first", "metric": "metric", "metric_mean": "held out, %",
+    "metric_deviation": "± over seeds",
 }  # fmt: skip
 _IN_NAME = ("name", "layer", "op", "direction", "contender", "task")
 _PERCENT = ("mfu", "share", "floor_share")
@@ -216,6 +217,21 @@ def _convergence(page: Page, result: Result) -> None:
     _table(page, result.rows)
 
 
+def _finetune(page: Page, result: Result) -> None:
+    """What each is worth and how fast it trains, data set by data set."""
+    if result.more.get("rehearsal"):
+        page.text("A rehearsal of a few steps: its figures say nothing of whole trainings.")
+    _rates(page, result)
+    for task in dict.fromkeys(row["task"] for row in result.rows):
+        # Without times, by which a bar would have whiskers.
+        rows = [{key: row[key] for key in ("name", "metric", "metric_mean")}
+                for row in result.rows if row["task"] == task]  # fmt: skip
+        unit = f"{rows[0]['metric']} on the examples held out, percent"
+        title = f"{task}: {result.label}, {unit}"
+        drawn = figures.bars(f"{result.stem}-{task}-worth", title, rows, "metric_mean", unit)
+        page.picture(drawn, conditions(result))
+
+
 def _profile_step(page: Page, result: Result) -> None:
     _rates(page, result)
     page.text("First what is worth attacking first: sorted by the time above the floor.")
@@ -271,6 +287,7 @@ SECTIONS: dict[str, Callable[[Page, Result], None]] = {
     "data": _rates,
     "convergence": _convergence,
     "dropin": _rates,
+    "finetune": _finetune,
     "profile-step": _profile_step,
     "profile-kernel": _profile_kernel,
     "estimate": _estimate,

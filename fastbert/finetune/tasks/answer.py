@@ -77,32 +77,35 @@ class Answer(Task):
         if not examples:
             return []
         questions = [one.fields["question"].lstrip() for one in examples]
-        self._check_questions(examples, questions)
-        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
-        found = self.tokenizer(
-            questions,
-            [one.fields["context"] for one in examples],
-            truncation="only_second",
-            max_length=self.max_length,
-            stride=min(self.stride, room // 4),
-            return_overflowing_tokens=True,
-            verbose=False,
-        )
-        of_row = found["overflow_to_sample_mapping"]
-        self.cut += sum(count > 1 for count in Counter(of_row).values())
+        rooms = self._rooms(examples, questions)
+        of_stride: dict[int, list[int]] = {}
+        for place, room in enumerate(rooms):  # a window must go on by more than it shares
+            of_stride.setdefault(min(self.stride, room // 2), []).append(place)
         made = []
-        for row, example in enumerate(of_row):
-            encoding = found.encodings[row]
-            spans = [
-                span if part == 1 else None
-                for span, part in zip(encoding.offsets, encoding.sequence_ids, strict=True)
-            ]
-            label = _target(examples[example], spans) if labelled else None
-            made.append(Feature(example, [as_inputs(found, row)], label, spans))
-        return made
+        for stride, places in of_stride.items():
+            found = self.tokenizer(
+                [questions[place] for place in places],
+                [examples[place].fields["context"] for place in places],
+                truncation="only_second",
+                max_length=self.max_length,
+                stride=stride,
+                return_overflowing_tokens=True,
+                verbose=False,
+            )
+            of_row = found["overflow_to_sample_mapping"]
+            self.cut += sum(count > 1 for count in Counter(of_row).values())
+            for row, (place, encoding) in enumerate(zip(of_row, found.encodings, strict=True)):
+                example = places[place]
+                spans = [
+                    span if part == 1 else None
+                    for span, part in zip(encoding.offsets, encoding.sequence_ids, strict=True)
+                ]
+                label = _target(examples[example], spans) if labelled else None
+                made.append(Feature(example, [as_inputs(found, row)], label, spans))
+        return sorted(made, key=lambda one: one.example)
 
-    def _check_questions(self, examples: Sequence[Example], questions: list[str]) -> None:
-        """Refuses a question that leaves no room for the paragraph."""
+    def _rooms(self, examples: Sequence[Example], questions: list[str]) -> list[int]:
+        """Pieces of a paragraph beside each question, of which it must leave a quarter."""
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
         tokens = self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
         for one, ids in zip(examples, tokens, strict=True):
@@ -111,6 +114,7 @@ class Answer(Task):
                     f"{one.where}: the question has {len(ids)} pieces of the {self.max_length} of "
                     "a sequence, which leaves too few for the paragraph"
                 )
+        return [self.max_length - special - len(ids) for ids in tokens]
 
     def label_tensor(self, features: Sequence[Feature], longest: int) -> Tensor:  # (B, 2)
         return torch.tensor([one.label for one in features])

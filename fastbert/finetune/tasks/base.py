@@ -3,6 +3,7 @@
 B sequences padded to S, K labels, R rows of a distribution.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,14 @@ class Task(ABC):
             UserError: one has an unknown label.
         """
 
+    def meet(self, examples: Sequence[Example]) -> None:
+        """Takes from labelled examples what a trained model's folder does not tell; checks them.
+
+        Raises:
+            UserError: as `check`.
+        """
+        self.check(examples)
+
     @abstractmethod
     def features(self, examples: Sequence[Example], labelled: bool) -> list[Feature]:
         """Tokenizes examples, which are all there is in `Feature.example`; counts in `cut`."""
@@ -157,11 +166,7 @@ class Task(ABC):
 
     @abstractmethod
     def distributions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Logits (R, K) whose softmax R-Drop compares.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Logits (R, K) whose softmax R-Drop compares; `learn` has refused a task of scores."""
 
     @abstractmethod
     def raw(self, outputs: Tensor, batch: dict[str, Tensor]) -> list[np.ndarray]:
@@ -203,8 +208,8 @@ class Task(ABC):
 def label_names(examples: Iterable[str]) -> list[str]:
     """Names in the order of their numbers: numeric where all are numbers, else alphabetic."""
     names = set(examples)
-    if all(name.lstrip("-").isdecimal() for name in names):
-        return sorted(names, key=int)
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
 
 
@@ -224,6 +229,11 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A batch without what only a task reads."""
     names = ("input_ids", "token_type_ids", "attention_mask")
     return {name: batch[name] for name in names if name in batch}
+
+
+def unnamed(labels: Sequence[str]) -> bool:
+    """Whether a model's labels have the names that transformers gives them."""
+    return all(name == f"LABEL_{number}" for number, name in enumerate(labels))
 
 
 def unknown_label(name: str, where: str, known: Sequence[str]) -> UserError:

@@ -28,6 +28,7 @@ from fastbert.finetune.tasks.base import (
     label_names,
     model_inputs,
     unknown_label,
+    unnamed,
 )
 
 ONE, SEVERAL, SCORE = (
@@ -52,7 +53,7 @@ class Classify(Task):
         self.threshold = float(description.get("threshold", 0.5))
         self.separator = ""
         self.smoothing = 0.0
-        self.weights: Tensor | None = None
+        self.weight_of: dict[str, float] = {}
         self.markers: list[str] = []
 
     def example(self, row: Row, columns: Columns, labelled: bool) -> Example:
@@ -69,6 +70,11 @@ class Classify(Task):
         self.problem = _problem(labels) if asked.problem_type == "auto" else asked.problem_type
         self.markers = _markers(examples, asked.entity_markers)
         if self.problem == SCORE:
+            for name in ("rdrop_alpha", "label_smoothing_factor"):
+                if getattr(asked, name):
+                    raise UserError(f"{name}: a score has no distribution: leave it out")
+            if asked.class_weight != "none":
+                raise UserError("class_weight: a score has no classes: leave it out")
             self.labels = ["score"]
             self._check_scores(examples)
             return
@@ -89,12 +95,23 @@ class Classify(Task):
                 )
         else:
             self.labels = label_names(name for label in labels for name in _listed(label))
+            if len({frozenset(_listed(label)) for label in labels}) < 2:
+                raise UserError(
+                    f"all {len(labels)} examples have the labels {', '.join(self.labels) or 'none'}"
+                    ": there is nothing to learn; name another column with --label-column"
+                )
         if asked.class_weight == "balanced":
             counts = Counter(name for label in labels for name in _listed(label))
             total = sum(counts.values())
-            self.weights = torch.tensor(
-                [total / (len(self.labels) * counts[name]) for name in self.labels]
-            )
+            self.weight_of = {
+                name: total / (len(self.labels) * counts[name]) for name in self.labels
+            }
+
+    def _weights(self, device: torch.device) -> Tensor | None:  # (K,)
+        if not self.weight_of:
+            return None
+        # Only now: a head that goes on with its training has them in an order of its own.
+        return torch.tensor([self.weight_of[name] for name in self.labels], device=device)
 
     def _check_scores(self, examples: Sequence[Example]) -> None:
         for one in examples:
@@ -107,9 +124,23 @@ class Classify(Task):
             return
         known = set(self.labels)
         for one in examples:
+            if self.problem == ONE and isinstance(one.fields["label"], list):
+                raise UserError(f"{one.where}: has a list of labels where one is expected")
             for name in _listed(one.fields["label"]):
                 if name not in known:
                     raise unknown_label(name, one.where, self.labels)
+
+    def meet(self, examples: Sequence[Example]) -> None:
+        given = label_names(name for one in examples for name in _listed(one.fields["label"]))
+        known = set(self.labels)
+        if self.problem != SCORE and unnamed(self.labels) and not known.issuperset(given):
+            if len(given) != len(self.labels):
+                raise UserError(
+                    f"the model has {len(self.labels)} labels, none with a name of its own, and "
+                    f"the data {len(given)}: {', '.join(given[:20])}"
+                )
+            self.labels = given  # in the order that whoever numbered them most likely used
+        self.check(examples)
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -156,7 +187,7 @@ class Classify(Task):
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         labels = batch["labels"]
-        weights = None if self.weights is None else self.weights.to(outputs.device)
+        weights = self._weights(outputs.device)
         if self.problem == SCORE:
             return F.mse_loss(outputs[:, 0], labels, reduction="sum")
         if self.problem == ONE:
@@ -169,13 +200,12 @@ class Classify(Task):
         ).mean(1).sum()  # fmt: skip
 
     def items(self, batch: dict[str, Tensor]) -> Tensor:
-        if self.problem == ONE and self.weights is not None:
-            return self.weights.to(batch["labels"].device)[batch["labels"]].sum()
+        weights = self._weights(batch["labels"].device)
+        if self.problem == ONE and weights is not None:
+            return weights[batch["labels"]].sum()
         return super().items(batch)
 
     def distributions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        if self.problem == SCORE:
-            raise UserError("rdrop_alpha: a score has no distribution: leave R-Drop out")
         if self.problem == ONE:
             return outputs
         return torch.stack((outputs, torch.zeros_like(outputs)), dim=-1).flatten(0, 1)

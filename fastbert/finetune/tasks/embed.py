@@ -42,6 +42,7 @@ class Embed(Task):
     def __init__(self, tokenizer: Any, max_length: int, description: Mapping[str, Any]) -> None:
         super().__init__(tokenizer, max_length, description)
         self.pooling = str(description.get("pooling", "mean"))
+        self.normalize = bool(description.get("normalize", False))
         self.scale = 20.0
         self.scored = False
 
@@ -56,12 +57,17 @@ class Embed(Task):
         self.pooling, self.scale = asked.pooling, asked.scale
         self.scored = "score" in examples[0].fields
         if self.scored:
+            if asked.rdrop_alpha:
+                raise UserError("rdrop_alpha: a score has no distribution: leave it out")
             least, most = (f(one.fields["score"] for one in examples) for f in (min, max))
             if most > 1.0 or least < -1.0:
                 raise UserError(
                     f"scores go from {least:g} to {most:g}: a cosine lies between -1 and 1, "
                     "divide them"
                 )
+
+    def meet(self, examples: Sequence[Example]) -> None:
+        self.scored = "score" in examples[0].fields
 
     @property
     def description(self) -> dict[str, Any]:
@@ -112,8 +118,6 @@ class Embed(Task):
         )
 
     def distributions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        if self.scored:
-            raise UserError("rdrop_alpha: a score has no distribution: leave R-Drop out")
         sides = self._sides(outputs, len(batch["labels"]))
         others = sides[:, 1:].transpose(0, 1).flatten(0, 1)  # pairs, then negatives
         return self.scale * sides[:, 0] @ others.T  # (B, B) or (B, 2 B)
@@ -125,6 +129,8 @@ class Embed(Task):
     def predictions(
         self, examples: Sequence[Example], features: Sequence[Feature], raws: Sequence[np.ndarray]
     ) -> list[Prediction]:
+        if self.normalize:
+            raws = [raw / max(float(np.linalg.norm(raw[0])), 1e-12) for raw in raws]
         return [{"embedding": raw[0].tolist()} for raw in raws]
 
     @property

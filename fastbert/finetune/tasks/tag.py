@@ -6,6 +6,7 @@ in windows that overlap; a word is read where it has most text around it.
 B windows padded to S, K tags.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from fastbert.finetune.tasks.base import (
 from fastbert.finetune.values import read_tagged
 
 _NONE = -100
+_OF_SPAN = re.compile("[BIESLU]-.")
 
 
 class Tag(Task):
@@ -47,8 +49,8 @@ class Tag(Task):
         self.labels = list(description.get("labels") or [])
         self.stride = int(description.get("doc_stride", 64))
         self.smoothing = 0.0
-        self.weights: Tensor | None = None
-        self.scheme = tags.IOB2
+        self.weight_of: dict[str, float] = {}
+        self.scheme = ""
 
     def example(self, row: Row, columns: Columns, labelled: bool) -> Example:
         found = read_tagged(row, columns)
@@ -65,10 +67,11 @@ class Tag(Task):
 
     def _settle(self, examples: Sequence[Example]) -> None:
         """Checks the scheme of the tags, and makes them IOB2."""
+        scheme = self.scheme or tags.scheme_of(one.fields["tags"] for one in examples)
         for one in examples:
             given = one.fields["tags"]
-            tags.check(given, self.scheme, one.where, one.fields["lines"])
-            one.fields["tags"] = tags.to_iob2(given, self.scheme)
+            tags.check(given, scheme, one.where, one.fields["lines"])
+            one.fields["tags"] = tags.to_iob2(given, scheme)
 
     def learn(self, examples: Sequence[Example], asked: Any) -> None:
         self.smoothing, self.stride = asked.label_smoothing_factor, asked.doc_stride
@@ -82,31 +85,40 @@ class Tag(Task):
             self.labels = ["O", *(f"{kind}-{name}" for name in types for kind in "BI")]
         if len(given) < 2:
             raise UserError(
-                f"all words have the tag {self.labels[0]!r}: there is nothing to learn; name "
+                f"all words have the tag {min(given)!r}: there is nothing to learn; name "
                 "another column with --tags-column"
             )
         if asked.class_weight == "balanced":
             counts = Counter(tag for one in examples for tag in one.fields["tags"])
             total, seen = sum(counts.values()), len(counts)
-            self.weights = torch.tensor(
-                [total / (seen * counts[tag]) if counts[tag] else 1.0 for tag in self.labels]
-            )
+            self.weight_of = {
+                tag: total / (seen * counts[tag]) if counts[tag] else 1.0 for tag in self.labels
+            }
+
+    def _weights(self, device: torch.device) -> Tensor | None:  # (K,)
+        if not self.weight_of:
+            return None
+        # Only now: a head that goes on with its training has them in an order of its own.
+        return torch.tensor([self.weight_of[tag] for tag in self.labels], device=device)
 
     @property
     def is_entities(self) -> bool:
-        """Whether tags are those of spans: B-x, I-x, O."""
-        return all(tag == "O" or tag[:2] in ("B-", "I-") for tag in self.labels)
+        """Whether tags are those of spans: B-x, I-x, O, and of others' models E-x, S-x and such."""
+        return all(tag == "O" or _OF_SPAN.match(tag) for tag in self.labels)
 
     def check(self, examples: Sequence[Example]) -> None:
         self._settle(examples)
-        known = set(self.labels)
+        known = set(map(self._type, self.labels))
         for one in examples:
             for place, tag in enumerate(one.fields["tags"]):
-                if tag not in known:
+                if self._type(tag) not in known:
                     lines = one.fields["lines"]
                     file = one.where.rpartition(":")[0]
                     where = f"{file}:{lines[place]}" if lines else one.where
                     raise unknown_label(tag, where, self.labels)
+
+    def _type(self, tag: str) -> str:
+        return tag[2:] if self.is_entities and _OF_SPAN.match(tag) else tag
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -125,7 +137,7 @@ class Tag(Task):
             return []
         special = self.tokenizer.num_special_tokens_to_add()
         found = self.tokenizer(
-            [one.fields["tokens"] for one in examples],
+            [self._words(one) for one in examples],
             is_split_into_words=True,
             truncation=True,
             max_length=self.max_length,
@@ -158,6 +170,21 @@ class Tag(Task):
             made.append(Feature(example, [as_inputs(found, row)], label, read))
         return made
 
+    def _words(self, one: Example) -> list[str]:
+        """The words, with the space before them where a tokenizer tells by it where one begins."""
+        first, second = self.tokenizer(
+            [["a", "a"], ["a", " a"]], is_split_into_words=True, verbose=False
+        )["input_ids"]
+        words: list[str] = one.fields["tokens"]
+        if first == second:
+            return words
+        text = one.fields["text"]
+        begins = (begin for begin, _ in one.fields["spans"])
+        return [
+            word if begin and not text[begin - 1].isspace() else f" {word}"
+            for word, begin in zip(words, begins, strict=True)
+        ]
+
     def label_tensor(self, features: Sequence[Feature], longest: int) -> Tensor:
         labels = torch.full((len(features), longest), _NONE)
         for row, one in enumerate(features):
@@ -169,7 +196,7 @@ class Tag(Task):
         return logits.float()
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        weights = None if self.weights is None else self.weights.to(outputs.device)
+        weights = self._weights(outputs.device)
         return F.cross_entropy(
             outputs.flatten(0, 1), batch["labels"].flatten(), weights, reduction="sum",
             label_smoothing=self.smoothing,
@@ -177,8 +204,9 @@ class Tag(Task):
 
     def items(self, batch: dict[str, Tensor]) -> Tensor:
         labels = batch["labels"][batch["labels"] != _NONE]
-        if self.weights is not None:
-            return self.weights.to(labels.device)[labels].sum()
+        weights = self._weights(labels.device)
+        if weights is not None:
+            return weights[labels].sum()
         return torch.tensor(float(len(labels)))
 
     def distributions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -194,12 +222,12 @@ class Tag(Task):
     ) -> list[np.ndarray]:
         """(words, K) of each example: from the window where a word has most around it.
 
-        A word that no window holds, because it is of no piece, is surely the first tag.
+        A word that no window holds, because it is of no piece, is surely "O", or the first tag.
         """
-        made = []
+        made, none = [], self.labels.index("O") if "O" in self.labels else 0
         for one in examples:
             chances = np.zeros((len(one.fields["tokens"]), len(self.labels)), np.float32)
-            chances[:, 0] = 1.0
+            chances[:, none] = 1.0
             made.append(chances)
         around: dict[tuple[int, int], int] = {}
         for feature, raw in zip(features, raws, strict=True):
@@ -218,6 +246,8 @@ class Tag(Task):
         found = []
         for one, chances in zip(examples, self._of_words(examples, features, raws), strict=True):
             given = [self.labels[number] for number in chances.argmax(1)]
+            if self.is_entities and any(tag[0] in "ESLU" for tag in given):
+                given = tags.to_iob2(given, tags.IOBES)
             found.append({"entities": self._entities(one, given, chances.max(1)), "tags": given})
         return found
 
