@@ -526,7 +526,7 @@ class Trainer:
         history = read_metrics(self.folder / "metrics.jsonl")
         notes = [*self.notes, f"The best of the evaluations was that of step {self.best['step']}."]
         if baselines:
-            notes.append(verdict(self._metric, found.metrics, baselines)[-1])
+            notes.append(verdict(self.metric, found.metrics, baselines)[-1])
         write_report(
             self.folder,
             Report(

@@ -12,6 +12,13 @@ from fastbert.finetune import demo_data
 from fastbert.finetune.demo import RANDOM, newest_model, verdict
 from fastbert.finetune.demo_data import write_demo
 
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.save(tmp_path_factory.mktemp("model"), max_position_embeddings=130))
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
