@@ -8,6 +8,7 @@ from fastbert.finetune.columns import Columns, detect, usable
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.inputs import Row, Table, overlap, read_table, split
 from fastbert.finetune.tasks.base import Example, Task
+from fastbert.finetune.tasks.classify import Classify
 
 _ROLES = {"score_column": "label", "choices_columns": "choices"}
 _TEXTS = ("text", "text_pair", "tokens", "question", "context")
@@ -67,6 +68,8 @@ def read_data(config: FinetuneConfig, task: Task, say: Callable[[str], None]) ->
                 f"warning: {same} of the {len(held_out)} examples of {config.eval} stand in "
                 f"{config.train} as well: what is found on them says little"
             )
+    if isinstance(task, Classify):
+        task.separator = getattr(config, "label_separator", "")
     train = [task.example(row, columns, True) for row in rows]
     task.learn(train, config)
     held = [task.example(row, eval_columns, True) for row in held_out]

@@ -51,7 +51,7 @@ class Classify(Task):
         self.labels = list(description.get("labels") or [])
         self.problem = description.get("problem_type") or ONE
         self.threshold = float(description.get("threshold", 0.5))
-        self.separator = ""
+        self.separator = str(description.get("label_separator", ""))
         self.smoothing = 0.0
         self.weight_of: dict[str, float] = {}
         self.markers: list[str] = []
@@ -153,7 +153,8 @@ class Classify(Task):
 
     @property
     def description(self) -> dict[str, Any]:
-        return super().description | {"threshold": self.threshold}
+        separator = {"label_separator": self.separator} if self.separator else {}
+        return super().description | {"threshold": self.threshold} | separator
 
     def features(self, examples: Sequence[Example], labelled: bool) -> list[Feature]:
         if not examples:

@@ -136,33 +136,32 @@ class Tag(Task):
         if not examples:
             return []
         special = self.tokenizer.num_special_tokens_to_add()
+        stride = min(self.stride, (self.max_length - special) // 2)
         found = self.tokenizer(
             self._words(examples),
             is_split_into_words=True,
             truncation=True,
             max_length=self.max_length,
-            stride=min(self.stride, (self.max_length - special) // 2),
+            stride=stride,
             return_overflowing_tokens=True,
             verbose=False,
         )
         numbers = {tag: number for number, tag in enumerate(self.labels)}
         of_row = found["overflow_to_sample_mapping"]
         self.cut += sum(count > 1 for count in Counter(of_row).values())
-        # A window may begin amid a word, whose first piece then lies in the one before.
-        begins: dict[tuple[int, int], int] = {}
+        made: list[Feature] = []
+        # A window may begin amid a word, whose first piece then lies in the one before: of each
+        # word which of its text's pieces it begins with, and with which piece a text's next window.
+        firsts: dict[tuple[int, int], int] = {}
+        starts: Counter[int] = Counter()
         for row, example in enumerate(of_row):
-            for word, (begin, _) in zip(
-                found.word_ids(row), found.encodings[row].offsets, strict=True
-            ):
-                if word is not None:
-                    begins[example, word] = min(begin, begins.get((example, word), begin))
-        made = []
-        for row, example in enumerate(of_row):
-            words, offsets = found.word_ids(row), found.encodings[row].offsets
             read: list[int | None] = []
-            for word, before, (begin, _) in zip(words, [None, *words], offsets, strict=False):
-                is_first = word is not None and word != before and begin == begins[example, word]
+            piece = starts[example]
+            for word in found.word_ids(row):
+                is_first = word is not None and firsts.setdefault((example, word), piece) == piece
                 read.append(word if is_first else None)
+                piece += word is not None
+            starts[example] = piece - stride
             label = None
             if labelled:
                 given = examples[example].fields["tags"]
