@@ -196,9 +196,9 @@ def straightforward(folder: str, question: str, context: str, longest: int = 6) 
     """The best of all spans of all windows, one after the other."""
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    room = 64 - 3
+    room = 64 - 3 - len(tokenizer(question, add_special_tokens=False)["input_ids"])
     windows = tokenizer(
-        question, context, truncation="only_second", max_length=64, stride=min(128, room // 4),
+        question, context, truncation="only_second", max_length=64, stride=min(128, room // 2),
         return_overflowing_tokens=True, return_offsets_mapping=True,
     )  # fmt: skip
     best = (-np.inf, 0, 0)
