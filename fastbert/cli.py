@@ -14,14 +14,23 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from fastbert import __version__
-from fastbert.commands import doctor, explain, fill_mask, finetune, options, predict, pretrain
+from fastbert.commands import (
+    doctor,
+    explain,
+    fill_mask,
+    finetune,
+    glue,
+    options,
+    predict,
+    pretrain,
+)
 from fastbert.errors import FastbertError
 from fastbert.train.interrupts import Interrupted, interruptible, raise_lost
 
 BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
 INTERRUPTED = 130
 BENCH = "fastbert_bench"
-OURS = ("pretrain", "finetune", "predict", "explain", "fill-mask", "doctor")
+OURS = ("pretrain", "finetune", "predict", "glue", "explain", "fill-mask", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +126,7 @@ def _dispatch(argv: list[str]) -> None:
     pretrain.add(commands)
     finetune.add(commands)
     predict.add(commands)
+    glue.add(commands)
     fill_mask.add(commands)
     explain.add(commands)
     ours = argv[:1] in ([name] for name in OURS)  # whatever befalls the bench

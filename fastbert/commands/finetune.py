@@ -29,7 +29,7 @@ _HELP = {
 _DEMO: dict[str, dict[str, Any]] = {
     "classify": {"learning_rate": 1e-3, "num_train_epochs": 4.0},
     "tag": {"learning_rate": 1e-3, "num_train_epochs": 6.0},
-    "answer": {"learning_rate": 1e-3, "num_train_epochs": 6.0, "max_seq_length": 128},
+    "answer": {"learning_rate": 1e-3, "num_train_epochs": 3.0, "max_seq_length": 128},
 }
 
 

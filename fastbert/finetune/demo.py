@@ -46,7 +46,7 @@ def yardsticks(
 def verdict(
     metric: str, ours: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
-    """A table as lines, and whether pre-training paid."""
+    """A table as lines; the last says whether pre-training paid."""
     rows = {"fine-tuned": ours, **baselines}
     width = max(map(len, rows))
     shown = [f"{name:<{width}}  {found[metric]:.4g}" for name, found in rows.items()]
@@ -54,4 +54,4 @@ def verdict(
     ahead = sign * (ours[metric] - baselines[RANDOM][metric])
     paid = "pre-training paid" if ahead > 0 else "pre-training did NOT pay"
     begun = "the same network from random weights"
-    return [f"{'':<{width}}  {metric}", *shown, f"{paid}: {ahead:+.4g} beside {begun}"]
+    return [f"{'':<{width}}  {metric}", *shown, f"{paid}: {metric} {ahead:+.4g} beside {begun}"]

@@ -28,6 +28,7 @@ from fastbert.errors import RunError, UserError
 from fastbert.finetune import metrics
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.data import Data
+from fastbert.finetune.demo import verdict
 from fastbert.finetune.infer import autocast, infer
 from fastbert.finetune.metrics import Evaluation
 from fastbert.finetune.report import Report, write_report
@@ -528,6 +529,8 @@ class Trainer:
         found, predictions = self._evaluation()
         history = read_metrics(self.folder / "metrics.jsonl")
         notes = [*self.notes, f"The best of the evaluations was that of step {self.best['step']}."]
+        if baselines:
+            notes.append(verdict(self.metric, found.metrics, baselines)[-1])
         write_report(
             self.folder,
             Report(

@@ -136,11 +136,16 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
     files["report.html"] = _page(report).encode("utf-8", "replace")
     root = Path(folder)
     for name, data in files.items():
-        _write(root / name, data)
+        write_file(root / name, data)
     return root / "report.html"
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +197,7 @@ def _page(report: Report) -> str:
         f"<h1>{escape(report.title)}</h1>",
         f'<p class="dim">{escape(" · ".join([report.task, *counted]))}</p>',
         *_headlines(report),
-        _bullets([*report.notes, *details.get("notes", [])]),
+        bullets([*report.notes, *details.get("notes", [])]),
         *_all_metrics(report),
     ]
     if details.get("classes"):
@@ -206,12 +211,22 @@ def _page(report: Report) -> str:
     parts += _curves(report)
     parts += _mistakes(report.mistakes)
     if report.settings:
-        rows = [[_cell(name), _cell(_shown(value))] for name, value in report.settings.items()]
-        parts += ["<h2>Settings</h2>", _table(["setting", "value"], rows, "settings")]
+        rows = [[cell(name), cell(_shown(value))] for name, value in report.settings.items()]
+        parts += ["<h2>Settings</h2>", table(["setting", "value"], rows, "settings")]
+    return page(report.title, parts)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A page of this look.
+
+    Args:
+        title: of the browser's window.
+        parts: of the page, HTML.
+    """
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head>"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
 
@@ -238,12 +253,12 @@ def _all_metrics(report: Report) -> list[str]:
     known = [name for name in METRICS[report.task] if name in metrics]
     head, rows = ["metric", "this model", *(["mean ± deviation"] if report.seeds else [])], []
     for name in [*known, *(name for name in metrics if name not in known)]:
-        row = [_cell(_words(name)), _cell(number(metrics[name]))]
+        row = [cell(_words(name)), cell(number(metrics[name]))]
         if report.seeds:
-            row.append(_cell(_spread(report.seeds[name], number) if name in report.seeds else "—"))
-        row += [_cell(number(one.get(name))) for one in report.baselines.values()]
+            row.append(cell(_spread(report.seeds[name], number) if name in report.seeds else "—"))
+        row += [cell(number(one.get(name))) for one in report.baselines.values()]
         rows.append(row)
-    parts = ["<h2>Metrics</h2>", _table([*head, *report.baselines], rows)]
+    parts = ["<h2>Metrics</h2>", table([*head, *report.baselines], rows)]
     if "positive" in report.evaluation.details:
         parts.append(
             '<p class="dim">F1, precision, recall, average precision and ROC AUC are those of the '
@@ -260,16 +275,16 @@ def _class_table(classes: Iterable[Mapping[str, Any]]) -> str:
     rows = []
     for one in classes:
         share = f' class="f1" style="--share:{one["f1"]:.3f}"'
-        numbers = [_cell(_number(one[name])) for name in ("precision", "recall")]
+        numbers = [cell(_number(one[name])) for name in ("precision", "recall")]
         rows.append(
             [
                 _name_cell(one["name"]),
                 *numbers,
                 f"<td{share}>{_number(one['f1'])}</td>",
-                _cell(f"{one['support']:,}"),
+                cell(f"{one['support']:,}"),
             ]
         )
-    return _table(["class", "precision", "recall", "F1", "support"], rows)
+    return table(["class", "precision", "recall", "F1", "support"], rows)
 
 
 def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[str]:
@@ -451,11 +466,19 @@ def _clipped(text: str) -> str:
     return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]} …"
 
 
-def _bullets(lines: Sequence[str]) -> str:
+def bullets(lines: Sequence[str]) -> str:
+    """A list of texts; nothing where there are none."""
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """A table.
+
+    Args:
+        head: texts.
+        rows: of cells, HTML.
+        kind: a class for its looks.
+    """
     titles = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return (
@@ -470,7 +493,8 @@ def _name_cell(name: str) -> str:
     return f"<td{titled}>{escape(short)}</td>"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """A cell of a table with a text."""
     return f"<td>{escape(text)}</td>"
 
 

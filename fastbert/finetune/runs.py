@@ -60,7 +60,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         first = (f"seed-{config.seed}", "trial-000", "random")
         beginning.enter_context(taken_back_on_failure(run, (*_BEGUN, *first)))
         device = choose_device(config.device)
-        dtype = _dtype(config, device)
+        dtype = dtype_of(config, device)
         if device.type == "cpu":
             keep_freed_memory()
         tokenizer = load_tokenizer(config.model)
@@ -86,7 +86,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         kept = dataclasses.replace(asked_for, resume=False)
         write_whole(run / "config.toml", sealed_toml(kept))
         with noting_signals() as stop:
-            runs = _Runs(config, task, data, run, device, dtype, stop, beginning.close)
+            runs = Runs(config, task, data, run, device, dtype, stop, beginning.close)
             if config.search:
                 return runs.search()
             if config.seeds > 1:
@@ -111,7 +111,8 @@ def _check_same(config: FinetuneConfig, run: Path) -> None:
             )
 
 
-def _dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
+def dtype_of(config: FinetuneConfig, device: torch.device) -> torch.dtype:
+    """What `precision` asks for, said; in fp32 on a CPU where nothing is."""
     precision = config.precision
     if precision == "auto" and device.type == "cpu":
         precision = "fp32"
@@ -120,8 +121,19 @@ def _dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
     return dtype
 
 
-class _Runs:
-    """What runs of a request share."""
+class Runs:
+    """What runs of a request share.
+
+    Args:
+        config: of the request.
+        task: that has learnt its labels.
+        data: examples.
+        folder: of all runs.
+        device: where they compute.
+        dtype: in what.
+        stop: names the signal that has come, if one has.
+        begun: called before a run's first step.
+    """
 
     def __init__(
         self,
@@ -132,7 +144,7 @@ class _Runs:
         device: torch.device,
         dtype: torch.dtype,
         stop: Callable[[], str],
-        begun: Callable[[], None],
+        begun: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.task, self.data, self.folder = config, task, data, folder
         self.device, self.dtype, self.stop = device, dtype, stop

@@ -1,10 +1,12 @@
-"""Watts and joules, by the GPU's own counter of all the energy it has spent (NVML)."""
+"""Watts and joules of calls, by the engine's reading of a GPU's energy counter."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from fastbert.train.energy import EnergyCounter
 
 
 @dataclass(frozen=True)
@@ -15,46 +17,8 @@ class Spent:
     watts: float
 
 
-class EnergyMeter:
-    """Reads the counter of a GPU, where nvidia-ml-py and the driver give one.
-
-    Attributes:
-        why_not: what is missing; empty where energy can be measured.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._read: Callable[[], float] | None = None
-        self.why_not = "a CPU has no energy counter that we read"
-        if device.type != "cuda":
-            return
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            self._read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-            self._read()
-        except ModuleNotFoundError:
-            self._without("nvidia-ml-py is not installed")
-        except Exception as error:  # of NVML's own, or an old package that lacks a function
-            self._without(f"NVML: {error}")
-        else:
-            self.why_not = ""
-
-    def _without(self, why: str) -> None:
-        self._read, self.why_not = None, why
-
-    def joules(self) -> float:
-        """The counter as it stands; 0 where there is none, or none any more (see `why_not`)."""
-        if self._read is None:
-            return 0.0
-        try:
-            return self._read()
-        except Exception as error:  # the times that were measured beside it are worth more
-            self._without(f"NVML: {error}")
-            return 0.0
+class EnergyMeter(EnergyCounter):
+    """The counter of a GPU, read around repetitions of a call."""
 
     def measure(self, call: Callable[[int], object], seconds: float, once: float) -> Spent | None:
         """Energy of call(0), call(1), ... for about `seconds`; `once` is how long one takes."""

@@ -138,7 +138,7 @@ class Tag(Task):
         special = self.tokenizer.num_special_tokens_to_add()
         stride = min(self.stride, (self.max_length - special) // 2)
         found = self.tokenizer(
-            [self._words(one) for one in examples],
+            self._words(examples),
             is_split_into_words=True,
             truncation=True,
             max_length=self.max_length,
@@ -169,20 +169,20 @@ class Tag(Task):
             made.append(Feature(example, [as_inputs(found, row)], label, read))
         return made
 
-    def _words(self, one: Example) -> list[str]:
-        """The words, with the space before them where a tokenizer tells by it where one begins."""
+    def _words(self, examples: Sequence[Example]) -> list[list[str]]:
+        """Their words, with the space before them where a tokenizer tells words by it."""
         first, second = self.tokenizer(
             [["a", "a"], ["a", " a"]], is_split_into_words=True, verbose=False
         )["input_ids"]
-        words: list[str] = one.fields["tokens"]
         if first == second:
-            return words
-        text = one.fields["text"]
-        begins = (begin for begin, _ in one.fields["spans"])
-        return [
-            word if begin and not text[begin - 1].isspace() else f" {word}"
-            for word, begin in zip(words, begins, strict=True)
-        ]
+            return [one.fields["tokens"] for one in examples]
+        found = []
+        for one in examples:
+            text, spans = one.fields["text"], one.fields["spans"]
+            spaces = ["" if b and not text[b - 1].isspace() else " " for b, _ in spans]
+            words = zip(spaces, one.fields["tokens"], strict=True)
+            found.append([space + word for space, word in words])
+        return found
 
     def label_tensor(self, features: Sequence[Feature], longest: int) -> Tensor:
         labels = torch.full((len(features), longest), _NONE)

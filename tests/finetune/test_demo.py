@@ -1,0 +1,123 @@
+"""Demonstrations: the data that every Python carries is right, and pre-training is seen to pay."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fastbert.cli import main
+from fastbert.finetune import demo_data
+from fastbert.finetune.demo import RANDOM, newest_model, verdict
+from fastbert.finetune.demo_data import write_demo
+
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.save(tmp_path_factory.mktemp("model"), max_position_embeddings=130))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    found = {}
+    for task in ("classify", "tag", "answer"):
+        paths = write_demo(task, tmp_path_factory.mktemp(task), 42)
+        found[task] = tuple(path.read_text("utf-8") for path in paths)
+    return found
+
+
+def _rows(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_families_are_all_there_and_no_text_is_on_both_sides(made) -> None:
+    train, held_out = map(_rows, made["classify"])
+    assert len(train) > 1000 and len(held_out) > 200
+    for part in (train, held_out):
+        counts = Counter(row["label"] for row in part)
+        assert counts.keys() == demo_data.FAMILIES.keys()
+        assert min(counts.values()) > len(part) / 50
+    assert not {row["text"] for row in train} & {row["text"] for row in held_out}
+    assert not {row["source"] for row in train} & {row["source"] for row in held_out}
+
+
+def test_definitions_stand_where_they_say(made) -> None:
+    for row in (row for part in made["answer"] for row in _rows(part)):
+        (text,), (start,) = row["answers"]["text"], row["answers"]["answer_start"]
+        assert row["context"][start : start + len(text)] == text
+        name = re.fullmatch(r"What does (\w+) do\?", row["question"])[1]
+        assert row["context"][:start].endswith(f"{name}: ")
+
+
+def test_tokens_are_tagged_by_their_kind() -> None:
+    line = 'def f(x, y=2):  # two of them\n    return x.name + "a b"\n'
+    found = demo_data._tagged_lines(line)
+    assert found[1] == [
+        *(("def", "B-keyword"), ("f", "B-function"), ("(", "O"), ("x", "O"), (",", "O")),
+        *(("y", "O"), ("=", "O"), ("2", "B-number"), (")", "O"), (":", "O"), ("#", "B-comment")),
+        *(("two", "I-comment"), ("of", "I-comment"), ("them", "I-comment")),
+    ]
+    assert [tag for _, tag in found[2]] == [
+        *("B-keyword", "O", "O", "B-attribute", "O"),
+        *("B-string", "I-string", "I-string", "I-string"),
+    ]
+
+
+def test_the_same_seed_makes_the_same_data(tmp_path: Path, made) -> None:
+    paths = write_demo("tag", tmp_path, 42)
+    assert tuple(path.read_text("utf-8") for path in paths) == made["tag"]
+    other, _ = write_demo("tag", tmp_path, 43)
+    assert other.read_text("utf-8") != made["tag"][0]
+
+
+def test_the_verdict_may_be_against_us() -> None:
+    ours, others = {"accuracy": 0.5, "loss": 0.2}, {RANDOM: {"accuracy": 0.6, "loss": 0.3}}
+    assert "did NOT pay: accuracy -0.1" in verdict("accuracy", ours, others)[-1]
+    assert "pre-training paid: loss +0.1" in verdict("loss", ours, others)[-1]
+
+
+def test_the_newest_model_that_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception, match="make demo"):
+        newest_model()
+    for name in ("pretrain-001", "pretrain-002", "pretrain-003"):
+        (tmp_path / "runs" / name / "hf").mkdir(parents=True)
+    for name in ("pretrain-001", "pretrain-002"):
+        (tmp_path / "runs" / name / "hf" / "config.json").write_text("{}")
+    assert newest_model() == "runs/pretrain-002"
+
+
+def test_the_command_shows_what_pre_training_is_worth(
+    tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(demo_data, "_MOST_EXAMPLES", {"classify": 100, "tag": 60, "answer": 40})
+    out = tmp_path / "run"
+    asked = ["finetune", "classify", "--demo", "--model", tiny_model, "--out", str(out)]
+    assert main([*asked, "--max-steps", "4", "--report-to", "none"]) == 0
+    said = capsys.readouterr().out
+    for name in ("fine-tuned", "bag-of-words", "majority", RANDOM, "beside the same network"):
+        assert name in said
+    kept = json.loads((out / "eval.json").read_text("utf-8"))
+    assert kept["baselines"].keys() == {"bag-of-words", "majority", RANDOM}
+    assert any("beside the same network" in note for note in kept["notes"])
+    assert "beside the same network" in (out / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["--train", "demo", "--seeds", "3"], "one run"),
+        (["--train", "demo", "--search", "3"], "one run"),
+    ],
+)
+def test_what_a_demonstration_is_not(
+    asked: list[str], told: str, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["finetune", "classify", "--model", tiny_model, *asked]) == 2
+    assert told in capsys.readouterr().err
+    assert main(["finetune", "embed", "--model", tiny_model, "--train", "demo"]) == 2
+    assert "classify, tag, answer" in capsys.readouterr().err
