@@ -399,7 +399,8 @@ class Trainer:
             total += loss.detach()
             if words is not None:
                 self._adversarial(words, batch, items)
-                words.grad = words.grad if earlier is None else words.grad + earlier
+                if earlier is not None:
+                    words.grad.add_(earlier)
         self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
         return float(total)
 
