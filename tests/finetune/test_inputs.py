@@ -352,7 +352,7 @@ def test_objects_may_lack_a_value(tmp_path: Path) -> None:
         ("x.json", "[]", ": holds no row"),
         ("x.conll", "Ada B-per\nran\n", ":2: 1 column, but the file has 2"),
         ("x.conll", "-DOCSTART- O\n\n", ": holds no row"),
-        ("x.csv", gzip.compress(b"text,label\n" * 9), ": looks like gzip: unpack it first"),
+        ("x.csv", gzip.compress(b"text,label\n" * 9, mtime=0), ": looks like gzip: unpack it first"),
         ("x.tsv", "text\tlabel\n".encode("utf-16"), ": is UTF-16-LE: convert it to UTF-8, e.g. "
          "with iconv -f UTF-16 -t UTF-8"),
         ("x.txt", bytes(range(256)) * 9, ": looks like binary data"),
@@ -447,7 +447,7 @@ def test_standard_input(
     ("content", "format", "told"),
     [
         ("\n\n", None, "standard input: is empty"),
-        (gzip.compress(b"a" * 99), None, "standard input: looks like gzip"),
+        (gzip.compress(b"a" * 99, mtime=0), None, "standard input: looks like gzip"),
         (b"a\nb\xff\n", None, "standard input:2: byte 2 of the line is not UTF-8"),
         ('{"a": 1}\nno\n', None, "standard input:2: not JSON: "),
         ("a", "parquet", "standard input: parquet is read from a file only"),
