@@ -446,7 +446,7 @@ class Trainer:
             return
         before = weight.detach().clone()
         with torch.no_grad():
-            weight += self.config.fgm_epsilon * weight.grad / length
+            weight.add_(self.config.fgm_epsilon * weight.grad / length)
         self.scaler.scale(self._loss(batch) / items).backward()
         with torch.no_grad():
             weight.copy_(before)
