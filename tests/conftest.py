@@ -39,6 +39,8 @@ LONGEST = (
     *("bench/report/test_report.py", "kernels/test_properties.py", "train/test_recipes.py"),
     *("train/test_loop.py", "packaging/test_wheel.py", "bench/gpu/test_step.py"),
     *("bench/suites/test_kernels.py", "test_bad_input.py", "kernels/test_ops.py"),
+    *("finetune/test_finetune_command.py", "finetune/test_glue.py", "finetune/test_predict.py"),
+    *("finetune/test_demo.py", "finetune/test_loop.py"),
 )
 
 

@@ -352,7 +352,7 @@ def test_objects_may_lack_a_value(tmp_path: Path) -> None:
         ("x.json", "[]", ": holds no row"),
         ("x.conll", "Ada B-per\nran\n", ":2: 1 column, but the file has 2"),
         ("x.conll", "-DOCSTART- O\n\n", ": holds no row"),
-        ("x.csv", gzip.compress(b"text,label\n" * 9, mtime=0), ": looks like gzip: unpack it first"),
+        ("x.csv", gzip.compress(b"text,label\n" * 9, mtime=0), ": looks like gzip: unpack it"),
         ("x.tsv", "text\tlabel\n".encode("utf-16"), ": is UTF-16-LE: convert it to UTF-8, e.g. "
          "with iconv -f UTF-16 -t UTF-8"),
         ("x.txt", bytes(range(256)) * 9, ": looks like binary data"),
