@@ -322,7 +322,7 @@ def test_a_state_of_the_wrong_types_is_damage_whatever_its_digest(
             free = path[0] in ("recipe", "sizes", "loss_scale") or path[:3] == RANDOM
             free |= path in (("window", 0), ("data", "pending"), ("data", "planner", "balance"))
             free |= path == ("data", "shape", "data") and wrong == "missing"
-            said = checkpoint._what_is_wrong(state)
+            said = checkpoint.what_is_wrong(state)
             assert said or free, (path, wrong)
             told += bool(said)
             assert len(said) < 300

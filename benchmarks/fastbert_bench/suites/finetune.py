@@ -54,7 +54,7 @@ from fastbert_bench.suites.convergence import training_arguments, why_no_trainer
 
 OURS, CPU = "fastbert", torch.device("cpu")
 TOLERANCE, CHECKED_STEPS = 1e-4, 20
-_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,9 @@ def train_theirs(given: Given, asked: FinetuneConfig, folder: Path, keeps_memory
     task, losses, times = given.task, list[torch.Tensor](), list[float]()
     torch.manual_seed(asked.seed)  # as their set_seed: it draws the head
     dropouts = {name: getattr(asked, name) for name in _DROPOUTS}
-    changes = task.changes | dropout_changes(saved_head(asked.model)[1].model_type, **dropouts)
+    changes = task.changes | dropout_changes(
+        saved_head(asked.model)[1].model_type, task.head, **dropouts
+    )
     model: Any = begin_head(asked.model, task.head, changes)[0]
     if model.config._attn_implementation != "sdpa":
         raise RunError(f"{asked.model}: transformers has no SDPA for it")
