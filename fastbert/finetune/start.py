@@ -10,7 +10,7 @@ from torch import nn
 from fastbert.errors import UserError
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.needs import needs
-from fastbert.finetune.tasks.base import Task
+from fastbert.finetune.tasks.base import Task, unnamed
 from fastbert.hf.accelerate import accelerate, decelerate
 from fastbert.hf.depths import depths
 from fastbert.hf.load import (
@@ -30,14 +30,12 @@ class Start:
         model: with its head, or PEFT's model around it.
         depth: of each parameter that is trained, by name: 0 of embeddings, layers + 1 of the head.
         layers: of the encoder.
-        drawn: weights that are not the checkpoint's.
         notes: what is to be said.
     """
 
     model: Any
     depth: dict[str, int]
     layers: int
-    drawn: list[str]
     notes: list[str]
 
 
@@ -96,7 +94,7 @@ def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
     trained = [p for p in model.parameters() if p.requires_grad]
     if len(trained) < len(list(model.parameters())):
         notes.append(f"trained: {_count(trained)} weights, the others are frozen")
-    return Start(model, depth, layers, drawn, notes)
+    return Start(model, depth, layers, notes)
 
 
 def _count(parameters: Any) -> str:
@@ -115,8 +113,7 @@ def _agreed(model: str, task: Task, saved: Any, changes: dict[str, Any]) -> dict
     if sorted(theirs) == sorted(task.labels):
         task.labels = theirs  # in the order of the head's rows
         return task.changes
-    unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(theirs))
-    if unnamed and len(theirs) == len(task.labels):
+    if unnamed(theirs) and len(theirs) == len(task.labels):
         return changes
     raise UserError(
         f"{model} was trained for {_listed(theirs)}, and the data has {_listed(task.labels)}: "

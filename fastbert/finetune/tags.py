@@ -156,11 +156,6 @@ def to_iob2(tags: Sequence[str], scheme: str) -> list[str]:
     return list(tags) if scheme == NONE else of_spans(spans(tags), len(tags), IOB2)
 
 
-def from_iob2(tags: Sequence[str], scheme: str) -> list[str]:
-    """The way back of `to_iob2`; ends in "IOBES" are E- and S-."""
-    return list(tags) if scheme == NONE else of_spans(spans(tags), len(tags), scheme)
-
-
 def words_of(text: str, cuts: Iterable[int] = ()) -> list[tuple[int, int]]:
     """Where the words and signs of a text stand, as (first character, the one behind the last).
 

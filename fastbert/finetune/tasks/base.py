@@ -65,7 +65,6 @@ class Task(ABC):
 
     def __init__(self, tokenizer: Any, max_length: int, description: Mapping[str, Any]) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.given = description
         self.cut = 0
         """Examples that were longer than a sequence may be."""
         self.labels: list[str] = []
