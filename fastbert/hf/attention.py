@@ -23,8 +23,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
-from fastbert.hf.layers import is_traced, kernels_for, note
+from fastbert.hf.layers import kernels_for, note
 from fastbert.hf.packing import Plan, attend_padded, attend_with
+from fastbert.hf.recorded import is_traced
 from fastbert_kernels.attention_config import HEAD_SIZES
 
 NAME = "fastbert"

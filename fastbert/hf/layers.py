@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 
+from fastbert.hf.dropout import draws_bytes
+from fastbert.hf.dropout import dropout as dropped
 from fastbert.hf.packing import Plan, attend, attend_with, dropout_seed
+from fastbert.hf.recorded import is_traced
 from fastbert.ops import MAX_WIDTH, Ops, triton_ops, why_no_kernels
 from fastbert_kernels.attention_config import HEAD_SIZES
 
@@ -148,24 +149,6 @@ def _kernels(device: torch.device, precision: str) -> Ops | None:
     return None if why else triton_ops(precision=precision)
 
 
-def is_traced() -> bool:
-    """Whether this call is recorded rather than run."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-
-
-def unreadable(given: dict[str, Any]) -> str:
-    """Why nothing can be decided by the values of arguments; empty where it can."""
-    if is_traced():
-        return "it is compiled or traced"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "a transform of torch.func"
-    if forward_ad._current_level >= 0:
-        return "forward-mode gradients"
-    if any(isinstance(x, Tensor) and (x.is_meta or type(x) is FakeTensor) for x in given.values()):
-        return "tensors without values"
-    return ""
-
-
 class SelfAttention:
     """Attention over a plan's tokens; the projections are called, or joined for a kernel."""
 
@@ -259,7 +242,11 @@ def add_norm(x: Tensor, residual: Tensor, dense: Any, norm: Any, dropout: Any = 
     ops = kernels_for(x, residual.shape[-1]) if plain and p < 1.0 else None
     if ops is None:
         out = dense(x)
-        return norm((out if dropout is None else dropout(out)) + residual)
+        if p and draws_bytes(out, p):
+            out = dropped(out, p)
+        elif dropout is not None:
+            out = dropout(out)
+        return norm(out + residual)
     x = F.linear(x, dense.weight)
     rows = x.view(-1, x.shape[-1])
     out = ops.dropout_add_layer_norm(

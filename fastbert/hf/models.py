@@ -37,9 +37,9 @@ from fastbert.hf.layers import (
     kernels_for,
     note,
     own_forward,
-    unreadable,
 )
 from fastbert.hf.packing import Plan
+from fastbert.hf.recorded import unreadable
 from fastbert.hf.stack import Stack
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.hf.dropout import draws_bytes, dropped_attention
 from fastbert.ops import Ops
 
 
@@ -298,7 +299,10 @@ def _sdpa(
 ) -> Tensor:  # (n s, A D)
     n, s, mask = group
     q, k, v = (x.view(n, s, heads, -1).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
+    if draws_bytes(q, dropout_p) and (mask is None or bool(mask.any(-1).all())):
+        out = dropped_attention(q, k, v, mask, dropout_p, scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
     return out.transpose(1, 2).reshape(n * s, -1)
 
 

@@ -19,6 +19,7 @@ from transformers.utils import output_capturing
 
 from fastbert.hf import layers
 from fastbert.hf.packing import Plan, attend
+from fastbert.hf.recorded import is_traced
 
 _children_of = itemgetter("_modules")
 _PROJECTIONS = ("query", "key", "value")
@@ -107,7 +108,7 @@ class Stack:
             stack: its module whose `layer` holds the layers.
             device: of the hidden states.
         """
-        if device.type != "cpu" or layers.is_traced() or layers.hooked_everywhere():
+        if device.type != "cpu" or is_traced() or layers.hooked_everywhere():
             return None
         kept: Stack | None = vars(owner).get("_fastbert_stack")
         if kept is None or not kept._is_of(stack):
