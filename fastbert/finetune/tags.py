@@ -131,6 +131,11 @@ def spans(tags: Sequence[str]) -> list[Span]:
     return found
 
 
+def kinds(tags: Sequence[str]) -> list[str]:
+    """The types of a sentence's entities, or the labels of single tokens, but for "O"."""
+    return sorted({_parts(tag)[1] or tag for tag in tags} - {"O"})
+
+
 def of_spans(entities: Iterable[Span], count: int, scheme: str) -> list[str]:
     """The tags of `count` tokens that hold these entities, in the order of their tokens.
 

@@ -17,13 +17,10 @@ from fastbert.errors import UserError
 from fastbert.finetune import inputs
 from fastbert.finetune.columns import TASKS, detect, usable
 from fastbert.finetune.inputs import (
-    Row,
     Skipped,
     Table,
-    overlap,
     peek,
     read_table,
-    split,
     stream_rows,
 )
 from fastbert.finetune.values import read_answers, read_choices, read_tagged
@@ -514,47 +511,6 @@ def test_peek_gives_all_rows_back(tmp_path: Path) -> None:
     assert len(table.rows) == 3 and table.columns == ("tokens", "tags")
     assert [row.where for row in islice(rows, 4)] == [f"{path}:{n}" for n in (1, 3, 5, 7)]
     assert sum(1 for _ in rows) == 6
-
-
-def numbered(*labels: str) -> list[Row]:
-    return [Row({"label": label, "n": n}, f"x:{n}") for n, label in enumerate(labels)]
-
-
-def label_of(row: Row) -> str:
-    return str(row.values["label"])
-
-
-def test_a_split_is_the_same_everywhere() -> None:
-    rows = numbered(*"ab" * 10)
-    kept, taken = split(rows, 0.25, 3, label_of)
-    assert [row.values["n"] for row in taken] == [0, 1, 4, 7, 9, 16]
-    assert [row.values["n"] for row in split(rows, 0.2, 0)[1]] == [2, 3, 11, 13]
-    assert [row.values["n"] for row in kept] == [n for n in range(20) if rows[n] not in taken]
-    assert split(rows, 0.25, 4, label_of)[1] != taken
-
-
-def test_a_split_has_its_share_of_each_class() -> None:
-    rows = numbered(*"a" * 100, *"b" * 20, "c", "c", "d")
-    kept, taken = split(rows, 0.1, 0, label_of)
-    counts = {label: [label_of(row) for row in taken].count(label) for label in "abcd"}
-    assert counts == {"a": 10, "b": 2, "c": 1, "d": 0}
-    assert len(kept) + len(taken) == len(rows)
-    kept, taken = split(rows, 0.99, 0, label_of)
-    assert {label_of(row) for row in kept} == set("abcd")
-
-
-def test_a_split_that_cannot_be() -> None:
-    with pytest.raises(UserError, match=r"eval = 0.1: no class has two rows"):
-        split(numbered("a", "b"), 0.1, 0, label_of)
-    for share in (0.0, 1.0, -0.1):
-        with pytest.raises(UserError, match=f"eval = {share}: a share must be more than 0"):
-            split(numbered("a", "b"), share, 0)
-
-
-def test_overlap_counts_rows_of_eval() -> None:
-    train, eval = numbered("a", "b", "b"), numbered("b", "c", "b")
-    assert overlap(train, eval, label_of) == 2
-    assert overlap(train, [], label_of) == 0
 
 
 def test_skipped_rows_in_a_line() -> None:
