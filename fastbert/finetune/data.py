@@ -160,11 +160,9 @@ def _of_classes(
     """How many examples each class has, and what is odd about that."""
     of_train, of_eval = (Counter(name for one in part for name in one) for part in (train, held))
     names = sorted(of_train | of_eval)
-    if len(names) < 2:
-        return []
     counts = ", ".join(f"{name[:60]} {of_train[name]} + {of_eval[name]}" for name in names[:_SHOWN])
     more = f", ... ({len(names)})" if len(names) > _SHOWN else ""
-    lines = [f"examples for training + evaluation: {counts}{more}"]
+    lines = [f"examples for training + evaluation: {counts}{more}"] if len(names) > 1 else []
     for part, counted in (("training", of_train), ("evaluation", of_eval)):
         if missing := [name for name in names if not counted[name]]:
             lines.append(f"warning: {part} has no example of {listed(missing)}")

@@ -64,10 +64,8 @@ def split(
     smallest = sorted(holds, key=lambda first: len(groups[texts[first]]))
     if not taken:  # of a small file
         any(map(take, smallest))
-    stays, held_out = [], []
-    for place, text in enumerate(texts):
-        (held_out if groups[text][0] in taken else stays).append(place)
-    return stays, held_out
+    held_out = sorted(place for text in groups.values() if text[0] in taken for place in text)
+    return sorted(set(range(len(texts))).difference(held_out)), held_out
 
 
 def _quotas(sizes: Counter[str], share: float) -> dict[str, int]:

@@ -16,7 +16,7 @@ from fastbert.finetune.inputs import Row
 from fastbert.finetune.tags import of_entities, words_of
 from fastbert.settings import show
 
-_PYTHON = re.compile(r"""(?s)\s*(?:\[\s*(?:'.*|None\b.*)?\]|\{\s*'.*\})\s*""")
+_PYTHON = re.compile(r"""(?s)\s*(?:\[\s*(?:['"].*['"]|None\b.*)\s*\]|\{\s*'.*\})\s*""")
 
 
 @dataclass(frozen=True, slots=True)
