@@ -10,7 +10,7 @@ from fastbert.errors import UserError
 from fastbert.finetune.config import CONFIGS
 from fastbert.finetune.data import Data, read_data
 from fastbert.finetune.tasks import TASKS
-from fastbert.finetune.tasks.base import Task
+from fastbert.finetune.tasks.base import Example, Task
 
 from . import tiny
 
@@ -164,7 +164,7 @@ def parquet(path: Path, features: dict[str, Any], **columns: list[Any]) -> Path:
     return path
 
 
-NAMES = {"names": ["World", "Sports", "Business"], "_type": "ClassLabel"}
+NAMES: dict[str, Any] = {"names": ["World", "Sports", "Business"], "_type": "ClassLabel"}
 
 
 def test_names_of_classes_come_from_parquet(tmp_path: Path) -> None:
@@ -178,6 +178,13 @@ def test_names_of_classes_come_from_parquet(tmp_path: Path) -> None:
     path = parquet(tmp_path / "y", {"label": NAMES}, text=["a"] * 4, label=[0, 1, 2, 3])
     told = f"{path} row 4: label = 3, but the file has 3 classes (World, Sports, Business)"
     assert refusal("classify", path) == told
+
+
+def test_the_order_of_classes_names_the_rows_of_a_head_without_names() -> None:
+    task = TASKS["classify"](tiny.tokenizer(), 66, {"labels": ["LABEL_0", "LABEL_1", "LABEL_2"]})
+    task.order = NAMES["names"]
+    task.meet([Example("x:1", {"label": "Business"}), Example("x:2", {"label": "World"})])
+    assert task.labels == NAMES["names"]
 
 
 @pytest.mark.parametrize("kind", ["Sequence", "List", "bare"])
