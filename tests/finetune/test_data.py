@@ -79,13 +79,14 @@ def test_equal_texts_stand_on_one_side_or_it_is_said(tmp_path: Path) -> None:
     data, _ = read("classify", tiny.write_rows(tmp_path / "x.jsonl", rows), eval=0.2)
     sides = [{one.fields["text"] for one in part} for part in (data.train, data.eval)]
     assert len(data.eval) == 12 and not sides[0] & sides[1] and not warned(data)
-    rows = [{"text": f"text {n % 2}", "label": "ab"[n % 2]} for n in range(40)]
-    data, _ = read("classify", tiny.write_rows(tmp_path / "x.jsonl", rows), eval=0.1)
-    assert len(data.eval) == 4
-    assert warned(data) == [
-        "4 of the 4 have the text of one that stays, for there are few different ones: what is "
-        "found on them says little"
-    ]
+    for different in (2, 4):
+        rows = [{"text": f"text {n % different}", "label": "ab"[n % 2]} for n in range(40)]
+        data, _ = read("classify", tiny.write_rows(tmp_path / "x.jsonl", rows), eval=0.1)
+        assert len(data.eval) == 4
+        assert warned(data) == [
+            "4 of the 4 have the text of one that stays, for there are few different ones: what is "
+            "found on them says little"
+        ]
     assert refusal("classify", texts(tmp_path, "a", "b"), eval=0.1) == (
         "eval = 0.1: of 2 examples none can be split off, for what stays must have each label: "
         "give --eval a file"

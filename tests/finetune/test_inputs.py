@@ -234,7 +234,7 @@ def test_conll_with_more_columns(tmp_path: Path) -> None:
 
 
 def test_a_comment_may_have_as_many_words_as_a_token(tmp_path: Path) -> None:
-    path = written(tmp_path, "x.txt", "# of Ada\n# O O\nAda B-per\n# O\n")
+    path = written(tmp_path, "x.txt", "# Ada\n# O O\nAda B-per\n# O\n")
     assert values(path)[0]["tokens"] == ["Ada", "#"]
     path = written(tmp_path, "y.conll", "# NOUN\nAda NOUN\n")
     assert values(path)[0]["tokens"] == ["#", "Ada"]
