@@ -360,12 +360,14 @@ def _count(config: PredictConfig, first: "Row") -> int | None:
 
 def _report(config: PredictConfig, pipe: "Pipeline") -> None:
     from fastbert.finetune.columns import detect, usable
+    from fastbert.finetune.data import class_order
     from fastbert.finetune.inputs import read_table
     from fastbert.finetune.tasks.classify import Classify
 
     format = None if config.format == "auto" else config.format
     table = read_table(config.input, "input", format=format)
     columns = detect(table, pipe.task.name, _named(config, pipe))
+    pipe.task.order = class_order(table, columns)
     if isinstance(pipe.task, Classify):
         pipe.task.separator = config.label_separator
     rows, skipped = usable(table, columns)

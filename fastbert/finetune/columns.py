@@ -4,6 +4,7 @@ What was chosen is said in a line; what is ambiguous or missing names the flag t
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -223,6 +224,9 @@ class _Search:
                 self.choices = tuple(names)
             else:
                 self.of[role] = name
+        twice = [c for c, n in Counter([*self.of.values(), *self.choices]).items() if n > 1]
+        if twice:
+            raise UserError(f"column {twice[0]!r} is named for two things at once")
 
     def _flag(self, role: str) -> str:
         of_embed = "--score-column NAME" if self.task == "embed" else ""
@@ -393,9 +397,10 @@ class _Search:
 
     def _missing(self, role: str) -> UserError:
         what = role if role in _PLURAL else f"the {role}"
+        is_conll = self.task == "tag" and self.table.format in ("text", "csv", "tsv")
         return UserError(
             f"{self.table.path}: no column for {what} among {_columns(self.table.columns)}: "
-            f"name it with {self._flag(role)}"
+            f"name it with {self._flag(role)}{', or give --format conll' if is_conll else ''}"
         )
 
     def _ambiguous(self, role: str, found: list[str]) -> UserError:

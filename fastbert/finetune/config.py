@@ -103,6 +103,12 @@ class FinetuneConfig(Config):
         DATA,
         choices=("auto", "csv", "tsv", "jsonl", "json", "parquet", "conll", "text"),
     )
+    header: str = setting(
+        "auto",
+        "whether CSV and TSV files begin with the names of columns (auto = by content)",
+        DATA,
+        choices=("auto", "yes", "no"),
+    )
     max_seq_length: int | None = setting(
         None,
         "longest sequence, tokens (none = the task's, at most the model's)",

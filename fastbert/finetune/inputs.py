@@ -6,18 +6,15 @@ subfolder per class. Values of CSV and TSV stay strings until a task reads them.
 
 import csv
 import json
-import math
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from itertools import chain, islice
 from typing import Any, BinaryIO
-
-import numpy as np
 
 from fastbert.data.formats import HEAD, sniff
 from fastbert.errors import UserError, did_you_mean
@@ -107,6 +104,8 @@ class Table:
         rows: in the order of the files' names.
         format: one of `FORMATS`, "squad" or "folders"; several files may have several.
         skipped: files of a folder that are not read.
+        classes: of a column of a Parquet file of `datasets` whose numbers stand for classes, their
+            names in this order; rows hold the names.
     """
 
     path: str
@@ -114,6 +113,7 @@ class Table:
     rows: list[Row]
     format: str
     skipped: Skipped = field(default_factory=Skipped)
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class _Reader:
     format: str
     columns: tuple[str, ...] | None  # None: each record names its own
     rows: Iterator[Row]
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def read_table(
@@ -152,10 +153,12 @@ def read_table(
     rows: list[Row] = []
     formats: list[str] = []
     columns: tuple[str, ...] = ()
+    classes: dict[str, Sequence[str]] = {}
     first = ""
     for reader in _readers(path, role, format, header, skipped):
         begin = len(rows)
         rows.extend(reader.rows)
+        classes |= {name: names for name, names in reader.classes.items() if name not in classes}
         found = reader.columns
         if found is None:
             found = tuple(dict.fromkeys(chain.from_iterable(row.values for row in rows[begin:])))
@@ -164,7 +167,7 @@ def read_table(
         _check_agree(first, columns, reader.path, found)
         if reader.format not in formats:
             formats.append(reader.format)
-    return Table(path, columns, rows, ", ".join(formats), skipped)
+    return Table(path, columns, rows, ", ".join(formats), skipped, classes)
 
 
 def stream_rows(
@@ -213,51 +216,6 @@ def peek(rows: Iterator[Row], path: str, count: int = 1000) -> tuple[Table, Iter
     return Table(path, columns, ahead, "stream"), chain(ahead, rows)
 
 
-def split(
-    rows: list[Row],
-    share: float,
-    seed: int,
-    key: Callable[[Row], Hashable] | None = None,
-) -> tuple[list[Row], list[Row]]:
-    """Splits a share off, the same one on every machine and with every version of Python.
-
-    Args:
-        rows: any.
-        share: more than 0 and less than 1.
-        seed: from 0 on.
-        key: a row's class: of each with two rows or more at least one is split off, and at least
-            one stays. None: all are of one.
-
-    Returns:
-        What stays, and what was split off, both in the order of `rows`.
-
-    Raises:
-        UserError: the share is out of bounds, or no class has two rows.
-    """
-    if not 0 < share < 1:
-        raise UserError(f"eval = {share}: a share must be more than 0 and less than 1")
-    classes: dict[Hashable, list[int]] = {}
-    for index, row in enumerate(rows):
-        classes.setdefault(key(row) if key else None, []).append(index)
-    draws = (
-        np.random.PCG64(seed).random_raw(len(rows)).tolist()
-    )  # NumPy keeps the raw stream for good
-    taken: set[int] = set()
-    for members in classes.values():
-        count = min(max(math.floor(len(members) * share + 0.5), 1), len(members) - 1)
-        taken.update(sorted(members, key=lambda index: (draws[index], index))[:count])
-    if not taken:
-        raise UserError(f"eval = {share}: no class has two rows, so none can be split off")
-    kept = [row for index, row in enumerate(rows) if index not in taken]
-    return kept, [rows[index] for index in sorted(taken)]
-
-
-def overlap(train: Iterable[Row], eval: Iterable[Row], key: Callable[[Row], Hashable]) -> int:
-    """Returns how many rows of `eval` stand in `train` as well, told by `key`: their texts."""
-    known = {key(row) for row in train}
-    return sum(key(row) in known for row in eval)
-
-
 def _check_agree(first: str, columns: tuple[str, ...], path: str, found: tuple[str, ...]) -> None:
     if set(columns) != set(found):
         raise UserError(
@@ -290,7 +248,7 @@ def _readers(
     if format is not None and format not in FORMATS:
         raise UserError(f"format = {show(format)}: must be one of {', '.join(FORMATS)}")
     if os.path.isdir(path):
-        classes = _classes(path, skipped) if format is None else []
+        classes = _classes(path, role, skipped) if format is None else []
         if classes:
             return iter([_Reader(path, "folders", ("text", "label"), _class_rows(classes))])
     files = _files(path, role, format, skipped)
@@ -309,6 +267,8 @@ def _files(path: str, role: str, format: str | None, skipped: Skipped) -> list[s
             raise UserError(f"{role} = {path!r}: the folder holds no {listed(_SUFFIXES)} file")
         return files
     if os.path.exists(path):
+        if not os.path.isfile(path):  # a pipe's beginning can be looked at only once
+            raise UserError(f"{role} = {path!r}: is no file: write what comes from there to one")
         return [path]
     if any(char in path for char in "*?["):
         files = sorted(file for file in glob(path, recursive=True) if os.path.isfile(file))
@@ -323,23 +283,35 @@ def _files(path: str, role: str, format: str | None, skipped: Skipped) -> list[s
 
 
 def _below(folder: str) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
+    seen: set[str] = set()  # a link may lead back
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(parent, n) for n in sorted(names) if not n.startswith("."))
 
 
-def _classes(folder: str, skipped: Skipped) -> list[tuple[str, str]]:
+def _classes(folder: str, role: str, skipped: Skipped) -> list[tuple[str, str]]:
     """Each text's path and class where a folder holds a folder of texts per class, else none."""
-    texts, beside = [], []
+    texts: list[tuple[str, str]] = []
+    beside, deep = [], ""
     for path in _below(folder):
         label, _, name = os.path.relpath(path, folder).partition(os.sep)
         suffix = os.path.splitext(path)[1].lower()
         if name and suffix == ".txt":
             texts.append((path, label))
+            deep = deep or (path if os.sep in name else "")
         elif suffix in _SUFFIXES and suffix != ".txt":
             return []
         else:
             beside.append(path)
+    if deep and role != "input":  # whose labels are not asked for
+        raise UserError(
+            f"{folder}: {deep} stands more than one folder deep: give the folder whose folders "
+            f"are the classes, such as {os.path.dirname(os.path.dirname(deep))}"
+        )
     for path in beside if texts else ():
         skipped.skip("beside the texts of the classes", path)
     return texts
@@ -506,11 +478,9 @@ def _parsed(text: str) -> Any:
 def _is_conll(filled: list[str]) -> bool:
     lines = (line for line in filled[:_SAMPLE] if not line.startswith(("#", "-DOCSTART-")))
     tokens = [line.split("\t" if "\t" in line else None) for line in lines]
-    return (
-        bool(tokens)
-        and all(len(fields) > 1 and _TAG.fullmatch(fields[-1]) for fields in tokens)
-        and any(fields[-1] != "O" for fields in tokens)
-    )
+    tagged = [f[-1] for f in tokens if len(f) > 1 and _TAG.fullmatch(f[-1])]
+    # a line that is broken is to be named as such
+    return len(tagged) > 0.9 * len(tokens) and any(tag != "O" for tag in tagged)
 
 
 # CSV and TSV
@@ -644,6 +614,8 @@ def _quoted(path: str, lines: _Lines, layout: _Delimited) -> Iterator[tuple[int,
     except csv.Error as error:
         open_quote = "unexpected end of data" in str(error) or "field limit" in str(error)
         why = "a quote is opened and never closed" if open_quote else f"not CSV: {error}"
+        if "new-line character" in str(error):
+            why = "a line ends with \\r alone: convert the file, e.g. with tr '\\r' '\\n'"
         raise UserError(f"{path}:{number}: {why}") from None
 
 
@@ -754,11 +726,52 @@ def _parquet(path: str) -> _Reader:
     errors = (needs("pyarrow").ArrowException, OSError, ValueError)
     try:
         with parquet.ParquetFile(path) as file:
-            columns = tuple(file.schema_arrow.names)
+            schema = file.schema_arrow
+            columns = tuple(schema.names)
+            classes = _classes_of(schema.metadata or {})
     except errors as error:
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from None
     _check_columns(path, columns)
-    return _Reader(path, "parquet", columns, _some(path, _parquet_rows(path, parquet, errors)))
+    rows = _parquet_rows(path, parquet, errors)
+    if classes:
+        rows = _with_names(rows, classes)
+    return _Reader(path, "parquet", columns, _some(path, rows), classes)
+
+
+def _classes_of(metadata: Mapping[bytes, bytes]) -> dict[str, Sequence[str]]:
+    """Names of classes by column, as `datasets` writes its ClassLabel, alone or in a list."""
+    told = _parsed(metadata.get(b"huggingface", b"").decode("utf-8", "replace"))
+    for name in ("info", "features"):
+        told = told.get(name) if isinstance(told, dict) else None
+    found: dict[str, Sequence[str]] = {}
+    for column, feature in told.items() if isinstance(told, dict) else ():
+        if isinstance(feature, list) and len(feature) == 1:
+            feature = {"feature": feature[0]}
+        while isinstance(feature, dict) and "feature" in feature:
+            feature = feature["feature"]
+        names = feature.get("names") if isinstance(feature, dict) else None
+        if isinstance(names, list) and feature.get("_type") == "ClassLabel":
+            found[column] = [str(name) for name in names]
+    return found
+
+
+def _with_names(rows: Iterator[Row], classes: Mapping[str, Sequence[str]]) -> Iterator[Row]:
+    for row in rows:
+        for column, names in classes.items():
+            if column in row.values:
+                row.values[column] = _named(row.values[column], names, f"{row.where}: {column}")
+        yield row
+
+
+def _named(value: Any, names: Sequence[str], what: str) -> Any:
+    """The name of a class, or of each of a list; None of -1, which says that none is known."""
+    if isinstance(value, list):
+        return [_named(one, names, what) for one in value]
+    if not isinstance(value, int) or 0 <= value < len(names):
+        return names[value] if isinstance(value, int) else value
+    if value == -1:
+        return None
+    raise UserError(f"{what} = {value}, but the file has {len(names)} classes ({listed(names)})")
 
 
 def _parquet_rows(path: str, parquet: Any, errors: tuple[type[Exception], ...]) -> Iterator[Row]:
@@ -777,6 +790,7 @@ def _parquet_rows(path: str, parquet: Any, errors: tuple[type[Exception], ...]) 
 class _Conll:
     separator: str | None  # None: any whitespace
     count: int
+    of_entities: bool  # whether the last column holds O, B-x and such
 
     @property
     def universal(self) -> bool:
@@ -801,6 +815,7 @@ class _Conll:
             if self.separator and len(fields) == 1 < self.count:
                 return None
             odd = len(fields) != self.count or "=" in fields[-1]
+            odd |= self.of_entities and not _TAG.fullmatch(fields[-1])
             if not self.separator and self.count > 1 and fields[0] == "#" and odd:
                 return None
         if self.universal and _RANGE.fullmatch(fields[0]):
@@ -813,7 +828,7 @@ def _conll_layout(sample: list[str]) -> _Conll:
     tokens = [line for line in tokens if not line.startswith(("#", "-DOCSTART-"))] or tokens
     separator = "\t" if any("\t" in line for line in tokens) else None
     counts = Counter(len(line.split(separator)) for line in tokens)
-    return _Conll(separator, counts.most_common(1)[0][0])
+    return _Conll(separator, counts.most_common(1)[0][0], _is_conll(tokens))
 
 
 def _conll_rows(path: str, lines: _Lines, layout: _Conll) -> Iterator[Row]:

@@ -131,6 +131,11 @@ def spans(tags: Sequence[str]) -> list[Span]:
     return found
 
 
+def kinds(tags: Sequence[str]) -> list[str]:
+    """The types of a sentence's entities, or the labels of single tokens, but for "O"."""
+    return sorted({_parts(tag)[1] or tag for tag in tags} - {"O"})
+
+
 def of_spans(entities: Iterable[Span], count: int, scheme: str) -> list[str]:
     """The tags of `count` tokens that hold these entities, in the order of their tokens.
 
@@ -177,7 +182,8 @@ def of_entities(text: str, entities: Any, where: str) -> tuple[list[tuple[int, i
     Args:
         text: any.
         entities: a list of objects with `start`, `end` (characters, the end behind the last),
-            `type` or `label`, and perhaps `text`, which must then stand there.
+            `type` or `label`, and perhaps `text`, which must then stand there; or of lists, [start,
+            end, type].
         where: the row's.
 
     Returns:
@@ -212,6 +218,8 @@ def _list_of(entities: Any, where: str) -> list[Any]:
 
 
 def _entity(text: str, entity: Any, where: str) -> tuple[int, int, str]:
+    if isinstance(entity, list) and len(entity) == 3:
+        entity = dict(zip(("start", "end", "type"), entity, strict=True))
     if not isinstance(entity, dict):
         entity = {}
     begin, end = entity.get("start"), entity.get("end")

@@ -4,6 +4,7 @@ Of rows that `Columns.missing` has let through.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from fastbert.finetune.columns import Columns
 from fastbert.finetune.inputs import Row
 from fastbert.finetune.tags import of_entities, words_of
 from fastbert.settings import show
+
+_PYTHON = re.compile(r"""(?s)\s*(?:\[\s*(?:['"].*['"]|None\b.*)\s*\]|\{\s*'.*\})\s*""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ def read_tagged(row: Row, columns: Columns) -> Tagged:
         text = columns.value(row, roles.TEXT)
         if roles.ENTITIES not in columns:
             return Tagged(text, words_of(text), None, (), row.where)
-        entities = _decoded(columns.value(row, roles.ENTITIES))
+        entities = decoded(columns.value(row, roles.ENTITIES), row.where)
         words, tags = of_entities(text, entities if entities is not None else [], row.where)
         return Tagged(text, words, tags, (), row.where)
     tokens = _strings(row, columns, roles.TOKENS)
@@ -67,25 +70,36 @@ def read_tagged(row: Row, columns: Columns) -> Tagged:
 
 
 def _strings(row: Row, columns: Columns, role: str) -> list[str]:
-    value = _decoded(columns.value(row, role))
+    value = decoded(columns.value(row, role), row.where)
     if isinstance(value, str):
         return value.split()
     if not isinstance(value, list):
         raise UserError(f"{row.where}: {columns.of[role]} = {show(value)} must be a list")
-    for one in value:
+    for place, one in enumerate(value):
         is_number = role == roles.TAGS and type(one) is int
         if not is_number and (not isinstance(one, str) or not one.strip()):
-            raise UserError(f"{row.where}: {show(one)} among the {role} must be text, not empty")
+            where = row.where
+            if lines := row.values.get("lines"):
+                where = f"{where.rpartition(':')[0]}:{lines[place]}"
+            raise UserError(f"{where}: {show(one)} among the {role} must be text, not empty")
     return [str(one) for one in value]
 
 
-def _decoded(value: Any) -> Any:
-    """What JSON in a field of CSV or TSV stands for."""
+def decoded(value: Any, where: str) -> Any:
+    """What JSON in a field of CSV or TSV stands for; other values stay.
+
+    Raises:
+        UserError: a list or an object in Python's notation.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            return value
+            if _PYTHON.fullmatch(value):
+                raise UserError(
+                    f"{where}: {show(value)} is in Python's notation: write it as JSON, with "
+                    "json.dumps"
+                ) from None
     return value
 
 
@@ -98,7 +112,7 @@ def read_answers(row: Row, columns: Columns) -> list[tuple[str, int]]:
     Raises:
         UserError: another form, or the context holds something else at that place.
     """
-    value = _decoded(columns.value(row, roles.ANSWERS))
+    value = decoded(columns.value(row, roles.ANSWERS), row.where)
     if isinstance(value, str) and roles.ANSWER_START in columns:
         value = {"text": value, "answer_start": columns.value(row, roles.ANSWER_START)}
         value = None if not value["text"].strip() else value
@@ -128,12 +142,19 @@ def _pairs(value: Any, where: str) -> list[tuple[str, int]]:
         starts = [one.get("answer_start") for one in value]
     texts, starts = ([one] if isinstance(one, str | int) else one for one in (texts, starts))
     if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
-        places = [int(s) if isinstance(s, str) and s.strip().isdecimal() else s for s in starts]
+        places = [_whole(start) for start in starts]
         if all(isinstance(t, str) for t in texts) and all(type(s) is int for s in places):
             return list(zip(texts, places, strict=True))
     raise UserError(
         f"{where}: answers = {show(value)} must hold as many texts as answer_start, integers"
     )
+
+
+def _whole(start: Any) -> Any:
+    """A number of CSV, which tables write as 4.0 where others are missing."""
+    if isinstance(start, str) and re.fullmatch(r"\s*[0-9]{1,15}(\.0+)?\s*", start):
+        return int(float(start))
+    return start
 
 
 def read_choices(row: Row, columns: Columns) -> tuple[list[str], int | None]:
@@ -151,7 +172,7 @@ def read_choices(row: Row, columns: Columns) -> tuple[list[str], int | None]:
         while given and (given[-1] is None or given[-1] == ""):
             given.pop()
     else:
-        given = _decoded(row.values.get(columns.choices[0]))
+        given = decoded(row.values.get(columns.choices[0]), row.where)
     names: list[Any] = []
     if isinstance(given, Mapping):
         names, given = given.get("label") or [], given.get("text")

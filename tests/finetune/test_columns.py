@@ -140,7 +140,8 @@ def test_two_columns_that_could_be_it_are_named() -> None:
     [
         ("text other", "classify", "the label among columns text, other: name it with --label-c"),
         ("label", "classify", "the text among column label: name it with --text-column NAME"),
-        ("text", "tag", "tokens among column text: name it with --tokens-column NAME"),
+        ("text", "tag", "tokens among column text: name it with --tokens-column NAME, or give "
+         "--format conll"),
         ("tokens", "tag", "tags among column tokens: name it with --tags-column NAME"),
         ("id context", "answer", "the question among columns id, context: name it with --questio"),
         ("question", "answer", "the context among column question: name it with --context-column"),
@@ -171,6 +172,13 @@ def test_a_named_column_that_is_not_there() -> None:
     )
     with pytest.raises(UserError, match=r"--choices-columns a,b: x.tsv has no column 'b', but "):
         found("a text", "choose", named={"choices": "a,b"})
+
+
+def test_a_column_is_for_one_thing() -> None:
+    with pytest.raises(UserError, match=r"^column 'text' is named for two things at once$"):
+        found("text label", "classify", named={"text": "text", "label": "text"})
+    with pytest.raises(UserError, match=r"^column 'x' is named for two things at once$"):
+        found("q x l", "choose", named={"choices": "x,x"})
 
 
 def test_rows_with_an_empty_field_are_counted() -> None:
@@ -228,6 +236,19 @@ def test_tokens_are_lists_json_or_words(tokens: Any, tags: Any) -> None:
     assert [read.text[begin:end] for begin, end in read.words] == ["Ada", "ran"]
 
 
+def test_lists_in_pythons_notation_are_no_words() -> None:
+    for tokens in ("['Ada', 'ran']", "['Ada' 'ran']", "[None]"):
+        with pytest.raises(UserError, match=r"^x.jsonl:3: .* is in Python's notation: write it"):
+            read_tagged(*one("tag", tokens=tokens, tags="B-x O"))
+    assert read_tagged(*one("tag", tokens="[ ' ]", tags="O O O")).tags == ["O", "O", "O"]
+
+
+def test_an_empty_token_of_conll_is_named_by_its_line() -> None:
+    given = one("tag", tokens=["Ada", ""], tags=["O", "O"], lines=[3, 4])
+    with pytest.raises(UserError, match=r"^x.jsonl:4: '' among the tokens must be text"):
+        read_tagged(*given)
+
+
 def test_tags_may_be_numbers_and_tokens_may_not() -> None:
     assert read_tagged(*one("tag", tokens=["a"], tags=[3])).tags == ["3"]
     with pytest.raises(UserError, match=r"^x.jsonl:3: 3 among the tokens must be text"):
@@ -267,6 +288,7 @@ def test_answers_in_their_forms(answers: Any) -> None:
 def test_an_answer_beside_its_start_and_none() -> None:
     values = {"question": "Who?", "context": "Was Ada here"}
     assert read_answers(*one("answer", **values, answer="Ada", answer_start="4")) == [("Ada", 4)]
+    assert read_answers(*one("answer", **values, answer="Ada", answer_start="4.0")) == [("Ada", 4)]
     assert read_answers(*one("answer", **values, answer="", answer_start="")) == []
     assert read_answers(*one("answer", **values, answers=[])) == []
 

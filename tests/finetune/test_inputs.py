@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import random
 import tracemalloc
 from contextlib import suppress
@@ -17,13 +18,10 @@ from fastbert.errors import UserError
 from fastbert.finetune import inputs
 from fastbert.finetune.columns import TASKS, detect, usable
 from fastbert.finetune.inputs import (
-    Row,
     Skipped,
     Table,
-    overlap,
     peek,
     read_table,
-    split,
     stream_rows,
 )
 from fastbert.finetune.values import read_answers, read_choices, read_tagged
@@ -235,6 +233,18 @@ def test_conll_with_more_columns(tmp_path: Path) -> None:
     }
 
 
+def test_a_comment_may_have_as_many_words_as_a_token(tmp_path: Path) -> None:
+    path = written(tmp_path, "x.txt", "# Ada\n# O O\nAda B-per\n# O\n")
+    assert values(path)[0]["tokens"] == ["Ada", "#"]
+    path = written(tmp_path, "y.conll", "# NOUN\nAda NOUN\n")
+    assert values(path)[0]["tokens"] == ["#", "Ada"]
+
+
+def test_a_broken_line_of_conll_is_named_whatever_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "x.txt", "Ada\tB-per\nran\tO\n\n" * 10 + "Bob\n")
+    assert refusal(path).startswith(f"{path}:31: 1 column, but the file has 2")
+
+
 def test_conll_u_has_numbers_and_no_tags(tmp_path: Path) -> None:
     def line(number: str, form: str) -> str:
         return "\t".join([number, form, *"_" * 8]) + "\n"
@@ -292,6 +302,33 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     )
 
 
+def test_folders_of_classes_that_stand_deeper(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        written(tmp_path, f"{part}/pos/1.txt", "good")
+        written(tmp_path, f"{part}/neg/1.txt", "bad")
+    assert refusal(tmp_path) == (
+        f"{tmp_path}: {tmp_path}/test/neg/1.txt stands more than one folder deep: give the folder "
+        f"whose folders are the classes, such as {tmp_path}/test"
+    )
+    assert len(read_table(tmp_path, "input").rows) == 4
+    assert len(values(tmp_path / "train")) == 2
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    written(tmp_path, "far/1.txt", "good")
+    written(tmp_path, "data/neg/1.txt", "bad")
+    (tmp_path / "data/pos").symlink_to(tmp_path / "far")
+    (tmp_path / "data/again").symlink_to(tmp_path / "data")
+    assert [row["label"] for row in values(tmp_path / "data")] == ["neg", "pos"]
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / "pipe"
+    told = f"train = '{path}': is no file: write what comes from there to one"
+    assert refusal(path) == told
+
+
 def test_folders_and_globs_of_files(tmp_path: Path) -> None:
     written(tmp_path, "b.csv", "label,text\ny,2\n")
     written(tmp_path, "a/x.jsonl", '{"text": "1", "label": "x"}\n')
@@ -338,6 +375,7 @@ def test_objects_may_lack_a_value(tmp_path: Path) -> None:
         ("x.tsv", "text\tlabel\na\tb\nc\td\te\n", ":3: 3 fields, but 2 columns (text, label)"),
         ("x.csv", 'text,label\na,b\n"c,d\ne,f\n', ":3: a quote is opened and never closed"),
         ("x.csv", 'text,label\na,b\n"c"c,d\n', ":3: not CSV: ',' expected after '\"'"),
+        ("x.csv", "text,label\ra,b\rc,d\r", ":1: a line ends with \\r alone: convert the file"),
         ("x.csv", b"text,label\na,b\n\xff,c\n", ":3: byte 1 of the line is not UTF-8: convert "
          "the file, e.g. with iconv"),
         ("x.jsonl", '{"a": 1}\n{"a": 1,}\n', ":2: not JSON: "),
@@ -514,47 +552,6 @@ def test_peek_gives_all_rows_back(tmp_path: Path) -> None:
     assert len(table.rows) == 3 and table.columns == ("tokens", "tags")
     assert [row.where for row in islice(rows, 4)] == [f"{path}:{n}" for n in (1, 3, 5, 7)]
     assert sum(1 for _ in rows) == 6
-
-
-def numbered(*labels: str) -> list[Row]:
-    return [Row({"label": label, "n": n}, f"x:{n}") for n, label in enumerate(labels)]
-
-
-def label_of(row: Row) -> str:
-    return str(row.values["label"])
-
-
-def test_a_split_is_the_same_everywhere() -> None:
-    rows = numbered(*"ab" * 10)
-    kept, taken = split(rows, 0.25, 3, label_of)
-    assert [row.values["n"] for row in taken] == [0, 1, 4, 7, 9, 16]
-    assert [row.values["n"] for row in split(rows, 0.2, 0)[1]] == [2, 3, 11, 13]
-    assert [row.values["n"] for row in kept] == [n for n in range(20) if rows[n] not in taken]
-    assert split(rows, 0.25, 4, label_of)[1] != taken
-
-
-def test_a_split_has_its_share_of_each_class() -> None:
-    rows = numbered(*"a" * 100, *"b" * 20, "c", "c", "d")
-    kept, taken = split(rows, 0.1, 0, label_of)
-    counts = {label: [label_of(row) for row in taken].count(label) for label in "abcd"}
-    assert counts == {"a": 10, "b": 2, "c": 1, "d": 0}
-    assert len(kept) + len(taken) == len(rows)
-    kept, taken = split(rows, 0.99, 0, label_of)
-    assert {label_of(row) for row in kept} == set("abcd")
-
-
-def test_a_split_that_cannot_be() -> None:
-    with pytest.raises(UserError, match=r"eval = 0.1: no class has two rows"):
-        split(numbered("a", "b"), 0.1, 0, label_of)
-    for share in (0.0, 1.0, -0.1):
-        with pytest.raises(UserError, match=f"eval = {share}: a share must be more than 0"):
-            split(numbered("a", "b"), share, 0)
-
-
-def test_overlap_counts_rows_of_eval() -> None:
-    train, eval = numbered("a", "b", "b"), numbered("b", "c", "b")
-    assert overlap(train, eval, label_of) == 2
-    assert overlap(train, [], label_of) == 0
 
 
 def test_skipped_rows_in_a_line() -> None:

@@ -11,6 +11,7 @@ from fastbert.finetune.tags import (
     IOBES,
     NONE,
     check,
+    kinds,
     of_entities,
     of_spans,
     scheme_of,
@@ -18,6 +19,19 @@ from fastbert.finetune.tags import (
     to_iob2,
     words_of,
 )
+
+
+def test_kinds_are_types_or_labels() -> None:
+    assert kinds(["B-per", "I-per", "O", "S-a-b"]) == ["a-b", "per"]
+    assert kinds(["NOUN", "VERB", "NOUN"]) == ["NOUN", "VERB"]
+    assert kinds(["O"]) == []
+
+
+def test_entities_may_be_triples() -> None:
+    assert of_entities("Ada ran", [[0, 3, "per"]], "x:1")[1] == ["B-per", "O"]
+    with pytest.raises(UserError, match=r"^x:1: an entity must have integers start and end, and"):
+        of_entities("Ada ran", [[0, 3]], "x:1")
+
 
 # Ada Lovelace | Paris London | met, in each scheme; two entities of one type side by side
 SENTENCE = {

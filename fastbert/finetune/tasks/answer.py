@@ -56,6 +56,9 @@ class Answer(Task):
             made["answers"] = read_answers(row, columns)
         return Example(row.where, made)
 
+    def classes(self, examples: Sequence[Example], asked: Any) -> list[Sequence[str]]:
+        return [["answer" if one.fields["answers"] else "no answer"] for one in examples]
+
     def learn(self, examples: Sequence[Example], asked: Any) -> None:
         self.stride, self.n_best = asked.doc_stride, asked.n_best
         self.longest = asked.max_answer_length

@@ -68,6 +68,8 @@ class Task(ABC):
         self.cut = 0
         """Examples that were longer than a sequence may be."""
         self.labels: list[str] = []
+        self.order: Sequence[str] = ()
+        """Of the labels, where the data has one."""
 
     # Of data
 
@@ -83,6 +85,15 @@ class Task(ABC):
         Raises:
             UserError: it is broken.
         """
+
+    def classes(self, examples: Sequence[Example], asked: Any) -> list[Sequence[str]]:
+        """Of each labelled example what a split should share out evenly; nothing by default.
+
+        Args:
+            examples: any.
+            asked: the task's settings.
+        """
+        return [()] * len(examples)
 
     def learn(self, examples: Sequence[Example], asked: Any) -> None:  # noqa: B027  nothing to learn
         """Decides from training examples what there is to decide: labels, kind of problem.
@@ -204,9 +215,11 @@ class Task(ABC):
         return {"where": example.where, "input": inputs}
 
 
-def label_names(examples: Iterable[str]) -> list[str]:
-    """Names in the order of their numbers: numeric where all are numbers, else alphabetic."""
+def label_names(examples: Iterable[str], order: Sequence[str] = ()) -> list[str]:
+    """Names in the order given, else of their numbers if all are numbers, else of the alphabet."""
     names = set(examples)
+    if order and names.issubset(order):
+        return sorted(names, key=list(order).index)
     if all(re.fullmatch(r"-?\d+", name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)

@@ -30,6 +30,8 @@ from fastbert.finetune.tasks.base import (
     unknown_label,
     unnamed,
 )
+from fastbert.finetune.values import decoded
+from fastbert.settings import show
 
 ONE, SEVERAL, SCORE = (
     "single_label_classification",
@@ -61,8 +63,13 @@ class Classify(Task):
             role: columns.value(row, role) for role in self.roles if role in columns
         }
         if labelled:
-            found["label"] = _label(columns.value(row, "label"), self.separator)
+            found["label"] = _label(columns.value(row, "label"), self.separator, row.where)
         return Example(row.where, found)
+
+    def classes(self, examples: Sequence[Example], asked: Any) -> list[Sequence[str]]:
+        labels = [one.fields["label"] for one in examples]
+        problem = _problem(labels) if asked.problem_type == "auto" else asked.problem_type
+        return [() if problem == SCORE else _listed(label) for label in labels]
 
     def learn(self, examples: Sequence[Example], asked: Any) -> None:
         labels = [one.fields["label"] for one in examples]
@@ -77,12 +84,17 @@ class Classify(Task):
                 raise UserError("class_weight: a score has no classes: leave it out")
             self.labels = ["score"]
             self._check_scores(examples)
+            if len({float(label) for label in labels}) == 1:
+                raise UserError(
+                    f"all {len(labels)} examples have the score {labels[0]}: there is nothing to "
+                    "learn; name another column with --label-column"
+                )
             return
         if self.problem == ONE:
             several = next((e for e in examples if isinstance(e.fields["label"], list)), None)
             if several is not None:
                 raise UserError(f"{several.where}: has a list of labels where one is expected")
-            self.labels = label_names(labels)
+            self.labels = label_names(labels, self.order)
             if len(self.labels) < 2:
                 raise UserError(
                     f"all {len(labels)} examples have the label {self.labels[0]!r}: there is "
@@ -94,7 +106,8 @@ class Classify(Task):
                     "column with --label-column, or give --problem-type regression for numbers"
                 )
         else:
-            self.labels = label_names(name for label in labels for name in _listed(label))
+            named = (name for label in labels for name in _listed(label))
+            self.labels = label_names(named, self.order)
             if len({frozenset(_listed(label)) for label in labels}) < 2:
                 raise UserError(
                     f"all {len(labels)} examples have the labels {', '.join(self.labels) or 'none'}"
@@ -131,7 +144,8 @@ class Classify(Task):
                     raise unknown_label(name, one.where, self.labels)
 
     def meet(self, examples: Sequence[Example]) -> None:
-        given = label_names(name for one in examples for name in _listed(one.fields["label"]))
+        named = (name for one in examples for name in _listed(one.fields["label"]))
+        given = list(self.order) or label_names(named)
         known = set(self.labels)
         if self.problem != SCORE and unnamed(self.labels) and not known.issuperset(given):
             if len(given) != len(self.labels):
@@ -273,21 +287,30 @@ class Classify(Task):
         return {**shown, "expected": wanted, "predicted": prediction, "badness": badness}
 
 
-def _label(value: Any, separator: str) -> str | list[str]:
+def _label(value: Any, separator: str, where: str) -> str | list[str]:
     """A label's name, or several; an empty list says that none applies."""
-    if isinstance(value, list | tuple):
-        return [_name(one) for one in value]
+    value = decoded(value, where)
+    if isinstance(value, list):
+        return [_name(one, where) for one in value]
     if separator and isinstance(value, str):
         return [part.strip() for part in value.split(separator) if part.strip()]
-    return _name(value)
+    return _name(value, where)
 
 
-def _name(value: Any) -> str:
+def _name(value: Any, where: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
+    number = value if isinstance(value, float) else None
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,15}\.0+\s*", value):
+        number = float(value)  # as tables write whole numbers where one is missing
+    if number is not None and number.is_integer():
+        return str(int(number))
+    name = str(value).strip()
+    if isinstance(value, dict | list | bytes) or value is None or not name:
+        raise UserError(f"{where}: label {show(value)} must be text or a number")
+    if number is not None and not np.isfinite(number):
+        raise UserError(f"{where}: label {name} must be a finite number")
+    return name
 
 
 def _listed(label: str | list[str]) -> list[str]:

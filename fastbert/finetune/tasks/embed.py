@@ -7,7 +7,9 @@ error of the cosine.
 B pairs, G texts of each (2, or 3 with a negative), H hidden size.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -59,12 +61,22 @@ class Embed(Task):
         if self.scored:
             if asked.rdrop_alpha:
                 raise UserError("rdrop_alpha: a score has no distribution: leave it out")
-            least, most = (f(one.fields["score"] for one in examples) for f in (min, max))
-            if most > 1.0 or least < -1.0:
+            self.check(examples)
+            if len({one.fields["score"] for one in examples}) == 1 < len(examples):
                 raise UserError(
-                    f"scores go from {least:g} to {most:g}: a cosine lies between -1 and 1, "
-                    "divide them"
+                    f"all {len(examples)} scores are the same: there is nothing to learn; without "
+                    "scores, the other pairs of a batch are what does not belong together"
                 )
+
+    def check(self, examples: Sequence[Example]) -> None:
+        if not self.scored:
+            return
+        least, most = (f(one.fields["score"] for one in examples) for f in (min, max))
+        if most > 1.0 or least < -1.0:
+            raise UserError(
+                f"{examples[0].where}: scores go from {least:g} to {most:g}: a cosine lies between "
+                "-1 and 1, divide them"
+            )
 
     def meet(self, examples: Sequence[Example]) -> None:
         self.scored = "score" in examples[0].fields
@@ -161,7 +173,7 @@ class Embed(Task):
 
 
 def _score(value: Any, where: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: score {show(value)} must be a number") from None
+    with suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(score := float(value)):
+            return score
+    raise UserError(f"{where}: score {show(value)} must be a number")

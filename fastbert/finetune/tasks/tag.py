@@ -65,6 +65,9 @@ class Tag(Task):
             made["tags"], made["lines"] = found.tags, found.lines
         return Example(row.where, made)
 
+    def classes(self, examples: Sequence[Example], asked: Any) -> list[Sequence[str]]:
+        return [tags.kinds(one.fields["tags"]) for one in examples]
+
     def _settle(self, examples: Sequence[Example]) -> None:
         """Checks the scheme of the tags, and makes them IOB2."""
         scheme = self.scheme or tags.scheme_of(one.fields["tags"] for one in examples)
@@ -78,8 +81,10 @@ class Tag(Task):
         self.scheme = tags.scheme_of(one.fields["tags"] for one in examples)
         self._settle(examples)
         given = {tag for one in examples for tag in one.fields["tags"]}
-        self.labels = label_names(given)
-        if self.is_entities:
+        self.labels = label_names(given, self.order)
+        if self.order and given.issubset(self.order):
+            self.labels = list(self.order)
+        elif self.is_entities:
             # An inside tag that training lacks may be needed: B-x in, I-x out. "O" is number 0.
             types = sorted({tag[2:] for tag in given if tag != "O"})
             self.labels = ["O", *(f"{kind}-{name}" for name in types for kind in "BI")]
