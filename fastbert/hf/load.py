@@ -4,20 +4,32 @@ transformers draws weights that are missing, and makes an empty tokenizer where 
 """
 
 import inspect
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.utils import logging as their_logging
 
 from fastbert.errors import UserError
 from fastbert.hf.weights import local_folder
-from fastbert.settings import LONGEST
+from fastbert.settings import LONGEST, read_json
+
+logger = logging.getLogger("fastbert")
+
+
+_BROKEN = (
+    *(OSError, ValueError, KeyError, TypeError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What transformers raises of a folder that is damaged, or none of a model."""
 
 
 def load_model(
@@ -55,7 +67,7 @@ def saved_head(folder: str | os.PathLike[str]) -> tuple[str, Any]:
     where = _place(folder)
     try:
         config = AutoConfig.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
+    except _BROKEN as error:
         raise UserError(_complaint(where, "model", error)) from None
     saved = (config.architectures or [""])[0]
     return next((head for head in HEADS if saved.endswith(f"For{head}")), ""), config
@@ -204,27 +216,77 @@ def _load(
             options = options | {"add_pooling_layer": False}
         with quiet():  # of what is left behind
             model, found = auto.from_pretrained(where, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except _BROKEN as error:
         raise UserError(_complaint(where, "model", error)) from None
     lacking = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     return model.eval(), sorted(lacking)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
-    """The tokenizer.
+    """The tokenizer, which lower-cases where sentence-transformers would, and gives no token types
+    to a model that has none.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it cannot lower-case as its folder asks.
     """
     where = _place(folder)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
+            if _asks_for_lower_case(where) and not _lowers(tokenizer):
+                strip = bool(getattr(tokenizer, "strip_accents", None))
+                tokenizer = AutoTokenizer.from_pretrained(
+                    where, do_lower_case=True, strip_accents=strip
+                )
+    except _BROKEN as error:
         raise UserError(_complaint(where, "tokenizer", error)) from None
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise UserError(f"{where}: holds no tokenizer (tokenizer.json or vocab.txt)")
+    if _asks_for_lower_case(where) and not _lowers(tokenizer):
+        raise UserError(
+            f"{where}: {_SENTENCES} asks for lower-cased text, which its "
+            f"{type(tokenizer).__name__} cannot do"
+        )
+    _note_capitals(where, tokenizer)
+    with suppress(*_BROKEN), quiet():  # a tokenizer may stand alone
+        config = AutoConfig.from_pretrained(where)
+        if config.model_type == "distilbert" or getattr(config, "type_vocab_size", 2) < 2:
+            names = tokenizer.model_input_names
+            tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
     return tokenizer
+
+
+_SENTENCES = "sentence_bert_config.json"
+
+
+def _asks_for_lower_case(where: str) -> bool:
+    path = os.path.join(where, _SENTENCES)
+    return os.path.exists(path) and read_json(path).get("do_lower_case") is True
+
+
+def _lowers(tokenizer: Any) -> bool:
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer is not None and normalizer.normalize_str("A") == "a"
+
+
+def _note_capitals(where: str, tokenizer: Any) -> None:
+    """Says that a cased vocabulary is lower-cased because nothing beside it says otherwise."""
+    beside = os.path.join(where, "tokenizer_config.json")
+    if (
+        not os.path.exists(os.path.join(where, "vocab.txt"))
+        or os.path.exists(os.path.join(where, "tokenizer.json"))
+        or (os.path.exists(beside) and "do_lower_case" in read_json(beside))
+        or not _lowers(tokenizer)
+    ):
+        return
+    vocabulary = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    cased = sum(token.lower() != token for token in vocabulary if not token.startswith("["))
+    if cased > 0.05 * len(vocabulary):
+        logger.warning(
+            '%s: %d of its %d tokens have capitals, which lower-cased text never meets: "do_lower_'
+            'case": false in its tokenizer_config.json keeps the text as it is',
+            where, cased, len(vocabulary),
+        )  # fmt: skip
 
 
 def longest_sequence(folder: str | os.PathLike[str], tokenizer: Any) -> int:

@@ -65,6 +65,10 @@ class Answer(Task):
         self.unanswerable = without > 0
 
     @property
+    def changes(self) -> dict[str, Any]:
+        return {"num_labels": 2}  # starts and ends, however many classes a checkpoint was for
+
+    @property
     def description(self) -> dict[str, Any]:
         return super().description | {
             "doc_stride": self.stride,

@@ -53,7 +53,6 @@ class Classify(Task):
         self.threshold = float(description.get("threshold", 0.5))
         self.separator = str(description.get("label_separator", ""))
         self.smoothing = 0.0
-        self.weight_of: dict[str, float] = {}
         self.markers: list[str] = []
 
     def example(self, row: Row, columns: Columns, labelled: bool) -> Example:
@@ -106,12 +105,6 @@ class Classify(Task):
             self.weight_of = {
                 name: total / (len(self.labels) * counts[name]) for name in self.labels
             }
-
-    def _weights(self, device: torch.device) -> Tensor | None:  # (K,)
-        if not self.weight_of:
-            return None
-        # Only now: a head that goes on with its training has them in an order of its own.
-        return torch.tensor([self.weight_of[name] for name in self.labels], device=device)
 
     def _check_scores(self, examples: Sequence[Example]) -> None:
         for one in examples:
@@ -188,7 +181,7 @@ class Classify(Task):
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         labels = batch["labels"]
-        weights = self._weights(outputs.device)
+        weights = self.weights(outputs.device)
         if self.problem == SCORE:
             return F.mse_loss(outputs[:, 0], labels, reduction="sum")
         if self.problem == ONE:
@@ -201,7 +194,7 @@ class Classify(Task):
         ).mean(1).sum()  # fmt: skip
 
     def items(self, batch: dict[str, Tensor]) -> Tensor:
-        weights = self._weights(batch["labels"].device)
+        weights = self.weights(batch["labels"].device)
         if self.problem == ONE and weights is not None:
             return weights[batch["labels"]].sum()
         return super().items(batch)
