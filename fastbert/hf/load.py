@@ -4,10 +4,12 @@ transformers draws weights that are missing, and makes an empty tokenizer where 
 """
 
 import inspect
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from transformers.utils import logging as their_logging
 
 from fastbert.errors import UserError
 from fastbert.hf.weights import local_folder
-from fastbert.settings import LONGEST, read_json
+from fastbert.settings import LONGEST, read_json, read_text, show
 
 logger = logging.getLogger("fastbert")
 
@@ -287,6 +289,44 @@ def _note_capitals(where: str, tokenizer: Any) -> None:
             'case": false in its tokenizer_config.json keeps the text as it is',
             where, cased, len(vocabulary),
         )  # fmt: skip
+
+
+def sentence_layout(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What sentence-transformers' modules do with an encoder's states; {}: there are none.
+
+    Returns:
+        `pooling`, "mean" or "cls"; `normalize`; and `max_seq_length` where that is said.
+
+    Raises:
+        UserError: they are damaged, or do something else.
+    """
+    root = Path(_place(folder))
+    path = root / "modules.json"
+    if not path.exists():
+        return {}
+    try:
+        modules = json.loads(read_text(str(path), "JSON", 2**24))
+        kinds = {one["type"].rpartition(".")[2]: one["path"] for one in modules}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: is none of sentence-transformers: {error}") from None
+    unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    if unknown or "Pooling" not in kinds or kinds.get("Transformer") != "":
+        raise UserError(
+            f"{path}: {', '.join(kinds)}: only a Transformer in the folder itself, Pooling and "
+            "Normalize are known"
+        )
+    pooled = read_json(str(root / kinds["Pooling"] / "config.json"))
+    modes = [name for name, on in pooled.items() if name.startswith("pooling_mode_") and on is True]
+    mode = pooled.get("pooling_mode") or "+".join(sorted(modes))
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    pooling = names.get(mode, mode)
+    if pooling not in ("mean", "cls"):
+        raise UserError(f"{path}: pooling {show(mode)} is not known: it must be mean or cls")
+    found: dict[str, Any] = {"pooling": pooling, "normalize": "Normalize" in kinds}
+    beside = root / _SENTENCES
+    if beside.exists() and (longest := read_json(str(beside)).get("max_seq_length")):
+        found["max_seq_length"] = longest
+    return found
 
 
 def longest_sequence(folder: str | os.PathLike[str], tokenizer: Any) -> int:

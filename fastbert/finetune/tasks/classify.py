@@ -76,6 +76,11 @@ class Classify(Task):
                 raise UserError("class_weight: a score has no classes: leave it out")
             self.labels = ["score"]
             self._check_scores(examples)
+            if len({float(label) for label in labels}) < 2:
+                raise UserError(
+                    f"all {len(labels)} examples have the score {labels[0]}: there is nothing to "
+                    "learn; name another column with --label-column"
+                )
             return
         if self.problem == ONE:
             several = next((e for e in examples if isinstance(e.fields["label"], list)), None)
