@@ -60,7 +60,7 @@ def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
     if config.new_head and not task.head:
         raise UserError(f"new_head: {task.name} trains the encoder alone: leave it out")
     goes_on = bool(task.head) and saved == task.head and not config.new_head
-    if goes_on and not fresh:
+    if goes_on:
         changes = _agreed(config.model, task, saved_config, changes)
     changes |= dropout_changes(
         saved_config.model_type,
@@ -94,6 +94,8 @@ def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
         notes.append(f"new weights: {', '.join(drawn)}")
     elif goes_on:
         notes.append("its head goes on with its training")
+    if markers:
+        notes.append(f"tokens of their own: {', '.join(markers)}")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora_r:

@@ -149,6 +149,14 @@ def test_marks_of_entities_become_tokens(tmp_path: Path) -> None:
     task.learn(labelled("a", "b", text=text), asked("classify"))
     assert task.markers == ["</e1>", "</e2>", "<e1>", "<e2>"]
     assert learnt("a", "b").markers == []
+    rows = labelled("a", "b", "a", text=text) + labelled("a", "b")
+    most = made("classify")
+    most.learn(rows, asked("classify"))  # of five three have them
+    assert most.markers == task.markers
+    most.learn(rows[2:], asked("classify"))
+    assert most.markers == []
+    named = asked("classify", entity_markers="<e1>, </e1>, <e3>")
+    assert refused(most.learn, rows, named) == "entity_markers: '<e3>' stands in no text"
     other = made("classify")
     other.learn(labelled("a", "b", text=text), asked("classify", entity_markers="none"))
     assert other.markers == []

@@ -309,11 +309,15 @@ def _problem(labels: Sequence[str | list[str]]) -> str:
 
 
 def _markers(examples: Sequence[Example], asked: str) -> list[str]:
-    """Marks of entities that become tokens of their own."""
+    """Marks of entities that become tokens of their own: those named, or found in most examples."""
     if asked not in ("auto", "none", ""):
-        return [mark.strip() for mark in asked.split(",") if mark.strip()]
-    if asked != "auto" or not all(
-        len(set(_MARKER.findall(one.fields["text"]))) >= 4 for one in examples[:100]
-    ):
+        named = [mark.strip() for mark in asked.split(",") if mark.strip()]
+        for mark in named:
+            if not any(mark in one.fields["text"] for one in examples):
+                raise UserError(f"entity_markers: {mark!r} stands in no text")
+        return named
+    found = [set(_MARKER.findall(one.fields["text"])) for one in examples]
+    marked = [marks for marks in found if len(marks) >= 4]
+    if asked != "auto" or 2 * len(marked) <= len(examples):
         return []
-    return sorted(set(_MARKER.findall(" ".join(one.fields["text"] for one in examples[:100]))))
+    return sorted(set().union(*marked))
