@@ -267,7 +267,8 @@ def _asks_for_lower_case(where: str) -> bool:
 
 
 def _lowers(tokenizer: Any) -> bool:
-    normalizer = tokenizer.backend_tokenizer.normalizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # of a fast one
+    normalizer = getattr(backend, "normalizer", None)
     return normalizer is not None and normalizer.normalize_str("A") == "a"
 
 

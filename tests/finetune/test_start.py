@@ -194,6 +194,15 @@ def test_a_tokenizer_that_cannot_lower_case(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_that_is_not_fast_is_only_loaded(tmp_path: Path) -> None:
+    tiny.config().save_pretrained(tmp_path)
+    vocabulary = list(tiny.wordpieces())
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    kind = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "basic"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
+    assert load_tokenizer(tmp_path).tokenize("ada") == ["ada"]
+
+
 # Damage
 
 

@@ -131,6 +131,19 @@ def test_an_unknown_label_at_evaluation() -> None:
     assert "f:1: label 'x' must be a number" in refused(learnt("0.5", "1").check, labelled("x"))
 
 
+def test_labels_without_names_are_met_by_number() -> None:
+    def met(*labels: str) -> list[str]:
+        task = made("classify", labels=["LABEL_0", "LABEL_1", "LABEL_2"])
+        task.meet(labelled(*labels))
+        return list(task.labels)
+
+    assert met("2", "0") == ["0", "1", "2"]
+    assert met("3", "1", "2") == ["1", "2", "3"]
+    assert met("c", "a", "b") == ["a", "b", "c"]
+    assert met("LABEL_2") == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert "the model has 3 labels, none with a name" in refused(met, "3", "1")
+
+
 def test_pairs_and_texts_that_are_cut() -> None:
     task = made("classify", max_length=8)
     long = "good film plot book very sad"
@@ -306,6 +319,18 @@ def test_windows_of_a_long_text_hold_each_word_where_most_is_around_it() -> None
                     most[word] = max(most[word], margin)
             raws.append(raw)
         assert task._of_words([one], found, raws)[0][:, 1].tolist() == list(most.values())
+
+
+def test_windows_of_a_tokenizer_that_cuts_on_the_left() -> None:
+    one = sentence(" ".join(["carlton", "ada", "bobville", "met"] * 6), "B-x O B-x O " * 6)
+    found = []
+    for side in ("right", "left"):
+        tokenizer = tiny.tokenizer()
+        tokenizer.truncation_side = side
+        task = TASKS["tag"](tokenizer, 12, {})
+        task.learn([one], asked("tag", doc_stride=4))
+        found.append([(f.inputs, f.label, f.extra) for f in task.features([one], True)])
+    assert found[0] == found[1] and len(found[0]) > 2
 
 
 def test_words_of_byte_pairs_begin_with_their_space() -> None:

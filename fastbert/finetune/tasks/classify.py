@@ -132,6 +132,9 @@ class Classify(Task):
         given = label_names(name for one in examples for name in _listed(one.fields["label"]))
         known = set(self.labels)
         if self.problem != SCORE and unnamed(self.labels) and not known.issuperset(given):
+            numbers = [str(number) for number in range(len(self.labels))]
+            if set(given) <= set(numbers):  # some may be missing
+                given = numbers
             if len(given) != len(self.labels):
                 raise UserError(
                     f"the model has {len(self.labels)} labels, none with a name of its own, and "

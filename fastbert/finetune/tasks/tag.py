@@ -48,6 +48,7 @@ class Tag(Task):
         super().__init__(tokenizer, max_length, description)
         self.labels = list(description.get("labels") or [])
         self.stride = int(description.get("doc_stride", 64))
+        tokenizer.truncation_side = "right"  # windows are counted from there, and hold all
         self.smoothing = 0.0
         self.scheme = ""
 
