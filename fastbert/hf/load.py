@@ -351,7 +351,8 @@ def _complaint(where: str, what: str, error: Exception) -> str:
         why = f"no {what} to load: "
     else:
         why = "not a folder, and not to be had from a hub: "
-    return f"{where}: {why}{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{where}: {why}{' '.join([first, *more[: first.endswith(':')]])}"
 
 
 @contextmanager

@@ -218,4 +218,4 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
         config.write_text(content)
         with pytest.raises(UserError, match=f"{model}: no model to load: ") as caught:
             saved_head(model)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and str(caught.value)[-1] != ":"
