@@ -99,6 +99,7 @@ def fine_tune(config: FinetuneConfig) -> "FinetuneResult":
     if not isinstance(config, FinetuneConfig) or not config.task:
         names = ", ".join(one.__name__ for one in CONFIGS.values())
         raise UserError(f"config must be one of fastbert's {names}")
+    config.check_given()
     check_path("model", config.model, words=())
     check_folder("out", config.out)
     with held_signals():

@@ -21,7 +21,12 @@ _WORD = re.compile(r"\w+")
 
 
 def augmented(
-    examples: Sequence[Example], role: str, share: float, model: str, seed: int
+    examples: Sequence[Example],
+    role: str,
+    share: float,
+    model: str,
+    seed: int,
+    marks: Sequence[str] = (),
 ) -> list[Example]:
     """Examples like those given with some words others.
 
@@ -31,6 +36,7 @@ def augmented(
         share: of their number to make.
         model: a folder whose model has the head for masked words.
         seed: of what is chosen.
+        marks: that are no words, and stay.
 
     Raises:
         UserError: the model lacks that head.
@@ -49,7 +55,7 @@ def augmented(
         together = chosen[begin : begin + _TOGETHER]
         texts, places = [], []
         for one in together:
-            text, spans = _masked(one.fields[role], fill, draw)
+            text, spans = _masked(one.fields[role], fill, draw, marks)
             texts.append(text)
             places.append(spans)
         holes = [place for place, spans in enumerate(places) if spans]
@@ -65,10 +71,15 @@ def augmented(
     return made
 
 
-def _masked(text: str, fill: MaskFiller, draw: random.Random) -> tuple[str, list[str]]:
+def _masked(
+    text: str, fill: MaskFiller, draw: random.Random, marks: Sequence[str]
+) -> tuple[str, list[str]]:
     """The text with some words masked, and these; as it is where it would be too long."""
     mask = fill.tokenizer.mask_token
-    words = list(_WORD.finditer(text))
+    hidden = text
+    for one in marks:
+        hidden = hidden.replace(one, " " * len(one))
+    words = list(_WORD.finditer(hidden))
     tokens = len(fill.tokenizer(text, verbose=False)["input_ids"])
     if not words or mask in text or tokens > fill.encoder.positions():
         return text, []

@@ -235,12 +235,6 @@ class FinetuneConfig(Config):
     def __post_init__(self) -> None:
         check_fields(self)
         check_not_empty(self, "out")
-        for name, value in (("model", self.model), ("train", self.train), ("eval", self.eval)):
-            if not value:
-                raise UserError(
-                    f"{name} = '': give fastbert finetune {self.task} --model DIR --train FILE "
-                    "[--eval FILE or a share]"
-                )
         if self.train == DEMO and self.task not in DEMOS:
             raise UserError(f"train = {DEMO!r}: there is one of {', '.join(DEMOS)} only")
         if self.train == DEMO and (self.search or self.seeds > 1):
@@ -266,6 +260,19 @@ class FinetuneConfig(Config):
             )
         if self.precision == "fp16" and self.device == "cpu":
             raise UserError("precision = 'fp16' needs a GPU: use bf16 or fp32")
+
+    def check_given(self) -> None:
+        """Checks that what has no default is there; --print-config does without.
+
+        Raises:
+            UserError: it is not.
+        """
+        for name, value in (("model", self.model), ("train", self.train), ("eval", self.eval)):
+            if not value:
+                raise UserError(
+                    f"{name} = '': give fastbert finetune {self.task} --model DIR --train FILE "
+                    "[--eval FILE or a share]"
+                )
 
     @property
     def eval_share(self) -> float | None:
@@ -424,11 +431,12 @@ class EmbedConfig(FinetuneConfig):
     negative_column: str = _column("column of one that does not belong to it")
     score_column: str = _column("column of their similarity, instead of in-batch negatives")
     pooling: str = setting(
-        "mean", "how a text's tokens become its vector", MODEL, choices=("mean", "cls")
-    )
+        "auto", "how tokens become a vector (auto = as the model's folder says, or mean)",
+        MODEL, choices=("auto", "mean", "cls"),
+    )  # fmt: skip
     scale: float = setting(
-        20.0, "of the cosines in the loss of in-batch negatives", TRAIN, more_than=0, at_most=1000,
-        aka=("temperature",),
+        20.0, "of the cosines in the loss of in-batch negatives: 1 / temperature", TRAIN,
+        more_than=0, at_most=1000,
     )  # fmt: skip
 
 

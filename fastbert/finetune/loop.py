@@ -512,10 +512,10 @@ class Trainer:
         """Writes the model as it is now: `hf/`, and LoRA's adapter beside it."""
         model = self.model
         if self.config.lora_r:
-            model.save_pretrained(str(self.folder / "adapter"))
+            # Rows that were added are among the adapters; the others are as they were.
+            model.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
             model = copy.deepcopy(model).merge_and_unload()
-        pooling = getattr(self.task, "pooling", "")
-        save_model(self.hf, model, self.task.tokenizer, self.task.description, pooling)
+        save_model(self.hf, model, self.task.tokenizer, self.task.description)
 
     # The end
 

@@ -377,29 +377,43 @@ def choices(labels: Sequence[int], probabilities: Sequence[Sequence[float]]) -> 
     return found
 
 
-def retrieval(similarities: Any) -> Evaluation:
-    """Where each anchor finds its own positive among all.
-
-    Positives that are equally near share their places: what is given is the mean over all orders
-    of them, so a model that makes everything equal gets what chance would.
+def places(similarities: Any, right: NDArray[np.bool_]) -> tuple[Any, Any]:
+    """Where queries find the nearest text that is right for them.
 
     Args:
-        similarities: (N, N), of anchor i to positive j.
+        similarities: (Q, N), of queries to texts.
+        right: (Q, N), at least one of each query.
+
+    Returns:
+        Of each query, how many wrong texts are nearer, and how many texts are as near, it included.
 
     Raises:
-        RunError: one is not finite.
+        RunError: a similarity is not finite.
     """
     given = _finite(similarities)
-    own = given.diagonal()[:, None]
-    before, equal = (given > own).sum(axis=1)[:, None], (given == own).sum(axis=1)[:, None]
-    places = np.arange(1, 11)
-    chance = ((places > before) & (places <= before + equal)) / equal  # (N, 10)
+    own = np.where(right, given, -np.inf).max(axis=1, keepdims=True)
+    return (given > own).sum(axis=1), ((given == own) & ~right).sum(axis=1) + 1
+
+
+def retrieval(before: Any, equal: Any) -> Evaluation:
+    """How well queries find a text that is right for them.
+
+    Texts that are equally near share their places: what is given is the mean over all orders of
+    them, so a model that makes everything equal gets what chance would.
+
+    Args:
+        before: (Q,), see `places`.
+        equal: (Q,), the same.
+    """
+    first, as_near = np.asarray(before)[:, None], np.asarray(equal)[:, None]
+    ranks = np.arange(1, 11)
+    chance = ((ranks > first) & (ranks <= first + as_near)) / as_near  # (Q, 10)
     metrics = {
         f"accuracy_at_{most}": float(chance[:, :most].sum(axis=1).mean()) for most in (1, 3, 10)
     }
-    metrics["mrr_at_10"] = float((chance / places).sum(axis=1).mean())
-    median = float(np.median(before + (equal + 1) / 2))
-    details = {"examples": len(given), "notes": [f"The median place is {median:g}."]}
+    metrics["mrr_at_10"] = float((chance / ranks).sum(axis=1).mean())
+    median = float(np.median(first + (as_near + 1) / 2))
+    details = {"examples": len(first), "notes": [f"The median place is {median:g}."]}
     return Evaluation(metrics, details)
 
 

@@ -4,12 +4,10 @@ Rows are taken a window at a time and sorted by length there; answers come in th
 A row that cannot be read is answered by {"error": "..."}, so that each keeps its place.
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -28,10 +26,17 @@ from fastbert.finetune.tasks.classify import ONE, SCORE, SEVERAL, Classify
 from fastbert.finetune.tasks.embed import Embed
 from fastbert.hf.accelerate import accelerate
 from fastbert.hf.encode import DTYPES, TOKENS_PER_BATCH
-from fastbert.hf.load import load_head, load_model, load_tokenizer, longest_sequence, saved_head
+from fastbert.hf.load import (
+    load_head,
+    load_model,
+    load_tokenizer,
+    longest_sequence,
+    saved_head,
+    sentence_layout,
+)
 from fastbert.hf.save import DESCRIPTION
 from fastbert.hf.weights import local_folder
-from fastbert.settings import read_json, read_text, show
+from fastbert.settings import show
 from fastbert.train.device import choose_device, choose_dtype, is_out_of_memory
 
 logger = logging.getLogger("fastbert")
@@ -83,7 +88,7 @@ def pipeline(
     description = _description(where, config)
     name = _task_of(where, task, saved, config, description)
     if name == "embed":
-        description = _of_sentence_transformers(local_folder(where)) | description
+        description = sentence_layout(where) | description
     elif TASKS[name].head != saved:
         kind = f"for {_FOR[saved]}" if saved in _FOR else "without the head of a task"
         raise UserError(f"task = {name!r}: {where} holds a model {kind}")
@@ -155,36 +160,6 @@ def _task_of(
         f"{where}: a pre-trained model without a task: fine-tune it first (fastbert finetune), or "
         "ask for task = 'embed'"
     )
-
-
-def _of_sentence_transformers(root: Path) -> dict[str, Any]:
-    """What its modules do with an encoder's states, as a description of `Embed`; {}: none there."""
-    path = root / "modules.json"
-    if not path.exists():
-        return {}
-    try:
-        modules = json.loads(read_text(str(path), "JSON", 2**24))
-        kinds = {one["type"].rpartition(".")[2]: one["path"] for one in modules}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: is none of sentence-transformers: {error}") from None
-    unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    if unknown or "Pooling" not in kinds or kinds.get("Transformer") != "":
-        raise UserError(
-            f"{path}: {', '.join(kinds)}: only a Transformer in the folder itself, Pooling and "
-            "Normalize are known"
-        )
-    pooled = read_json(str(root / kinds["Pooling"] / "config.json"))
-    modes = [name for name, on in pooled.items() if name.startswith("pooling_mode_") and on is True]
-    mode = pooled.get("pooling_mode") or "+".join(sorted(modes))
-    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    pooling = names.get(mode, mode)
-    if pooling not in ("mean", "cls"):
-        raise UserError(f"{path}: pooling {show(mode)} is not known: it must be mean or cls")
-    found: dict[str, Any] = {"pooling": pooling, "normalize": "Normalize" in kinds}
-    beside = root / "sentence_bert_config.json"
-    if beside.exists() and (longest := read_json(str(beside)).get("max_seq_length")):
-        found["max_seq_length"] = longest
-    return found
 
 
 def _dtype(asked: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -80,7 +80,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             config = dataclasses.replace(config, train=train, eval=held_out)
         data = read_data(config, task, say)
         if isinstance(config, ClassifyConfig) and config.augment:
-            more = augmented(data.train, "text", config.augment, config.model, config.seed)
+            marks = getattr(task, "markers", [])
+            more = augmented(data.train, "text", config.augment, config.model, config.seed, marks)
             data.train += more
             data.notes.append(f"{len(more)} examples were made by replacing words.")
         kept = dataclasses.replace(asked_for, resume=False)

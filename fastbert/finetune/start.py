@@ -18,6 +18,7 @@ from fastbert.hf.load import (
     begin_head,
     children_with_weights,
     dropout_changes,
+    load_tokenizer,
     saved_head,
 )
 
@@ -56,7 +57,10 @@ def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
     """
     saved, saved_config = saved_head(config.model)
     changes = task.changes
-    if saved == task.head and not config.new_head:
+    if config.new_head and not task.head:
+        raise UserError(f"new_head: {task.name} trains the encoder alone: leave it out")
+    goes_on = bool(task.head) and saved == task.head and not config.new_head
+    if goes_on:
         changes = _agreed(config.model, task, saved_config, changes)
     changes |= dropout_changes(
         saved_config.model_type,
@@ -65,7 +69,7 @@ def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
         attention_probs_dropout_prob=config.attention_probs_dropout_prob,
         classifier_dropout=config.classifier_dropout,
     )
-    new_head = config.new_head and bool(task.head) and saved == task.head
+    new_head = config.new_head and saved == task.head
     torch.manual_seed(config.seed)
     model: Any
     model, drawn = begin_head(config.model, task.head, changes, fresh, new_head=new_head)
@@ -74,8 +78,12 @@ def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
     except ValueError as error:
         raise UserError(f"{config.model}: {error}") from None
     markers = getattr(task, "markers", [])
+    drawn_rows: list[int] = []
     if markers:
+        known = load_tokenizer(config.model).get_vocab()  # another run may have added them
         add_markers(model, task.tokenizer, markers)
+        new = [mark for mark in markers if mark not in known]
+        drawn_rows = task.tokenizer.convert_tokens_to_ids(new)
     depth, layers = depths(model)
     if not config.unpad:
         decelerate(model)
@@ -84,13 +92,19 @@ def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
         notes.append("all weights are random")
     elif drawn:
         notes.append(f"new weights: {', '.join(drawn)}")
+    elif goes_on:
+        notes.append("its head goes on with its training")
+    if markers:
+        notes.append(f"tokens of their own: {', '.join(markers)}")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora_r:
-        model = _with_lora(config, model, drawn)
+        model = _with_lora(config, model, drawn, drawn_rows)
         depth = {name: layers + 1 for name, _ in model.named_parameters()}
     else:
         _freeze(config, model, depth, layers)
+        if drawn_rows and not model.get_input_embeddings().weight.requires_grad:
+            notes.append(f"frozen as they were drawn: the embeddings of {', '.join(markers)}")
     trained = [p for p in model.parameters() if p.requires_grad]
     if len(trained) < len(list(model.parameters())):
         notes.append(f"trained: {_count(trained)} weights, the others are frozen")
@@ -123,7 +137,7 @@ def _agreed(model: str, task: Task, saved: Any, changes: dict[str, Any]) -> dict
 
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"{len(names)} labels ({shown})"
+    return f"{len(names)} label{'' if len(names) == 1 else 's'} ({shown})"
 
 
 def _freeze(config: FinetuneConfig, model: nn.Module, depth: dict[str, int], layers: int) -> None:
@@ -135,18 +149,22 @@ def _freeze(config: FinetuneConfig, model: nn.Module, depth: dict[str, int], lay
             parameter.requires_grad_(False)
 
 
-def _with_lora(config: FinetuneConfig, model: nn.Module, drawn: list[str]) -> Any:
-    """The model inside PEFT's, which trains adapters of query and value, and the head."""
+def _with_lora(config: FinetuneConfig, model: Any, drawn: list[str], rows: list[int]) -> Any:
+    """The model inside PEFT's, which trains adapters of query and value, the head and new rows."""
     peft = needs("peft")
     heads = children_with_weights(model)
     if any("pooler." in name for name in drawn):
         heads.append("pooler")  # else it would stay as it was drawn
+    is_distilbert = model.config.model_type == "distilbert"
+    targets = ["q_lin", "v_lin"] if is_distilbert else ["query", "value"]
     try:
         asked = peft.LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
+            target_modules=targets,
             modules_to_save=heads or None,
+            trainable_token_indices=rows or None,
         )
         with warnings.catch_warnings():  # PEFT asks for what transformers 5 calls otherwise
             warnings.simplefilter("ignore", FutureWarning)

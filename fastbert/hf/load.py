@@ -4,20 +4,34 @@ transformers draws weights that are missing, and makes an empty tokenizer where 
 """
 
 import inspect
+import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.utils import logging as their_logging
 
 from fastbert.errors import UserError
 from fastbert.hf.weights import local_folder
-from fastbert.settings import LONGEST
+from fastbert.settings import LONGEST, read_json, read_text, show
+
+logger = logging.getLogger("fastbert")
+
+
+_BROKEN = (
+    *(OSError, ValueError, KeyError, TypeError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What transformers raises of a folder that is damaged, or none of a model."""
 
 
 def load_model(
@@ -55,7 +69,7 @@ def saved_head(folder: str | os.PathLike[str]) -> tuple[str, Any]:
     where = _place(folder)
     try:
         config = AutoConfig.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
+    except _BROKEN as error:
         raise UserError(_complaint(where, "model", error)) from None
     saved = (config.architectures or [""])[0]
     return next((head for head in HEADS if saved.endswith(f"For{head}")), ""), config
@@ -204,27 +218,116 @@ def _load(
             options = options | {"add_pooling_layer": False}
         with quiet():  # of what is left behind
             model, found = auto.from_pretrained(where, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except _BROKEN as error:
         raise UserError(_complaint(where, "model", error)) from None
     lacking = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     return model.eval(), sorted(lacking)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
-    """The tokenizer.
+    """The tokenizer, which lower-cases where sentence-transformers would, and gives no token types
+    to a model that has none.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it cannot lower-case as its folder asks.
     """
     where = _place(folder)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
+            if _asks_for_lower_case(where) and not _lowers(tokenizer):
+                strip = bool(getattr(tokenizer, "strip_accents", None))
+                tokenizer = AutoTokenizer.from_pretrained(
+                    where, do_lower_case=True, strip_accents=strip
+                )
+    except _BROKEN as error:
         raise UserError(_complaint(where, "tokenizer", error)) from None
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise UserError(f"{where}: holds no tokenizer (tokenizer.json or vocab.txt)")
+    if _asks_for_lower_case(where) and not _lowers(tokenizer):
+        raise UserError(
+            f"{where}: {_SENTENCES} asks for lower-cased text, which its "
+            f"{type(tokenizer).__name__} cannot do"
+        )
+    _note_capitals(where, tokenizer)
+    with suppress(*_BROKEN), quiet():  # a tokenizer may stand alone
+        config = AutoConfig.from_pretrained(where)
+        if config.model_type == "distilbert" or getattr(config, "type_vocab_size", 2) < 2:
+            names = tokenizer.model_input_names
+            tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
     return tokenizer
+
+
+_SENTENCES = "sentence_bert_config.json"
+
+
+def _asks_for_lower_case(where: str) -> bool:
+    path = os.path.join(where, _SENTENCES)
+    return os.path.exists(path) and read_json(path).get("do_lower_case") is True
+
+
+def _lowers(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # of a fast one
+    normalizer = getattr(backend, "normalizer", None)
+    return normalizer is not None and normalizer.normalize_str("A") == "a"
+
+
+def _note_capitals(where: str, tokenizer: Any) -> None:
+    """Says that a cased vocabulary is lower-cased because nothing beside it says otherwise."""
+    beside = os.path.join(where, "tokenizer_config.json")
+    if (
+        not os.path.exists(os.path.join(where, "vocab.txt"))
+        or os.path.exists(os.path.join(where, "tokenizer.json"))
+        or (os.path.exists(beside) and "do_lower_case" in read_json(beside))
+        or not _lowers(tokenizer)
+    ):
+        return
+    vocabulary = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    cased = sum(token.lower() != token for token in vocabulary if not token.startswith("["))
+    if cased > 0.05 * len(vocabulary):
+        logger.warning(
+            '%s: %d of its %d tokens have capitals, which lower-cased text never meets: "do_lower_'
+            'case": false in its tokenizer_config.json keeps the text as it is',
+            where, cased, len(vocabulary),
+        )  # fmt: skip
+
+
+def sentence_layout(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What sentence-transformers' modules do with an encoder's states; {}: there are none.
+
+    Returns:
+        `pooling`, "mean" or "cls"; `normalize`; and `max_seq_length` where that is said.
+
+    Raises:
+        UserError: they are damaged, or do something else.
+    """
+    root = Path(_place(folder))
+    path = root / "modules.json"
+    if not path.exists():
+        return {}
+    try:
+        modules = json.loads(read_text(str(path), "JSON", 2**24))
+        kinds = {one["type"].rpartition(".")[2]: one["path"] for one in modules}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: is none of sentence-transformers: {error}") from None
+    unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    if unknown or "Pooling" not in kinds or kinds.get("Transformer") != "":
+        raise UserError(
+            f"{path}: {', '.join(kinds)}: only a Transformer in the folder itself, Pooling and "
+            "Normalize are known"
+        )
+    pooled = read_json(str(root / kinds["Pooling"] / "config.json"))
+    modes = [name for name, on in pooled.items() if name.startswith("pooling_mode_") and on is True]
+    mode = pooled.get("pooling_mode") or "+".join(sorted(modes))
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    pooling = names.get(mode, mode)
+    if pooling not in ("mean", "cls"):
+        raise UserError(f"{path}: pooling {show(mode)} is not known: it must be mean or cls")
+    found: dict[str, Any] = {"pooling": pooling, "normalize": "Normalize" in kinds}
+    beside = root / _SENTENCES
+    if beside.exists() and (longest := read_json(str(beside)).get("max_seq_length")):
+        found["max_seq_length"] = longest
+    return found
 
 
 def longest_sequence(folder: str | os.PathLike[str], tokenizer: Any) -> int:
@@ -248,7 +351,8 @@ def _complaint(where: str, what: str, error: Exception) -> str:
         why = f"no {what} to load: "
     else:
         why = "not a folder, and not to be had from a hub: "
-    return f"{where}: {why}{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{where}: {why}{' '.join([first, *more[: first.endswith(':')]])}"
 
 
 @contextmanager

@@ -16,17 +16,15 @@ DESCRIPTION = "fastbert"
 """The key of config.json that holds what a task needs to know beside transformers' settings."""
 
 
-def save_model(
-    folder: Path, model: Any, tokenizer: Any, description: Mapping[str, Any], pooling: str = ""
-) -> None:
+def save_model(folder: Path, model: Any, tokenizer: Any, description: Mapping[str, Any]) -> None:
     """Writes config.json, weights and tokenizer, in place of what was there.
 
     Args:
         folder: to be made, or replaced.
         model: of transformers; for one of PEFT, what it becomes with its adapters merged.
         tokenizer: of transformers.
-        description: see `DESCRIPTION`.
-        pooling: "mean" or "cls" makes it a folder of sentence-transformers as well.
+        description: see `DESCRIPTION`; its `pooling`, "mean" or "cls", makes it a folder of
+            sentence-transformers as well.
 
     Raises:
         RunError: it cannot be written.
@@ -39,8 +37,8 @@ def save_model(
         with quiet():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        if pooling:
-            _write_pooling(temporary, model.config.hidden_size, description, pooling)
+        if "pooling" in description:
+            _write_layout(temporary, model.config.hidden_size, description)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
@@ -60,13 +58,21 @@ def recover(folder: Path) -> None:
         os.replace(old, folder)
 
 
-def _write_pooling(folder: Path, width: int, description: Mapping[str, Any], pooling: str) -> None:
-    """The two modules of sentence-transformers: this model, and what makes one vector of it."""
-    kind = "sentence_transformers.models"
+def _write_layout(folder: Path, width: int, description: Mapping[str, Any]) -> None:
+    """The modules of sentence-transformers: this model, and what makes one vector of its states."""
+    kinds = {"Transformer": "", "Pooling": "1_Pooling"}
+    if description.get("normalize"):
+        kinds["Normalize"] = "2_Normalize"
     modules = [
-        {"idx": 0, "name": "0", "path": "", "type": f"{kind}.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{kind}.Pooling"},
+        {
+            "idx": place,
+            "name": str(place),
+            "path": path,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for place, (kind, path) in enumerate(kinds.items())
     ]
+    pooling = description["pooling"]
     pooled = {
         "word_embedding_dimension": width,
         "pooling_mode_cls_token": pooling == "cls",
@@ -78,6 +84,7 @@ def _write_pooling(folder: Path, width: int, description: Mapping[str, Any], poo
         "1_Pooling/config.json": pooled,
         "sentence_bert_config.json": {"max_seq_length": description["max_seq_length"]},
     }
-    (folder / "1_Pooling").mkdir()
+    for path in filter(None, kinds.values()):
+        (folder / path).mkdir()
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

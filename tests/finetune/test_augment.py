@@ -55,6 +55,14 @@ def test_what_holds_no_word_or_a_mask_stays(model: str) -> None:
     }  # fmt: skip
 
 
+def test_marks_of_entities_stay(model: str) -> None:
+    marks = ["<e1>", "</e1>"]
+    given = [Example("f:1", {"text": "<e1> ada </e1> met bob"})]
+    for one in augmented(given, "text", 30.0, model, 1, marks):
+        first, _, last, *_ = one.fields["text"].split(" ")
+        assert [first, last] == marks
+
+
 def test_a_model_without_the_head_is_refused(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "model", "ForSequenceClassification")
     with pytest.raises(UserError, match="augment needs the head for masked words"):

@@ -237,4 +237,4 @@ def test_scores_of_embeddings_are_cosines(tmp_path: Path) -> None:
     endless = pairs("e.jsonl", 0.1, float("inf"))
     assert refusal("embed", train, eval=endless) == f"{endless}:2: score inf must be a number"
     same = pairs("x.jsonl", 1.0, 1.0)
-    assert refusal("embed", same, eval=same).startswith("all 2 scores are the same: there is noth")
+    assert refusal("embed", same, eval=same).startswith("all 2 scores are 1: there is nothing")

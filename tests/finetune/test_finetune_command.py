@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -487,6 +488,14 @@ def test_models_that_are_none(
     transformers.GPT2LMHeadModel(config).save_pretrained(other)
     tiny.tokenizer().save_pretrained(other)
     assert told(other).startswith(f"{other}: ")
+
+
+def test_settings_are_printed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    for task in ("classify", "embed"):
+        assert main(["finetune", task, "--print-config", "--seed", "7"]) == 0
+        printed = capsys.readouterr().out
+        assert tomllib.loads(printed)["seed"] == 7
+        assert 'model = ""' in printed
 
 
 def test_requests_without_what_they_need(

@@ -404,13 +404,18 @@ def test_choices_of_different_numbers() -> None:
     assert found.metrics["brier_score"] == pytest.approx((0.02 + 0.04 + 0.25 + 0.49) / 2)
 
 
+def retrieval(similarities: Any) -> metrics.Evaluation:
+    right = np.eye(len(similarities), dtype=bool)
+    return metrics.retrieval(*metrics.places(similarities, right))
+
+
 def test_retrieval_by_hand() -> None:
     similarities = np.zeros((12, 12))
     similarities[:, 0] = 0.5
     np.fill_diagonal(similarities, 0.4)
     similarities[0, 0] = 0.9  # first at place 1, ten others at place 2
     similarities[11] = np.linspace(1.0, 0.1, 12)  # last at place 12
-    found = check(metrics.retrieval(similarities), "embed")
+    found = check(retrieval(similarities), "embed")
     assert found.metrics == pytest.approx(
         {
             "accuracy_at_1": 1 / 12,
@@ -423,11 +428,11 @@ def test_retrieval_by_hand() -> None:
 
 
 def test_retrieval_where_all_are_equal_is_chance() -> None:
-    found = check(metrics.retrieval(np.ones((20, 20), dtype=np.float32)), "embed")
+    found = check(retrieval(np.ones((20, 20), dtype=np.float32)), "embed")
     assert found.metrics["accuracy_at_1"] == pytest.approx(1 / 20)
     assert found.metrics["accuracy_at_10"] == pytest.approx(10 / 20)
     assert found.metrics["mrr_at_10"] == pytest.approx(sum(1 / r for r in range(1, 11)) / 20)
-    two = metrics.retrieval([[0.3, 0.3], [0.1, 0.3]]).metrics
+    two = retrieval([[0.3, 0.3], [0.1, 0.3]]).metrics
     assert two["accuracy_at_1"] == pytest.approx(0.75)
 
 

@@ -230,7 +230,7 @@ def evil_reports() -> Iterator[Report]:
         "where": EVIL, "input": {"anchor": EVIL}, "expected": {"rank": 1},
         "predicted": {"rank": 3, EVIL: EVIL},
     }  # fmt: skip
-    evaluation = metrics.retrieval([[1.0]])
+    evaluation = metrics.retrieval([0], [1])
     yield Report(EVIL, "embed", settings, evaluation, [near], **more)
 
 

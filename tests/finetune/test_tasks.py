@@ -1,5 +1,7 @@
 """The five tasks: rows to sequences, outputs to losses, answers and evaluations."""
 
+import dataclasses
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,7 @@ def test_labels_from_which_nothing_is_learnt() -> None:
     assert "f:2: label 'x' must be a number" in refused(
         lambda: learnt("1", "x", problem_type="regression")
     )
+    assert "all 2 examples have the score 0.5" in refused(learnt, "0.5", "0.50")
     assert "label 'nan' must be a number" in refused(
         lambda: learnt("1", "nan", problem_type="regression")
     )
@@ -126,6 +129,19 @@ def test_an_unknown_label_at_evaluation() -> None:
     several = learnt(["a"], ["b", "a"])
     assert "f:1: label 'd'" in refused(several.check, labelled(["a", "d"]))
     assert "f:1: label 'x' must be a number" in refused(learnt("0.5", "1").check, labelled("x"))
+
+
+def test_labels_without_names_are_met_by_number() -> None:
+    def met(*labels: str) -> list[str]:
+        task = made("classify", labels=["LABEL_0", "LABEL_1", "LABEL_2"])
+        task.meet(labelled(*labels))
+        return list(task.labels)
+
+    assert met("2", "0") == ["0", "1", "2"]
+    assert met("3", "1", "2") == ["1", "2", "3"]
+    assert met("c", "a", "b") == ["a", "b", "c"]
+    assert met("LABEL_2") == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert "the model has 3 labels, none with a name" in refused(met, "3", "1")
 
 
 def test_pairs_and_texts_that_are_cut() -> None:
@@ -146,6 +162,14 @@ def test_marks_of_entities_become_tokens(tmp_path: Path) -> None:
     task.learn(labelled("a", "b", text=text), asked("classify"))
     assert task.markers == ["</e1>", "</e2>", "<e1>", "<e2>"]
     assert learnt("a", "b").markers == []
+    rows = labelled("a", "b", "a", text=text) + labelled("a", "b")
+    most = made("classify")
+    most.learn(rows, asked("classify"))  # of five three have them
+    assert most.markers == task.markers
+    most.learn(rows[2:], asked("classify"))
+    assert most.markers == []
+    named = asked("classify", entity_markers="<e1>, </e1>, <e3>")
+    assert refused(most.learn, rows, named) == "entity_markers: '<e3>' stands in no text"
     other = made("classify")
     other.learn(labelled("a", "b", text=text), asked("classify", entity_markers="none"))
     assert other.markers == []
@@ -189,6 +213,13 @@ def test_weights_go_by_names_where_a_head_has_an_order_of_its_own() -> None:
     tagger = made("tag")
     tagger.labels, tagger.weight_of = ["I-x", "O", "B-x"], {"O": 0.5, "B-x": 2.0, "I-x": 1.0}
     assert float(tagger.items({"labels": torch.tensor([[2, -100, 1]])})) == 2.5
+    with torch.inference_mode():
+        seen = learnt("a", "b", "b", class_weight="balanced")
+        kept = seen.weights(torch.device("cpu"))
+    assert seen.weights(torch.device("cpu")) is kept  # made once, and fit for a backward
+    logits = torch.zeros(1, 2, requires_grad=True)
+    seen.loss(logits, {"labels": torch.tensor([1])}).backward()
+    assert float(logits.grad[0, 1]) == pytest.approx(-0.5 * 3 / 4)
     one = Example("f:1", {"tokens": ["a", "b"], "text": "a b"})
     chances = tagger._of_words([one], [], [])[0]
     assert chances.argmax(1).tolist() == [1, 1]  # of words without a piece: "O"
@@ -288,6 +319,18 @@ def test_windows_of_a_long_text_hold_each_word_where_most_is_around_it() -> None
                     most[word] = max(most[word], margin)
             raws.append(raw)
         assert task._of_words([one], found, raws)[0][:, 1].tolist() == list(most.values())
+
+
+def test_windows_of_a_tokenizer_that_cuts_on_the_left() -> None:
+    one = sentence(" ".join(["carlton", "ada", "bobville", "met"] * 6), "B-x O B-x O " * 6)
+    found = []
+    for side in ("right", "left"):
+        tokenizer = tiny.tokenizer()
+        tokenizer.truncation_side = side
+        task = TASKS["tag"](tokenizer, 12, {})
+        task.learn([one], asked("tag", doc_stride=4))
+        found.append([(f.inputs, f.label, f.extra) for f in task.features([one], True)])
+    assert found[0] == found[1] and len(found[0]) > 2
 
 
 def test_words_of_byte_pairs_begin_with_their_space() -> None:
@@ -464,6 +507,23 @@ def test_what_is_answered() -> None:
     assert found["answer"] in ("ada", "in")  # never both
 
 
+def test_space_around_an_answer_is_none_of_it() -> None:
+    context = "  ada met bob"
+    task = answers()
+    for answer, begin in (("  ada", 0), ("bob", 10), ("ada ", 2), ("met ", 6)):
+        (found,) = task.features([question(context, answer, begin)], True)
+        start, end = (found.extra[place] for place in found.label)
+        assert context[start[0] : end[1]] == answer.strip()
+    last = question("ada met bob  ", "bob  ")
+    (found,) = task.features([last], True)
+    assert found.label[0] == found.label[1] > 0
+    raw = np.zeros((2, len(found.extra)), np.float32)
+    raw[:, found.label[0]] = 5
+    wide = dataclasses.replace(found, extra=[s and (s[0] - 1, s[1]) for s in found.extra])
+    (answer,) = task.predictions([last], [wide], [raw])
+    assert (answer["answer"], answer["start"], answer["end"]) == ("bob", 8, 11)
+
+
 def test_the_best_of_several_windows() -> None:
     context = " ".join(tiny.WORDS[8:33])
     task = answers(22, doc_stride=4)
@@ -542,11 +602,19 @@ def test_in_batch_negatives_as_sentence_transformers() -> None:
         torch.testing.assert_close(task.loss(vectors, batch) / task.items(batch), wanted)
 
 
+def pairs(*texts: tuple[str, ...]) -> list[Example]:
+    return [
+        Example(f"f:{n}", dict(zip(("text", "text_pair", "negative"), one, strict=False)))
+        for n, one in enumerate(texts, 1)
+    ]
+
+
 def test_in_batch_negatives_by_hand() -> None:
     task = made("embed")
     task.scale = 7.0
+    rows = pairs(("ada", "bob", "carl"), ("paris", "rome", "film"))
+    batch = task.batch(task.features(rows, True))
     vectors = torch.randn(6, 5)  # 2 of 3 texts
-    batch = {"labels": torch.zeros(2)}
     total = torch.zeros(())
     for own in range(2):
         others = [vectors[1], vectors[4], vectors[2], vectors[5]]
@@ -555,8 +623,39 @@ def test_in_batch_negatives_by_hand() -> None:
     torch.testing.assert_close(task.loss(vectors, batch), total)
 
 
+def test_what_belongs_to_a_text_in_another_pair_is_no_negative_of_it() -> None:
+    """Two questions on one paragraph, one question on two, and a pair that is another's negative"""
+    task = made("embed")
+    rows = pairs(
+        ("ada", "rome", "sad"), ("bob", "rome", "a"), ("ada", "paris", "b"), ("c", "d", "rome")
+    )
+    features = task.features(rows, True)
+    batch = task.batch(features)
+    belongs = {"ada": {"rome", "paris"}, "bob": {"rome"}, "c": {"d"}}
+    vectors = torch.randn(12, 5)
+    sides = F.normalize(vectors, dim=1).view(4, 3, 5)
+    texts = [[one.fields[role] for role in ("text", "text_pair", "negative")] for one in rows]
+    total = torch.zeros(())
+    for own, (text, pair, _) in enumerate(texts):
+        wrong = [
+            20 * sides[own, 0] @ sides[row, side]
+            for row in range(4)
+            for side in (1, 2)
+            if texts[row][side] not in belongs[text]
+        ]
+        assert len(wrong) == (5 if text == "bob" else 4 if text == "ada" else 7), pair
+        right = 20 * sides[own, 0] @ sides[own, 1]
+        total = total + torch.stack([right, *wrong]).logsumexp(0) - right
+    torch.testing.assert_close(task.loss(vectors, batch), total)
+    same = task.batch(task.features(pairs(("ada", "rome"), ("bob", "rome")), True))
+    assert float(task.loss(torch.randn(4, 5), same)) == 0.0
+
+
 def test_vectors_are_means_or_first_states() -> None:
-    rows = [Example("f:1", {"text": "good", "text_pair": "bad film was sad", "score": 0.5})]
+    rows = [
+        Example(f"f:{n}", {"text": "good", "text_pair": "bad film was sad", "score": score})
+        for n, score in enumerate((0.5, 0.25), 1)
+    ]
     model = tiny.model("").eval()
     for pooling in ("mean", "cls"):
         task = made("embed")
@@ -569,24 +668,70 @@ def test_vectors_are_means_or_first_states() -> None:
         features = task.features(rows, True)
         batch = task.batch(features)
         vectors = task.outputs(model, batch, True)
+        assert len(vectors) == 4
         for side, one in enumerate(features[0].inputs):
             given = {name: torch.tensor([ids]) for name, ids in one.items()}
             states = model(**given).last_hidden_state[0]
             wanted = states[0] if pooling == "cls" else states.mean(0)
             torch.testing.assert_close(vectors[side], wanted, rtol=1e-4, atol=1e-5)
         cosine = F.cosine_similarity(vectors[0], vectors[1], dim=0)
-        torch.testing.assert_close(task.loss(vectors, batch), (cosine - 0.5) ** 2)
-    (plain,) = task.predictions([], [], task.raw(vectors.detach(), batch))
+        wanted = (cosine - 0.5) ** 2 + (cosine - 0.25) ** 2
+        torch.testing.assert_close(task.loss(vectors, batch), wanted)
+    plain, _ = task.predictions([], [], task.raw(vectors.detach(), batch))
     assert plain["embedding"] == pytest.approx(vectors[0].tolist())
     beyond = [Example("f:1", {"text": "a", "text_pair": "b", "score": 4.0})]
     assert "scores go from 4 to 4" in refused(made("embed").learn, beyond, asked("embed"))
     assert "rdrop_alpha" in refused(made("embed").learn, rows, asked("embed", rdrop_alpha=1.0))
 
 
+def test_pairs_from_which_nothing_is_learnt() -> None:
+    def said(rows: list[Example], **changes: Any) -> str:
+        return refused(made("embed").learn, rows, asked("embed", **changes))
+
+    two = pairs(("ada", "rome"), ("bob", "paris"))
+    assert "at least 2" in said(two, per_device_train_batch_size=1)
+    made("embed").learn(
+        pairs(("ada", "rome", "b"), ("bob", "paris", "c")),
+        asked("embed", per_device_train_batch_size=1),
+    )
+    assert "all 2 pairs have the same second text" in said(pairs(("ada", "rome"), ("bob", "rome")))
+    for one in two:
+        one.fields["score"] = 0.5
+    assert "all 2 scores are 0.5" in said(two)
+    for score, one in enumerate(two):
+        one.fields.update(score=float(score), negative="film")
+    assert "both a negative and a score" in said(two)
+    columns = Columns("embed", {"text": "a", "text_pair": "b", "label": "s"})
+    for score in ("nan", "inf", "x"):
+        row = Row({"a": "ada", "b": "rome", "s": score}, "f:7")
+        with pytest.raises(UserError, match=f"f:7: score '{score}' must be a number"):
+            made("embed").example(row, columns, True)
+
+
+def test_vectors_become_as_the_models_folder_says(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "model", "")
+    task = made("embed")
+    two = pairs(("ada", "rome"), ("bob", "paris"))
+    task.learn(two, CONFIGS["embed"](model=str(folder), train="t"))
+    assert (task.pooling, task.normalize) == ("mean", False)
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{k}", "path": p} for k, p in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    task.learn(two, CONFIGS["embed"](model=str(folder), train="t"))
+    assert (task.pooling, task.normalize) == ("cls", True)
+    assert task.description["normalize"]
+    task.learn(two, CONFIGS["embed"](model=str(folder), train="t", pooling="mean"))
+    assert (task.pooling, task.normalize) == ("mean", False)
+
+
 def test_a_retrieval_is_evaluated_over_all() -> None:
     task = made("embed")
+    features = task.features(pairs(("ada", "rome"), ("bob", "paris")), True)
     raws = [np.array([[1.0, 0], [2, 0.1]]), np.array([[0, 1.0], [0.1, 3]])]
-    found = task.evaluate([], [], raws, [])
+    found = task.evaluate([], features, raws, [])
     assert found.metrics["accuracy_at_1"] == 1.0
     cosines = (
         F.normalize(torch.tensor([[1, 0], [0, 1.0]]))
@@ -595,7 +740,45 @@ def test_a_retrieval_is_evaluated_over_all() -> None:
     wanted = F.cross_entropy(20 * cosines, torch.arange(2))
     assert found.metrics["loss"] == pytest.approx(float(wanted), abs=1e-6)
     raws[1] = np.array([[0, 1.0], [1, 0]])
-    assert task.evaluate([], [], raws, []).metrics["accuracy_at_1"] < 1.0
+    assert task.evaluate([], features, raws, []).metrics["accuracy_at_1"] < 1.0
+
+
+def test_texts_that_come_twice_are_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an index of distinct texts is searched: a question may have more than one answer in it."""
+    monkeypatch.setattr("fastbert.finetune.tasks.embed._QUERIES", 2)
+    task = made("embed")
+    draw = np.random.default_rng(0)
+    words = tiny.WORDS
+    for roles in (2, 3):
+        rows = pairs(
+            *((draw.choice(words[:9]), *draw.choice(words[9:16], roles - 1)) for _ in range(20))
+        )
+        vector = {word: draw.normal(size=4) for word in words}
+        texts = [list(one.fields.values()) for one in rows]
+        raws = [np.array([vector[word] for word in one], np.float32) for one in texts]
+        found = task.evaluate(rows, task.features(rows, True), raws, []).metrics
+
+        def cosine(a: str, b: str, vector: Any = vector) -> float:
+            x, y = vector[a], vector[b]
+            return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+
+        belongs: dict[str, set[str]] = {}
+        for text, pair, *_ in texts:
+            belongs.setdefault(text, set()).add(pair)
+        index = {one[1] for one in texts}
+        ranks = []
+        for text, right in belongs.items():
+            order = sorted(index, key=lambda other, text=text: -cosine(text, other))
+            ranks.append(1 + min(order.index(one) for one in right))
+        wanted = {f"accuracy_at_{k}": float(np.mean([r <= k for r in ranks])) for k in (1, 3, 10)}
+        wanted["mrr_at_10"] = float(np.mean([1 / r if r <= 10 else 0 for r in ranks]))
+        everything = {word for one in texts for word in one[1:]}
+        losses = []
+        for text, pair, *_ in texts:
+            wrong = [20 * cosine(text, one) for one in everything - belongs[text]]
+            own = 20 * cosine(text, pair)
+            losses.append(float(np.logaddexp.reduce([own, *wrong])) - own)
+        assert found == pytest.approx(wanted | {"loss": float(np.mean(losses))}, abs=1e-5)
 
 
 # all of them

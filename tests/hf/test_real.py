@@ -31,6 +31,7 @@ HEAVY_CHAIN = (
     "AISGSGGSTYYADSVKGRFTISRDNSKNTLYLQMNSLRAEDTAVYYCAK"
 )
 
+
 def folder_of(package: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:

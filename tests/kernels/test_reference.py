@@ -110,9 +110,7 @@ def test_attention_gives_the_bias_in_qkv_its_gradient(ops: Ops, shape: tuple[int
     added = product + bias.view(3, A, D)
     want = torch.autograd.grad(ops.attention(added, *rest), (product, bias), dout)
     added = product + bias.detach().view(3, A, D)
-    found = torch.autograd.grad(
-        ops.attention(added, *rest, qkv_bias=bias), (product, bias), dout
-    )
+    found = torch.autograd.grad(ops.attention(added, *rest, qkv_bias=bias), (product, bias), dout)
     for a, b in zip(found, want, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
 

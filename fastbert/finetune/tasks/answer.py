@@ -68,6 +68,10 @@ class Answer(Task):
         self.unanswerable = without > 0
 
     @property
+    def changes(self) -> dict[str, Any]:
+        return {"num_labels": 2}  # starts and ends, however many classes a checkpoint was for
+
+    @property
     def description(self) -> dict[str, Any]:
         return super().description | {
             "doc_stride": self.stride,
@@ -189,6 +193,7 @@ class Answer(Task):
         logits = np.array([score for score, _ in best])
         chances = np.exp(logits - logits[0])
         begin, end = best[0][1]
+        begin, end = _stripped(one.fields["context"][begin:end], begin)
         # Of the two, not of all spans: more than a half is what SQuAD 2.0's rule calls no answer.
         no_answer = 1.0 / (1.0 + float(np.exp(np.clip(logits[0] - null, -80.0, 80.0))))
         return {
@@ -229,6 +234,12 @@ class Answer(Task):
         return {**shown, "expected": wanted, "predicted": prediction, "badness": badness}
 
 
+def _stripped(text: str, begin: int) -> tuple[int, int]:
+    """Where a text that begins there does without the space around it: few pieces hold space."""
+    begin += len(text) - len(text.lstrip())
+    return begin, begin + len(text.strip())
+
+
 def _best(logits: np.ndarray, count: int) -> list[int]:
     return [int(place) for place in np.argsort(-logits, kind="stable")[:count]]
 
@@ -238,7 +249,7 @@ def _target(one: Example, spans: Sequence[tuple[int, int] | None]) -> list[int]:
     if not one.fields["answers"]:
         return [0, 0]
     text, begin = one.fields["answers"][0]
-    end = begin + len(text)
+    begin, end = _stripped(text, begin)
     inside = [
         place for place, span in enumerate(spans) if span and span[0] < end and span[1] > begin
     ]

@@ -70,6 +70,9 @@ class Task(ABC):
         self.labels: list[str] = []
         self.order: Sequence[str] = ()
         """Of the labels, where the data has one."""
+        self.weight_of: dict[str, float] = {}
+        """Of each label in the loss; empty: all are 1."""
+        self._weight: dict[Any, Tensor] = {}
 
     # Of data
 
@@ -126,6 +129,17 @@ class Task(ABC):
         """Tokenizes examples, which are all there is in `Feature.example`; counts in `cut`."""
 
     # Of a model
+
+    def weights(self, device: torch.device) -> Tensor | None:
+        """`weight_of` in the order of `labels`, (K,); made once for a device."""
+        if not self.weight_of:
+            return None
+        key = device, *self.labels  # a head that goes on with its training brings another order
+        if key not in self._weight:
+            found = [self.weight_of[name] for name in self.labels]
+            with torch.inference_mode(False):  # an evaluation may ask first, and then a backward
+                self._weight[key] = torch.tensor(found, device=device)
+        return self._weight[key]
 
     @property
     def changes(self) -> dict[str, Any]:

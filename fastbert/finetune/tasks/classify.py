@@ -55,7 +55,6 @@ class Classify(Task):
         self.threshold = float(description.get("threshold", 0.5))
         self.separator = str(description.get("label_separator", ""))
         self.smoothing = 0.0
-        self.weight_of: dict[str, float] = {}
         self.markers: list[str] = []
 
     def example(self, row: Row, columns: Columns, labelled: bool) -> Example:
@@ -120,12 +119,6 @@ class Classify(Task):
                 name: total / (len(self.labels) * counts[name]) for name in self.labels
             }
 
-    def _weights(self, device: torch.device) -> Tensor | None:  # (K,)
-        if not self.weight_of:
-            return None
-        # Only now: a head that goes on with its training has them in an order of its own.
-        return torch.tensor([self.weight_of[name] for name in self.labels], device=device)
-
     def _check_scores(self, examples: Sequence[Example]) -> None:
         for one in examples:
             if _number(one.fields["label"]) is None:
@@ -148,6 +141,9 @@ class Classify(Task):
         given = list(self.order) or label_names(named)
         known = set(self.labels)
         if self.problem != SCORE and unnamed(self.labels) and not known.issuperset(given):
+            numbers = [str(number) for number in range(len(self.labels))]
+            if set(given) <= set(numbers):  # some may be missing
+                given = numbers
             if len(given) != len(self.labels):
                 raise UserError(
                     f"the model has {len(self.labels)} labels, none with a name of its own, and "
@@ -202,7 +198,7 @@ class Classify(Task):
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         labels = batch["labels"]
-        weights = self._weights(outputs.device)
+        weights = self.weights(outputs.device)
         if self.problem == SCORE:
             return F.mse_loss(outputs[:, 0], labels, reduction="sum")
         if self.problem == ONE:
@@ -215,7 +211,7 @@ class Classify(Task):
         ).mean(1).sum()  # fmt: skip
 
     def items(self, batch: dict[str, Tensor]) -> Tensor:
-        weights = self._weights(batch["labels"].device)
+        weights = self.weights(batch["labels"].device)
         if self.problem == ONE and weights is not None:
             return weights[batch["labels"]].sum()
         return super().items(batch)
@@ -334,11 +330,15 @@ def _problem(labels: Sequence[str | list[str]]) -> str:
 
 
 def _markers(examples: Sequence[Example], asked: str) -> list[str]:
-    """Marks of entities that become tokens of their own."""
+    """Marks of entities that become tokens of their own: those named, or found in most examples."""
     if asked not in ("auto", "none", ""):
-        return [mark.strip() for mark in asked.split(",") if mark.strip()]
-    if asked != "auto" or not all(
-        len(set(_MARKER.findall(one.fields["text"]))) >= 4 for one in examples[:100]
-    ):
+        named = [mark.strip() for mark in asked.split(",") if mark.strip()]
+        for mark in named:
+            if not any(mark in one.fields["text"] for one in examples):
+                raise UserError(f"entity_markers: {mark!r} stands in no text")
+        return named
+    found = [set(_MARKER.findall(one.fields["text"])) for one in examples]
+    marked = [marks for marks in found if len(marks) >= 4]
+    if asked != "auto" or 2 * len(marked) <= len(examples):
         return []
-    return sorted(set(_MARKER.findall(" ".join(one.fields["text"] for one in examples[:100]))))
+    return sorted(set().union(*marked))

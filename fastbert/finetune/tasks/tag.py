@@ -48,8 +48,8 @@ class Tag(Task):
         super().__init__(tokenizer, max_length, description)
         self.labels = list(description.get("labels") or [])
         self.stride = int(description.get("doc_stride", 64))
+        tokenizer.truncation_side = "right"  # windows are counted from there, and hold all
         self.smoothing = 0.0
-        self.weight_of: dict[str, float] = {}
         self.scheme = ""
 
     def example(self, row: Row, columns: Columns, labelled: bool) -> Example:
@@ -99,12 +99,6 @@ class Tag(Task):
             self.weight_of = {
                 tag: total / (seen * counts[tag]) if counts[tag] else 1.0 for tag in self.labels
             }
-
-    def _weights(self, device: torch.device) -> Tensor | None:  # (K,)
-        if not self.weight_of:
-            return None
-        # Only now: a head that goes on with its training has them in an order of its own.
-        return torch.tensor([self.weight_of[tag] for tag in self.labels], device=device)
 
     @property
     def is_entities(self) -> bool:
@@ -200,7 +194,7 @@ class Tag(Task):
         return logits.float()
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        weights = self._weights(outputs.device)
+        weights = self.weights(outputs.device)
         return F.cross_entropy(
             outputs.flatten(0, 1), batch["labels"].flatten(), weights, reduction="sum",
             label_smoothing=self.smoothing,
@@ -208,7 +202,7 @@ class Tag(Task):
 
     def items(self, batch: dict[str, Tensor]) -> Tensor:
         labels = batch["labels"][batch["labels"] != _NONE]
-        weights = self._weights(labels.device)
+        weights = self.weights(labels.device)
         if weights is not None:
             return weights[labels].sum()
         return torch.tensor(float(len(labels)))

@@ -277,9 +277,7 @@ def test_a_program_of_one_tile_is_all_in_its_count():
     one = counted("attention_backward_kernel [tile bf16 D=64 p=0.1] sm_90")
     assert one["held"] == 1
     lengths = np.full(100, 128)
-    seconds, *_ = Paper(ENDLESS, WHOLE, 90).attention(
-        "backward", lengths, lengths, BASE, 1.0, 0
-    )
+    seconds, *_ = Paper(ENDLESS, WHOLE, 90).attention("backward", lengths, lengths, BASE, 1.0, 0)
     waves = -(-1200 // SMS)
     assert seconds == pytest.approx(waves * (together(one, 0) + sc.RAMP) / CLOCK)
 
