@@ -91,7 +91,8 @@ def _words(asked: str) -> frozenset[str]:
 
 def _is_new(words: frozenset[str], known: Sequence[frozenset[str]]) -> bool:
     """Whether none of the known has nearly the same words: four fifths of what either has."""
-    return not any(5 * len(words & one) >= 4 * len(words | one) for one in known)
+    # Shared words I of A and B: 5 I >= 4 (A + B - I).
+    return not any(9 * len(words & one) >= 4 * (len(words) + len(one)) for one in known)
 
 
 def _family(name: str) -> str | None:

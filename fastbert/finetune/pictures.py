@@ -186,9 +186,12 @@ class _Plot:
                 f'y="{y + 4}" text-anchor="end">{_tick(tick)}</text>'
             )
         for tick in _ticks(*self.x_range):
+            x, anchor = self.x(tick), "middle"
+            if x > self.width - 30:  # room for "10,000" around it
+                x, anchor = self.width, "end"
             self.parts.append(
-                f'<text class="dim" x="{self.x(tick)}" y="{self.height - self.bottom + 16}" '
-                f'text-anchor="middle">{_tick(tick)}</text>'
+                f'<text class="dim" x="{x}" y="{self.height - self.bottom + 16}" '
+                f'text-anchor="{anchor}">{_tick(tick)}</text>'
             )
         self.parts.append(
             f'<text class="dim" x="{(x0 + x1) / 2}" y="{self.height - 6}" '
