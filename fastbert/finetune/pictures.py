@@ -186,12 +186,11 @@ class _Plot:
                 f'y="{y + 4}" text-anchor="end">{_tick(tick)}</text>'
             )
         for tick in _ticks(*self.x_range):
-            x, anchor = self.x(tick), "middle"
-            if x > self.width - 30:  # room for "10,000" around it
-                x, anchor = self.width, "end"
+            shown = _tick(tick)
+            x = min(self.x(tick), self.width - 4 * len(shown))  # half of it beside the middle
             self.parts.append(
                 f'<text class="dim" x="{x}" y="{self.height - self.bottom + 16}" '
-                f'text-anchor="{anchor}">{_tick(tick)}</text>'
+                f'text-anchor="middle">{shown}</text>'
             )
         self.parts.append(
             f'<text class="dim" x="{(x0 + x1) / 2}" y="{self.height - 6}" '
