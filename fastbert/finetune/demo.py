@@ -21,7 +21,8 @@ def newest_model() -> str:
     Raises:
         UserError: there is none.
     """
-    runs = sorted(Path("runs").glob("pretrain-*/hf/config.json"))
+    found = Path("runs").glob("pretrain-*/hf/config.json")
+    runs = sorted(found, key=lambda path: (len(path.parts[1]), path))  # 1000 is after 999
     if not runs:
         raise UserError(
             f"model = '': {DEMO} takes the model of make demo, and runs/ holds none: run it, or "
@@ -38,6 +39,7 @@ def yardsticks(
     for name, evaluation in YARDSTICKS[config.task](data):
         if isinstance(evaluation, str):
             say(f"{name}: none: {evaluation}")
+            data.notes.append(f"There is no {name}: {evaluation}.")
         else:
             found[name] = evaluation.metrics
     return found
@@ -46,12 +48,28 @@ def yardsticks(
 def verdict(
     metric: str, ours: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
-    """A table as lines; the last says whether pre-training paid."""
+    """A table as lines; the last says whether pre-training paid, and what is better all the same.
+
+    Args:
+        metric: by which all are judged; a yardstick may have none of it.
+        ours: metrics of the fine-tuned model.
+        baselines: name -> metrics; those of `RANDOM` among them.
+    """
     rows = {"fine-tuned": ours, **baselines}
     width = max(map(len, rows))
-    shown = [f"{name:<{width}}  {found[metric]:.4g}" for name, found in rows.items()]
+    shown = {
+        name: f"{found[metric]:.4g}" if metric in found else "—" for name, found in rows.items()
+    }
     sign = -1 if metric in LESS_IS_BETTER else 1
     ahead = sign * (ours[metric] - baselines[RANDOM][metric])
     paid = "pre-training paid" if ahead > 0 else "pre-training did NOT pay"
-    begun = "the same network from random weights"
-    return [f"{'':<{width}}  {metric}", *shown, f"{paid}: {metric} {ahead:+.4g} beside {begun}"]
+    said = f"{paid}: {metric} {ahead:+.4g} beside the same network from random weights"
+    better = [
+        f"{name} ({shown[name]})"
+        for name, found in baselines.items()
+        if name != RANDOM and metric in found and sign * (found[metric] - ours[metric]) > 0
+    ]
+    if better:
+        said += f"; better than the fine-tuned model: {', '.join(better)}"
+    table = [f"{name:<{width}}  {value}" for name, value in shown.items()]
+    return [f"{'':<{width}}  {metric}", *table, said]

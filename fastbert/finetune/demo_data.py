@@ -1,7 +1,7 @@
 """Labelled data that every Python carries: its library's own sources, read and never run.
 
 Each is made by simple rules, so that right and wrong are known; files of the library are held out
-whole, so that no evaluation asks for what was trained on.
+whole, without what nearly stands in others, so that no evaluation asks for what was trained on.
 """
 
 import ast
@@ -14,8 +14,9 @@ import re
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from inspect import cleandoc
+from itertools import islice
 from pathlib import Path
 
 from fastbert.data.corpus import stdlib_files
@@ -61,38 +62,43 @@ def write_demo(task: str, folder: Path, seed: int) -> tuple[Path, Path]:
     # By family and size: so the files that are held out are like the others.
     files.sort(key=lambda file: (_family(file[0]) or "", os.path.getsize(file[1]), file[0]))
     files = files[:: _ONE_OF.get(task, 1)]
-    parts: tuple[dict[str, None], dict[str, None]] = ({}, {})
+    parts: tuple[dict[str, str], dict[str, str]] = ({}, {})
     for number, (name, path) in enumerate(files):
         source = _read(path)
         if source is not None:
-            made = makers[task](name, *source)
-            parts[number % _HELD_OUT == _HELD_OUT // 2].update(dict.fromkeys(made))
-    train, held_out = (list(part) for part in parts)
-    if not train or not held_out:
+            part = parts[number % _HELD_OUT == _HELD_OUT // 2]
+            for asked, line in makers[task](name, *source):
+                part.setdefault(asked, line)
+    if not all(parts):
         raise UserError("--demo: this Python came without the sources of its library")
-    asked = str if task == "tag" else _asked
-    known = set(map(asked, train))
-    held_out = [one for one in held_out if asked(one) not in known]
     draw = random.Random(seed)
+    train, held_out = (list(part.items()) for part in parts)
+    draw.shuffle(train)
+    draw.shuffle(held_out)
+    most = _MOST_EXAMPLES[task]
+    known = [_words(asked) for asked, _ in train[:most]]
+    others = (one for one in held_out if one[0] not in parts[0] and _is_new(_words(one[0]), known))
     paths: list[Path] = []
-    for part, lines, share in zip(("train", "eval"), (train, held_out), (1.0, 0.2), strict=True):
-        draw.shuffle(lines)
-        paths.append(folder / f"{part}.{'conll' if task == 'tag' else 'jsonl'}")
-        most = int(_MOST_EXAMPLES[task] * share)
-        paths[-1].write_text("\n".join(lines[:most]) + "\n", encoding="utf-8")
+    for part_name, chosen in (("train", train[:most]), ("eval", islice(others, most // 5))):
+        paths.append(folder / f"{part_name}.{'conll' if task == 'tag' else 'jsonl'}")
+        paths[-1].write_text("".join(f"{line}\n" for _, line in chosen), encoding="utf-8")
     return paths[0], paths[1]
+
+
+def _words(asked: str) -> frozenset[str]:
+    return frozenset(_WORD.findall(asked.lower()))
+
+
+def _is_new(words: frozenset[str], known: Sequence[frozenset[str]]) -> bool:
+    """Whether none of the known has nearly the same words: four fifths of what either has."""
+    # Shared words I of A and B: 5 I >= 4 (A + B - I).
+    return not any(9 * len(words & one) >= 4 * (len(words) + len(one)) for one in known)
 
 
 def _family(name: str) -> str | None:
     """Of a file of the library."""
     top = name.partition("/")[0].removesuffix(".py")
     return next((f for f, modules in FAMILIES.items() if top in modules.split()), None)
-
-
-def _asked(made: str) -> str:
-    """What an example asks: one that asks the same is no other."""
-    row = json.loads(made)
-    return str(row.get("text") or row.get("context"))
 
 
 def _read(path: str) -> tuple[str, ast.Module] | None:
@@ -116,20 +122,26 @@ def _documented(module: ast.Module) -> Iterator[tuple[str, str]]:
                 yield node.name, first
 
 
-def _families(name: str, text: str, module: ast.Module) -> Iterator[str]:
+_Made = Iterator[tuple[str, str]]
+"""What an example asks, and its lines: one that asks the same is no other."""
+
+
+def _families(name: str, text: str, module: ast.Module) -> _Made:
     """Which part of the library a docstring is of."""
     family = _family(name)
     if family is not None:
-        for said in dict.fromkeys(said for _, said in _documented(module)):
-            yield json.dumps({"text": said, "label": family, "source": name}, ensure_ascii=False)
+        for _, said in _documented(module):
+            row = {"text": said, "label": family, "source": name}
+            yield said, json.dumps(row, ensure_ascii=False)
 
 
-def _tokens(name: str, text: str, module: ast.Module) -> Iterator[str]:
+def _tokens(name: str, text: str, module: ast.Module) -> _Made:
     """Words of source lines, tagged with the kind of token that they are of."""
     lines = {} if name.startswith("encodings/") else _tagged_lines(text)  # tables of characters
     for number in sorted(lines):
         if 5 <= len(lines[number]) <= _MOST_WORDS and number % 7 == 0:
-            yield "\n".join(f"{word}\t{tag}" for word, tag in lines[number]) + "\n"
+            tagged = "".join(f"{word}\t{tag}\n" for word, tag in lines[number])
+            yield " ".join(word for word, _ in lines[number]), tagged
 
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -137,9 +149,12 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 def _tagged_lines(text: str) -> dict[int, list[tuple[str, str]]]:
     lines: dict[int, list[tuple[str, str]]] = {}
+    unclear: set[int] = set()  # from Python 3.12 on, an f-string is many tokens
     before = ""
     try:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if tokenize.tok_name[token.type][1:].startswith("STRING_"):
+                unclear.update(range(token.start[0], token.end[0] + 1))
             kind = _kind(token, before)
             if token.start[0] == token.end[0] and token.string.strip():
                 words = _WORD.findall(token.string)
@@ -152,7 +167,7 @@ def _tagged_lines(text: str) -> dict[int, list[tuple[str, str]]]:
                 before = token.string
     except (tokenize.TokenError, IndentationError):
         return {}
-    return lines
+    return {number: line for number, line in lines.items() if number not in unclear}
 
 
 def _kind(token: tokenize.TokenInfo, before: str) -> str:
@@ -172,7 +187,7 @@ def _kind(token: tokenize.TokenInfo, before: str) -> str:
 _TOGETHER = 6  # definitions in a paragraph
 
 
-def _definitions(name: str, text: str, module: ast.Module) -> Iterator[str]:
+def _definitions(name: str, text: str, module: ast.Module) -> _Made:
     """Where in a page of documentation it says what a function does."""
     said = list(dict(_documented(module)).items())
     for begin in range(0, len(said) - _TOGETHER + 1, _TOGETHER):
@@ -183,10 +198,11 @@ def _definitions(name: str, text: str, module: ast.Module) -> Iterator[str]:
             starts.append(len(context))
             context += f"{first} "
         for (function, first), start in list(zip(together, starts, strict=True))[::3]:
+            question = f"What does {function} do?"
             row = {
                 "id": f"{name}:{function}",
-                "question": f"What does {function} do?",
+                "question": question,
                 "context": context.strip(),
                 "answers": {"text": [first], "answer_start": [start]},
             }
-            yield json.dumps(row, ensure_ascii=False)
+            yield f"{question} {first}", json.dumps(row, ensure_ascii=False)

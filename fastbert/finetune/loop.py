@@ -502,9 +502,14 @@ class Trainer:
         finally:
             if bar is not None:
                 bar.close()
+        assert loss is not None
+        if not math.isfinite(loss):  # no number to choose the best model by, nor one for JSON
+            raise RunError(
+                f"the loss of the evaluation of step {self.step} is not a finite number: start a "
+                "new run with a lower --learning-rate"
+            )
         predictions = self.task.predictions(self.data.eval, self.eval, raws)
         found = self.task.evaluate(self.data.eval, self.eval, raws, predictions)
-        assert loss is not None
         found.metrics.setdefault("loss", loss)
         return found, predictions
 

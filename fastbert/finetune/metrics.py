@@ -34,8 +34,11 @@ METRICS: dict[str, tuple[str, ...]] = {
         *("weighted_precision", "weighted_recall", *_CALIBRATION, "loss"),
     ),
     "classify score": (*_SCORES, "loss"),
-    "tag": (*_ENTITIES, "weighted_f1", "weighted_precision", "weighted_recall", "accuracy", "loss"),
-    "tag tokens": (*_CLASSES, "loss"),
+    "tag": (
+        *(*_ENTITIES, "weighted_f1", "weighted_precision", "weighted_recall", "accuracy"),
+        *("expected_calibration_error", "loss"),
+    ),
+    "tag tokens": (*_CLASSES, "expected_calibration_error", "loss"),
     "answer": (
         *("f1", "exact_match", "has_answer_f1", "has_answer_exact_match", "no_answer_f1"),
         *("no_answer_exact_match", "best_f1", "best_exact", "loss"),
@@ -223,6 +226,7 @@ def entities(
     labels: Sequence[Sequence[str]],
     predicted: Sequence[Sequence[str]],
     types: Sequence[str] = (),
+    confidences: Sequence[NDArray[np.floating]] | None = None,
 ) -> Evaluation:
     """Entities of IOB2 tags: one is right where its type and both ends are.
 
@@ -235,8 +239,11 @@ def entities(
         labels: a list of tags for each sentence ("B-person", "I-person", "O").
         predicted: of the same lengths.
         types: to be listed even where they never occur, with support 0.
+        confidences: probabilities of the predicted tags, of the same lengths: what calibration of
+            tokens is taken over.
 
     Raises:
+        RunError: a confidence is not finite.
         UserError: seqeval is not installed.
     """
     pairs = [
@@ -275,13 +282,16 @@ def entities(
         "classes": rows,
         "confusion": {"names": names, "counts": _confusion(true, guessed, len(names))},
     }
-    return Evaluation(metrics, details)
+    found = Evaluation(metrics, details)
+    _calibrate_tokens(found, pairs, confidences)
+    return found
 
 
 def token_labels(
     labels: Sequence[Sequence[str]],
     predicted: Sequence[Sequence[str]],
     names: Sequence[str] = (),
+    confidences: Sequence[NDArray[np.floating]] | None = None,
 ) -> Evaluation:
     """Labels of tokens that are no entities, such as parts of speech; each token counts once.
 
@@ -289,8 +299,10 @@ def token_labels(
         labels: a list for each sentence.
         predicted: of the same lengths.
         names: to be listed even where they never occur, with support 0.
+        confidences: see `entities`.
 
     Raises:
+        RunError: a confidence is not finite.
         UserError: scikit-learn is not installed.
     """
     pairs = [
@@ -301,6 +313,7 @@ def token_labels(
     wanted, given = np.array([[place[name] for name in pair] for pair in pairs]).T
     found = _by_class(wanted, given, all_names)
     found.details |= {"examples": len(labels), "tokens": len(pairs)}
+    _calibrate_tokens(found, pairs, confidences)
     return found
 
 
@@ -462,12 +475,26 @@ def calibration(confidences: NDArray[np.floating], right: NDArray[np.bool_]) -> 
 
 
 def _add_calibration(
-    found: Evaluation, confidences: NDArray[np.floating], right: NDArray[np.bool_], brier: float
+    found: Evaluation,
+    confidences: NDArray[np.floating],
+    right: NDArray[np.bool_],
+    brier: float | None = None,
 ) -> None:
     known = calibration(confidences, right)
-    found.details["calibration"] = {**known, "brier_score": brier}
     found.metrics["expected_calibration_error"] = known["expected_calibration_error"]
-    found.metrics["brier_score"] = brier
+    if brier is not None:
+        known["brier_score"] = found.metrics["brier_score"] = brier
+    found.details["calibration"] = known
+
+
+def _calibrate_tokens(
+    found: Evaluation,
+    pairs: Sequence[tuple[str, str]],
+    confidences: Sequence[NDArray[np.floating]] | None,
+) -> None:
+    if confidences is not None:
+        right = np.array([one == other for one, other in pairs])
+        _add_calibration(found, _finite(np.concatenate(confidences)), right)
 
 
 def _by_class(

@@ -36,6 +36,7 @@ MOST_CLASSES = 40
 """In a confusion matrix; of more, those with the most mistakes."""
 _MOST_LETTERS = 22  # of a name in a picture
 _MOST_POINTS = 300  # of a line
+_JOINERS = "\u200c\u200d"  # within words of Persian and within emojis
 
 
 class Line(NamedTuple):
@@ -49,7 +50,7 @@ class Line(NamedTuple):
 
 def clipped(name: str, most: int = _MOST_LETTERS) -> str:
     """A name as long as a picture has room for; a wide letter (Chinese, Japanese) counts twice."""
-    name = "".join(letter if letter.isprintable() else " " for letter in name)
+    name = "".join(one if one.isprintable() or one in _JOINERS else " " for one in name)
     if _width(name) <= most:
         return name
     while _width(name) > most - 1:
@@ -75,7 +76,9 @@ def _percent(share: float) -> str:
 
 
 def _cell_text(count: int) -> str:
-    return str(count) if count < 10_000 else f"{count / 1000:.0f}k"
+    if count < 10_000:
+        return str(count)
+    return f"{count / 1000:.0f}k" if count < 999_500 else f"{count / 1e6:.1f}M"
 
 
 def confusion_svg(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
@@ -176,16 +179,18 @@ class _Plot:
 
     def axes(self) -> None:
         x0, x1 = map(self.x, self.x_range)
-        for tick in _ticks(*self.y_range, 5 if self.height > 200 else 2):
+        for tick in _ticks(*self.y_range, 5 if self.height > 200 else 3):
             y = self.y(tick)
             self.parts.append(
                 f'<path class="grid" d="M{x0} {y}H{x1}"/><text class="dim" x="{x0 - 6}" '
                 f'y="{y + 4}" text-anchor="end">{_tick(tick)}</text>'
             )
         for tick in _ticks(*self.x_range):
+            shown = _tick(tick)
+            x = min(self.x(tick), self.width - 4 * len(shown))  # half of it beside the middle
             self.parts.append(
-                f'<text class="dim" x="{self.x(tick)}" y="{self.height - self.bottom + 16}" '
-                f'text-anchor="middle">{_tick(tick)}</text>'
+                f'<text class="dim" x="{x}" y="{self.height - self.bottom + 16}" '
+                f'text-anchor="middle">{shown}</text>'
             )
         self.parts.append(
             f'<text class="dim" x="{(x0 + x1) / 2}" y="{self.height - 6}" '
@@ -220,20 +225,21 @@ def _range(values: Sequence[float], margin: float = 0.05) -> tuple[float, float]
     return low - room, high + room
 
 
-def reliability_svg(calibration: Mapping[str, Any], x_label: str, y_label: str) -> str:
+def reliability_svg(calibration: Mapping[str, Any], x_label: str, y_label: str, unit: str) -> str:
     """How often what is said with some confidence is right, and how many have that confidence.
 
     Args:
         calibration: what `fastbert.finetune.metrics.calibration` returns.
         x_label: of the confidence.
         y_label: of how often it is right.
+        unit: what is counted.
     """
     bins = [one for one in calibration["bins"] if one["count"]]
     plot = _Plot((0.0, 1.0), (0.0, 1.0), "", y_label)
     plot.axes()
     x, y = plot.x, plot.y
     for one in bins:
-        said = f"{one['accuracy']:.3f} at {one['confidence']:.3f}, {one['count']:,} examples"
+        said = f"{one['accuracy']:.3f} at {one['confidence']:.3f}, {one['count']:,} {unit}"
         width, height = x(one["high"]) - x(one["low"]) - 2, y(0) - y(one["accuracy"])
         plot.parts.append(
             f'<rect class="bar" x="{x(one["low"]) + 1}" y="{y(one["accuracy"])}" '
@@ -242,8 +248,8 @@ def reliability_svg(calibration: Mapping[str, Any], x_label: str, y_label: str) 
             'r="3"/>'
         )
     plot.parts.append(f'<path class="ideal" d="M{x(0)} {y(0)}L{x(1)} {y(1)}"/>')
-    most = max(one["count"] for one in bins)
-    counts = _Plot((0.0, 1.0), (0.0, float(most)), x_label, "examples", height=130.0)
+    most = max(2.0, *(one["count"] for one in bins))  # so that ticks are whole numbers
+    counts = _Plot((0.0, 1.0), (0.0, most), x_label, unit, height=130.0)
     counts.axes()
     for one in bins:
         width = counts.x(one["high"]) - counts.x(one["low"]) - 2
@@ -254,7 +260,7 @@ def reliability_svg(calibration: Mapping[str, Any], x_label: str, y_label: str) 
         )
     error = calibration["expected_calibration_error"]
     said = f"Reliability diagram, expected calibration error {error:.3f}"
-    return plot.svg(said) + counts.svg("How many examples each bin has")
+    return plot.svg(said) + counts.svg(f"How many {unit} each bin has")
 
 
 def lines_svg(lines: Sequence[Line], y_label: str) -> str:
@@ -330,7 +336,7 @@ def confusion_png(names: Sequence[str], counts: Sequence[Sequence[int]]) -> byte
     return _png(figure)
 
 
-def reliability_png(calibration: Mapping[str, Any], x_label: str, y_label: str) -> bytes:
+def reliability_png(calibration: Mapping[str, Any], x_label: str, y_label: str, unit: str) -> bytes:
     """The reliability diagram on white."""
     from matplotlib.figure import Figure
 
@@ -350,7 +356,7 @@ def reliability_png(calibration: Mapping[str, Any], x_label: str, y_label: str) 
     above.set_title(f"expected calibration error {error:.3f}", fontsize=10)
     below.bar(places, [one["count"] for one in bins], width * 0.94, color="#8b95a5")
     below.set_xlabel(x_label)
-    below.set_ylabel("examples")
+    below.set_ylabel(unit)
     return _png(figure)
 
 

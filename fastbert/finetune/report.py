@@ -20,6 +20,7 @@ _MOST_LETTERS = 1200  # of a text on the page
 _AROUND = 240  # letters shown on either side of what is marked in a longer text
 _MOST_OF_A_NAME = 80
 _HEADLINES = 4
+_CONFUSIONS = 20  # pairs of classes that are listed
 
 _STYLE = (
     pictures.STYLE
@@ -43,6 +44,8 @@ th, td { padding: 0.2rem 0.7rem; text-align: right; vertical-align: top;
   border-bottom: 1px solid var(--line); overflow-wrap: normal; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 td:first-child { min-width: 7rem; max-width: 22rem; overflow-wrap: anywhere; white-space: normal; }
+.names :is(th, td):nth-child(2) { text-align: left; max-width: 22rem; overflow-wrap: anywhere;
+  white-space: normal; }
 tbody tr:nth-child(even) { background: var(--stripe); }
 td.f1 { background: linear-gradient(to right, color-mix(in srgb, var(--right) 28%, transparent)
   calc(var(--share) * 100%), transparent 0); min-width: 7rem; }
@@ -129,7 +132,9 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
         files["confusion.png"] = pictures.confusion_png(**details["confusion"])
     if "calibration" in details:
         axes = _calibration_axes(report.task)
-        files["reliability.png"] = pictures.reliability_png(details["calibration"], *axes)
+        files["reliability.png"] = pictures.reliability_png(
+            details["calibration"], *axes, _unit(details)
+        )
     content = json.dumps(_plain(_as_json(report)), ensure_ascii=False, allow_nan=False, indent=1)
     # Half of a surrogate pair, which JSON can hold and UTF-8 cannot, stays what JSON writes for it.
     files["eval.json"] = f"{content}\n".encode("utf-8", "backslashreplace")
@@ -203,11 +208,11 @@ def _page(report: Report) -> str:
     if details.get("classes"):
         parts += ["<h2>Classes</h2>", _class_table(details["classes"])]
     if "confusion" in details:
-        parts += _confusion(**details["confusion"])
+        parts += _confusion(**details["confusion"], unit=_unit(details))
     if details.get("points"):
         parts += ["<h2>Predictions and labels</h2>", pictures.points_svg(details["points"])]
     if "calibration" in details:
-        parts += _calibration(details["calibration"], report.task)
+        parts += _calibration(details["calibration"], report.task, _unit(details))
     parts += _curves(report)
     parts += _mistakes(report.mistakes)
     if report.settings:
@@ -287,14 +292,33 @@ def _class_table(classes: Iterable[Mapping[str, Any]]) -> str:
     return table(["class", "precision", "recall", "F1", "support"], rows)
 
 
-def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[str]:
-    said = "Counts; the shade is the share of all examples of the true class."
+def _unit(details: Mapping[str, Any]) -> str:
+    """What is counted."""
+    return "tokens" if "tokens" in details else "examples"
+
+
+def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]], unit: str) -> list[str]:
+    said = f"Counts; the shade is the share of all {unit} of the true class."
+    most = []
     if len(names) > pictures.MOST_CLASSES:
         said += f" Shown are the {pictures.MOST_CLASSES} of {len(names)} with the most mistakes."
+        wrong = [
+            (count, sum(row), name, other)
+            for name, row in zip(names, counts, strict=True)
+            for other, count in zip(names, row, strict=True)
+            if count > 1 and other != name
+        ]
+        rows = [
+            [_name_cell(name), _name_cell(other), cell(f"{count:,}"), cell(f"{total:,}")]
+            for count, total, name, other in sorted(wrong, key=lambda one: -one[0])[:_CONFUSIONS]
+        ]
+        head = ["true", "predicted", unit, "of"]
+        most = ["<h3>What is confused most</h3>", table(head, rows, "names")] if rows else []
     return [
         "<h2>Confusion matrix</h2>",
         f'<figure><div class="scroll">{pictures.confusion_svg(names, counts)}</div>'
         f"<figcaption>{said}</figcaption></figure>",
+        *most,
     ]
 
 
@@ -304,14 +328,18 @@ def _calibration_axes(task: str) -> tuple[str, str]:
     return "confidence", "accuracy"
 
 
-def _calibration(calibration: Mapping[str, Any], task: str) -> list[str]:
-    error, brier = calibration["expected_calibration_error"], calibration["brier_score"]
+def _calibration(calibration: Mapping[str, Any], task: str, unit: str) -> list[str]:
+    said = (
+        f"Expected calibration error {_number(calibration['expected_calibration_error'])} over "
+        f"{len(calibration['bins'])} bins"
+    )
+    if "brier_score" in calibration:
+        said += f", Brier score {_number(calibration['brier_score'])}"
+    picture = pictures.reliability_svg(calibration, *_calibration_axes(task), unit)
     return [
         "<h2>Calibration</h2>",
-        f"<figure>{pictures.reliability_svg(calibration, *_calibration_axes(task))}<figcaption>"
-        f"Expected calibration error {_number(error)} over {len(calibration['bins'])} bins, Brier "
-        f"score {_number(brier)}. On the dashed line, probabilities come true as often as they "
-        "say; below it they are too high.</figcaption></figure>",
+        f"<figure>{picture}<figcaption>{said}. On the dashed line, probabilities come true as "
+        "often as they say; below it they are too high.</figcaption></figure>",
     ]
 
 
@@ -372,22 +400,28 @@ def _mistake(mistake: Mapping[str, Any]) -> str:
             for one, kind in ((expected, "right"), (predicted, "wrong"))
             if name == "context" and "answer" in one and one["answer"] and "start" in one
         ]
-        parts.append(_said(name, _marked(str(value), spans)))
-    parts.append(_said("expected", f'<b class="right">{_prediction(expected)}</b>'))
+        text = str(value)
+        parts.append(_said(name, _marked(text, spans, _parts(text, spans))))
+    parts.append(_said("expected", f'<b class="right">{_prediction(expected)}</b>', "ltr"))
     wrong = f'<b class="wrong">{_prediction(predicted)}</b>'
-    return "".join([*parts, _said("predicted", wrong + _sureness(expected, predicted))])
+    return "".join([*parts, _said("predicted", wrong + _sureness(expected, predicted), "ltr")])
 
 
-def _said(key: str, content: str) -> str:
+def _said(key: str, content: str, direction: str = "auto") -> str:
     return (
         f'<div class="said"><span class="key">{escape(key)}</span>'
-        f'<div class="text" dir="auto">{content}</div></div>'
+        f'<div class="text" dir="{direction}">{content}</div></div>'
     )
 
 
 def _choice(text: str, kind: str | None) -> str:
-    content = escape(_clipped(str(text)))
-    return f'<li dir="auto"><b class="{kind}">{content}</b></li>' if kind else f"<li>{content}</li>"
+    content = _name(text)
+    return f'<li><b class="{kind}">{content}</b></li>' if kind else f"<li>{content}</li>"
+
+
+def _name(text: Any) -> str:
+    """A text of the data, in whatever script, that leaves the order of what stands around it."""
+    return f"<bdi>{escape(_clipped(str(text)))}</bdi>"
 
 
 def _entities(
@@ -397,53 +431,73 @@ def _entities(
         {(one["start"], one["end"], one["type"]) for one in side["entities"]}
         for side in (expected, predicted)
     ]
-    for name, side in zip(("expected", "predicted"), sides, strict=True):
-        spans = [
-            _Span(
-                start, end, "right" if (start, end, kind) in sides[0] & sides[1] else "wrong", kind
-            )
+    spans = [
+        [
+            _Span(start, end, "right" if (start, end, kind) in other else "wrong", kind)
             for start, end, kind in sorted(side)
         ]
-        yield _said(name, _marked(text, spans))
+        for side, other in zip(sides, reversed(sides), strict=True)
+    ]
+    parts = _parts(text, [one for one in (*spans[0], *spans[1]) if one.kind == "wrong"])
+    for name, side in zip(("expected", "predicted"), spans, strict=True):
+        yield _said(name, _marked(text, side, parts))
 
 
-def _marked(text: str, spans: Sequence[_Span]) -> str:
-    """The text with its spans marked, which may overlap; a long one only around them."""
-    first, last = 0, len(text)
-    if last > _MOST_LETTERS:
-        first = max(0, min((one.start for one in spans), default=0) - _AROUND)
-        last = min(last, max((one.end for one in spans), default=0) + _AROUND)
-        last = min(last, first + _MOST_LETTERS)
-    cuts = {first, last, *(one.start for one in spans), *(one.end for one in spans)}
-    parts = ["… "] if first else []
-    for start, end in pairwise(sorted(cut for cut in cuts if first <= cut <= last)):
-        over = [one for one in spans if one.start <= start and end <= one.end]
-        piece = escape(text[start:end])
-        if over:
-            kind = " ".join(sorted({one.kind for one in over}))
-            labels = [escape(one.label) for one in over if one.end == end and one.label]
-            shown = f"<small>{' '.join(labels)}</small>" if labels else ""
-            piece = f'<mark class="{kind}">{piece}{shown}</mark>'
-        parts.append(piece)
-    if last < len(text):
-        parts.append(f' … <span class="dim">({len(text):,} characters)</span>')
-    return "".join(parts)
+def _parts(text: str, spans: Iterable[_Span]) -> list[tuple[int, int]]:
+    """Which parts of a text are shown: all of it, or of a long one what is around the spans."""
+    if len(text) <= _MOST_LETTERS:
+        return [(0, len(text))]
+    parts: list[tuple[int, int]] = []
+    for start, end in sorted((one.start - _AROUND, one.end + _AROUND) for one in spans):
+        if parts and start <= parts[-1][1]:
+            start, end = parts[-1][0], max(parts.pop()[1], end)
+        parts.append((max(0, start), min(end, len(text))))
+    room, shown = _MOST_LETTERS, []
+    for start, end in parts or [(0, len(text))]:
+        if room:
+            shown.append((start, min(end, start + room)))
+            room -= shown[-1][1] - start
+    return shown
+
+
+def _marked(text: str, spans: Sequence[_Span], parts: Sequence[tuple[int, int]]) -> str:
+    """Parts of a text with its spans marked, which may overlap."""
+    found = ["… "] if parts[0][0] else []
+    for number, (first, last) in enumerate(parts):
+        if number:
+            found.append(" … ")
+        cuts = {first, last, *(one.start for one in spans), *(one.end for one in spans)}
+        for start, end in pairwise(sorted(cut for cut in cuts if first <= cut <= last)):
+            found.append(_piece(text[start:end], end, [
+                one for one in spans if one.start <= start and end <= one.end
+            ]))  # fmt: skip
+    if parts[-1][1] < len(text):
+        found.append(" …")
+    if parts != [(0, len(text))]:
+        found.append(f' <span class="dim">({len(text):,} characters)</span>')
+    return "".join(found)
+
+
+def _piece(text: str, end: int, over: Sequence[_Span]) -> str:
+    if not over:
+        return escape(text)
+    kind = " ".join(sorted({one.kind for one in over}))
+    labels = [escape(one.label) for one in over if one.end == end and one.label]
+    shown = f"<small>{' '.join(labels)}</small>" if labels else ""
+    return f'<mark class="{kind}">{escape(text)}{shown}</mark>'
 
 
 def _prediction(said: Mapping[str, Any]) -> str:
     """What was expected or predicted, in words."""
-    if "label" in said:
-        return escape(_clipped(str(said["label"])))
-    if "labels" in said:
-        return escape(_clipped(", ".join(map(str, said["labels"])))) or "no label"
-    if "answers" in said:
-        return escape(_clipped(" / ".join(map(str, said["answers"])))) or "no answer"
-    if "answer" in said:
-        return escape(_clipped(str(said["answer"]))) or "no answer"
-    if "choice" in said:
-        return escape(str(said["choice"]))
-    shown = [_number(said["score"])] if [*said] == ["score"] else []
-    return escape(_clipped(", ".join(shown or [f"{key} {_shown(said[key])}" for key in said])))
+    for key, none in (("label", ""), ("answer", "no answer"), ("choice", "")):
+        if key in said:
+            return none if none and not said[key] else _name(said[key])
+    for key, none, between in (("labels", "no label", ", "), ("answers", "no answer", " / ")):
+        if key in said:
+            return between.join(map(_name, said[key])) or none
+    if [*said] == ["score"]:
+        return _number(said["score"])
+    return ", ".join(f"{_name(key)} {_name(_shown(value))}" for key, value in said.items())
 
 
 def _sureness(expected: Mapping[str, Any], predicted: Mapping[str, Any]) -> str:
@@ -456,10 +510,10 @@ def _sureness(expected: Mapping[str, Any], predicted: Mapping[str, Any]) -> str:
     if isinstance(known, Mapping):
         names = expected.get("labels", [expected.get("label")])
         names = [*names, *(one for one in predicted.get("labels", []) if one not in names)]
-        shown += [f"{_clipped(str(one))} {_number(known[one])}" for one in names if one in known]
+        shown += [f"{_name(one)} {_number(known[one])}" for one in names if one in known]
     elif known is not None and "choice" in expected:
         shown.append(f"{expected['choice']} {_number(known[expected['choice']])}")
-    return f' <span class="dim">{escape(", ".join(shown))}</span>' if shown else ""
+    return f' <span class="dim">{", ".join(shown)}</span>' if shown else ""
 
 
 def _clipped(text: str) -> str:
@@ -523,7 +577,10 @@ def _number_of(task: str) -> Callable[[Any], str]:
 def _number(value: Any, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return "—"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    shown = f"{value:.{digits}f}"
+    return shown if float(shown) or not value else f"{value:.2g}"  # 0.0004 is not 0
 
 
 def _shown(value: Any) -> str:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import tokenize
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,31 @@ def test_definitions_stand_where_they_say(made) -> None:
         assert row["context"][:start].endswith(f"{name}: ")
 
 
+def test_nothing_is_asked_twice(made) -> None:
+    for task, key in (("classify", ("text",)), ("answer", ("question", "answers"))):
+        rows = [str([row[name] for name in key]) for part in made[task] for row in _rows(part)]
+        assert [text for text, count in Counter(rows).items() if count > 1] == [], task
+    lines = [part.split("\n\n") for part in made["tag"]]
+    assert not set(lines[0]) & set(lines[1]) - {""}
+
+
+def test_what_nearly_stands_in_training_is_not_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["Read nine or ten bytes", "Write all of a long file"]
+    held_out = [
+        texts[0], "Read nine or ten bytes.", "READ nine OR ten bytes!", "Write all of a file now"
+    ]  # fmt: skip
+    (tmp_path / "json").mkdir()
+    for name, said in (("a", texts[:1]), ("b", texts[1:]), ("c", held_out)):  # by their size
+        source = "\n".join(f'def f{at}():\n    """{one}"""' for at, one in enumerate(said))
+        (tmp_path / "json" / f"{name}.py").write_text(source)
+    monkeypatch.setattr(demo_data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    train, other = (_rows(path.read_text()) for path in write_demo("classify", tmp_path, 0))
+    assert sorted(row["text"] for row in train) == texts
+    assert [row["text"] for row in other] == held_out[3:]
+
+
 def test_tokens_are_tagged_by_their_kind() -> None:
     line = 'def f(x, y=2):  # two of them\n    return x.name + "a b"\n'
     found = demo_data._tagged_lines(line)
@@ -66,6 +93,26 @@ def test_tokens_are_tagged_by_their_kind() -> None:
     ]
 
 
+def test_lines_of_strings_that_are_many_tokens_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = ["a = 1\n", 'f"b\n', 'c"\n', "d = 2\n"]
+    found = demo_data._tagged_lines("".join((lines[0], lines[3])))
+    assert [word for line in found.values() for word, _ in line] == ["a", "=", "1", "d", "=", "2"]
+
+    def tokens(readline: object) -> Iterator[tokenize.TokenInfo]:  # as Python 3.12 and later do
+        many, name = 999, tokenize.NAME
+        for kind, word, start, end in (
+            (name, "a", (1, 0), (1, 1)), (many, "b\nc", (2, 2), (3, 1)),
+            (name, "c", (3, 1), (3, 2)), (name, "d", (4, 0), (4, 1)),
+        ):  # fmt: skip
+            yield tokenize.TokenInfo(kind, word, start, end, lines[start[0] - 1])
+
+    monkeypatch.setitem(tokenize.tok_name, 999, "FSTRING_MIDDLE")
+    monkeypatch.setattr(demo_data.tokenize, "generate_tokens", tokens)
+    assert [*demo_data._tagged_lines("")] == [1, 4]
+
+
 def test_the_same_seed_makes_the_same_data(tmp_path: Path, made) -> None:
     paths = write_demo("tag", tmp_path, 42)
     assert tuple(path.read_text("utf-8") for path in paths) == made["tag"]
@@ -77,17 +124,34 @@ def test_the_verdict_may_be_against_us() -> None:
     ours, others = {"accuracy": 0.5, "loss": 0.2}, {RANDOM: {"accuracy": 0.6, "loss": 0.3}}
     assert "did NOT pay: accuracy -0.1" in verdict("accuracy", ours, others)[-1]
     assert "pre-training paid: loss +0.1" in verdict("loss", ours, others)[-1]
+    assert "did NOT pay: accuracy +0 " in verdict("accuracy", ours, {RANDOM: ours})[-1]
+
+
+def test_the_verdict_names_what_is_better_all_the_same() -> None:
+    ours, random = {"accuracy": 0.5, "loss": 0.2}, {"accuracy": 0.25, "loss": 0.3}
+    others = {"words": {"accuracy": 0.75}, "majority": {"accuracy": 0.125}, RANDOM: random}
+    said = verdict("accuracy", ours, others)
+    assert said[-1] == (
+        "pre-training paid: accuracy +0.25 beside the same network from random weights; "
+        "better than the fine-tuned model: words (0.75)"
+    )
+    found = verdict("loss", ours, others)  # which counted words do not have
+    assert re.fullmatch(r"words +—", found[2])
+    assert found[-1].endswith("random weights")
 
 
 def test_the_newest_model_that_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Exception, match="make demo"):
         newest_model()
-    for name in ("pretrain-001", "pretrain-002", "pretrain-003"):
+    for name in ("pretrain-001", "pretrain-002", "pretrain-999", "pretrain-1000"):
         (tmp_path / "runs" / name / "hf").mkdir(parents=True)
     for name in ("pretrain-001", "pretrain-002"):
         (tmp_path / "runs" / name / "hf" / "config.json").write_text("{}")
     assert newest_model() == "runs/pretrain-002"
+    for name in ("pretrain-999", "pretrain-1000"):
+        (tmp_path / "runs" / name / "hf" / "config.json").write_text("{}")
+    assert newest_model() == "runs/pretrain-1000"
 
 
 def test_the_command_shows_what_pre_training_is_worth(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from fastbert.errors import UserError
-from fastbert.finetune import metrics
+from fastbert.errors import RunError, UserError
+from fastbert.finetune import loop, metrics
 from fastbert.finetune.config import CONFIGS
 from fastbert.finetune.data import read_data
 from fastbert.finetune.infer import batches, infer
@@ -580,3 +581,13 @@ def test_lora_of_an_encoder_alone(root: Path, tmp_path: Path) -> None:
 def test_a_metric_that_such_labels_lack(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="metric_for_best_model = 'f1': such labels"):
         begun(root, "classify", tmp_path / "run", metric_for_best_model="f1")
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "infer", lambda *a, **b: (infer(*a, **b)[0], math.nan))
+    trainer = begun(root, "tag", tmp_path / "run", max_steps=1)
+    with pytest.raises(RunError, match="evaluation of step 1 is not a finite number"):
+        trainer.run(lambda: "")
+    assert not (tmp_path / "run" / "hf").exists()

@@ -284,6 +284,21 @@ def test_entities_of_which_none_is_found_or_all_are_invented() -> None:
         assert [row["name"] for row in found.details["classes"]] == ["x-y"]
 
 
+@pytest.mark.parametrize("kind", ["tag", "tag tokens"])
+def test_calibration_of_words(kind: str) -> None:
+    by_kind = metrics.entities if kind == "tag" else metrics.token_labels
+    wanted, given = [["B-a", "O", "O"], [], ["B-b"]], [["B-a", "O", "B-a"], [], ["B-a"]]
+    sure = [np.array(one, np.float32) for one in ([0.95, 0.97, 0.55], [], [0.5])]
+    found = check(by_kind(wanted, given, [], sure), kind)
+    expected = (2 * abs(0.96 - 1.0) + 0.55 + 0.5) / 4
+    assert found.metrics["expected_calibration_error"] == pytest.approx(expected)
+    counts = [row["count"] for row in found.details["calibration"]["bins"]]
+    assert (counts[14], counts[8], counts[7], sum(counts)) == (2, 1, 1, 4)
+    assert "calibration" not in by_kind(wanted, given).details
+    with pytest.raises(RunError, match="diverged"):
+        by_kind(wanted, given, [], [*sure[:2], np.array([math.nan])])
+
+
 def test_sentences_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         metrics.entities([["O", "O"]], [["O"]])

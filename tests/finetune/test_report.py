@@ -150,7 +150,38 @@ def test_classes_and_their_confusion(tmp_path: Path) -> None:
         ("cell right", "--share:0.667"), ("cell wrong", "--share:0.333"),
         ("cell right", "--share:1.000"),
     ]  # fmt: skip
-    assert "Expected calibration error 0.275 over 15 bins" in tags.text
+    assert "Expected calibration error 0.275 over 15 bins, Brier score" in tags.text
+    assert "the share of all examples of the true class" in tags.text
+    assert "What is confused most" not in tags.text
+
+
+def test_words_are_what_a_tagger_is_counted_by(tmp_path: Path) -> None:
+    evaluation = metrics.entities(
+        [["B-a", "O"]], [["B-a", "B-a"]], confidences=[np.array([0.9, 0.7], np.float32)]
+    )
+    tags = written(tmp_path, Report("T", "tag", {}, evaluation))
+    assert "1 examples · 2 tokens" in tags.text
+    assert "the share of all tokens of the true class" in tags.text
+    assert "Expected calibration error 0.400 over 15 bins. On the dashed line" in tags.text
+    assert "0.000 at 0.700, 1 tokens" in tags.text
+    assert (tmp_path / "reliability.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(("most", "ticks"), [(1, "0 1 2"), (436, "0 200 400"), (9, "0 5")])
+def test_counts_of_a_reliability_diagram_have_whole_ticks(most: int, ticks: str) -> None:
+    known = metrics.calibration(np.full(most, 0.95), np.ones(most, dtype=bool))
+    words = Tags(pictures.reliability_svg(known, "confidence", "accuracy", "examples")).cells
+    assert " ".join(words[-9 - len(ticks.split()) + 1 : -8]) == ticks
+
+
+def test_of_many_classes_the_most_frequent_confusions_are_listed(tmp_path: Path) -> None:
+    counts = [[10 * (row == column) for column in range(150)] for row in range(150)]
+    counts[149][7], counts[3][4], counts[5][6] = 6, 2, 1
+    names = [f"class {place}" for place in range(150)]
+    evaluation = Evaluation({"accuracy": 0.9}, {"confusion": {"names": names, "counts": counts}})
+    text = written(tmp_path, Report("T", "classify", {}, evaluation)).text
+    assert "Shown are the 40 of 150 with the most mistakes." in text
+    assert text.endswith("true predicted examples of class 149 class 7 6 16 class 3 class 4 2 12")
 
 
 def test_of_many_classes_the_picture_has_those_with_the_most_mistakes() -> None:
@@ -182,7 +213,11 @@ def test_names_are_clipped_by_their_width() -> None:
     assert pictures.clipped("x" * 22) == "x" * 22
     assert pictures.clipped("x" * 23) == "x" * 21 + "…"
     assert pictures.clipped("日" * 12) == "日" * 10 + "…"
-    assert pictures.clipped("a\nb") == "a b"
+    assert pictures.clipped("a\nb\u202e") == "a b "
+    assert (
+        pictures.clipped("\u0645\u06cc\u200c\u062e") == "\u0645\u06cc\u200c\u062e"
+    )  # joins no letters
+    assert pictures.clipped("\U0001f468\u200d\U0001f469") == "\U0001f468\u200d\U0001f469"
 
 
 def evil_reports() -> Iterator[Report]:
@@ -256,7 +291,7 @@ def test_a_mistaken_label_stands_with_its_probabilities(tmp_path: Path) -> None:
     mistake = {"input": {"text": "fine"}, "expected": {"label": "yes"}, "predicted": predicted}
     text = said(mistake, tmp_path).text
     assert re.search(
-        r"a\.tsv:2 text fine expected yes predicted no\s+score 0\.750, yes 0\.250", text
+        r"a\.tsv:2 text fine expected yes predicted no\s+score 0\.750,\s+yes\s+0\.250", text
     )
 
 
@@ -265,7 +300,7 @@ def test_mistaken_labels_stand_with_the_probabilities_of_both_sides(tmp_path: Pa
         "input": {"text": "fine"}, "expected": {"labels": []},
         "predicted": {"labels": ["a"], "probabilities": {"a": 0.75, "b": 0.25}},
     }  # fmt: skip
-    assert re.search(r"expected no label predicted a\s+a 0\.750", said(mistake, tmp_path).text)
+    assert re.search(r"expected no label predicted a\s+a\s+0\.750", said(mistake, tmp_path).text)
 
 
 def test_entities_are_marked_right_and_wrong(tmp_path: Path) -> None:
@@ -293,6 +328,71 @@ def test_answers_are_marked_in_their_context_which_may_be_long(tmp_path: Path) -
     assert f"({len(context):,} characters)" in tags.text
     assert tags.text.count("before") < 60
     assert tags.text.count("after") < 60
+
+
+def test_spans_far_apart_are_both_shown(tmp_path: Path) -> None:
+    context = "Ada" + " x" * 3000 + " Kew" + " y" * 3000
+    start = context.index("Kew")
+    mistake = {
+        "input": {"question": "Who?", "context": context},
+        "expected": {"answer": "Ada", "start": 0, "end": 3},
+        "predicted": {"answer": "Kew", "start": start, "end": start + 3, "score": 0.5},
+    }  # fmt: skip
+    tags = said(mistake, tmp_path, "answer")
+    assert marked(tags) == ["right", "wrong"]
+    assert re.search(r"Ada [ x]+ … [ x]+ Kew [ y]+ … ", tags.text)
+    assert 200 < tags.text.count("x") < 300
+
+
+def test_both_sides_of_long_texts_show_the_same_part_around_what_is_wrong(tmp_path: Path) -> None:
+    text = "Bob " + "x " * 3000 + "Ada" + " y" * 3000
+    start = text.index("Ada")
+    bob = {"type": "person", "text": "Bob", "start": 0, "end": 3}
+    ada = {"type": "person", "text": "Ada", "start": start, "end": start + 3}
+    mistake = {
+        "input": {"text": text}, "expected": {"entities": [bob, ada]},
+        "predicted": {"entities": [bob]},
+    }  # fmt: skip
+    tags = said(mistake, tmp_path, "tag")
+    assert marked(tags) == ["wrong"]
+    assert tags.text.count("Ada") == 2
+    assert "Bob" not in tags.text
+
+
+def test_a_long_text_without_spans_is_shown_as_far_as_there_is_room(tmp_path: Path) -> None:
+    shown = []
+    for length in (1200, 1201):
+        mistake = {
+            "input": {"text": "§" * length}, "expected": {"label": "a"}, "predicted": {"label": "b"}
+        }  # fmt: skip
+        tags = said(mistake, tmp_path)
+        shown.append((tags.text.count("§"), f"({length:,} characters)" in tags.text))
+    assert shown == [(1200, False), (1200, True)]
+
+
+def test_names_in_any_script_leave_the_numbers_beside_them_in_order(tmp_path: Path) -> None:
+    name = "\u05e9\u05dc\u05d5\u05dd"
+    mistake = {
+        "input": {"text": "x"}, "expected": {"label": name},
+        "predicted": {"label": "b", "score": 0.5, "probabilities": {name: 0.25, "b": 0.5}},
+    }  # fmt: skip
+    tags = said(mistake, tmp_path)
+    directions = [one["dir"] for _, one in tags.elements if "dir" in one]
+    assert directions == ["auto", "ltr", "ltr"]
+    assert f"<bdi>{name}</bdi> 0.250" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_small_numbers_are_not_0(tmp_path: Path) -> None:
+    evaluation = Evaluation({"mse": 0.00004, "mae": 0.0, "pearson": -0.0001, "r2": 0.0005001})
+    text = written(tmp_path, Report("T", "classify score", {}, evaluation)).text
+    assert re.search(r"Pearson -0\.0001 MSE 4e-05 MAE 0\.000 R² 0\.001", text)
+
+
+def test_counts_are_as_short_as_their_cells() -> None:
+    counts = [[9_999, 10_000], [999_499, 12_345_678]]
+    assert [
+        word for word in Tags(pictures.confusion_svg(["a", "b"], counts)).cells if "%" not in word
+    ][-4:] == ["9999", "10k", "999k", "12.3M"]
 
 
 def test_an_answer_where_there_is_none(tmp_path: Path) -> None:
@@ -343,6 +443,14 @@ def test_any_values_have_a_few_ticks(values: list[float]) -> None:
     drawing = Tags(pictures.lines_svg([line], "loss"))
     ticks = [tag for tag, attributes in drawing.elements if attributes.get("class") == "grid"]
     assert 2 <= len(ticks) <= 10
+
+
+@pytest.mark.parametrize(("step", "x"), [(5, "468.0"), (10_000, "456.0")])
+def test_the_last_step_stands_within_the_picture(step: int, x: str) -> None:
+    line = pictures.Line("training", [(1, 0.5), (step, 0.25)], False)
+    drawing = Tags(pictures.lines_svg([line], "loss"))
+    places = [one["x"] for _, one in drawing.elements if one.get("text-anchor") == "middle"]
+    assert places[-2] == x  # the last is the axis's name
 
 
 def test_long_lines_are_thinned_and_keep_their_end() -> None:

@@ -278,9 +278,11 @@ class Tag(Task):
     ) -> Evaluation:
         wanted = [one.fields["tags"] for one in examples]
         given = [one["tags"] for one in predictions]
+        sure = [chances.max(1) for chances in self._of_words(examples, features, raws)]
         if self.is_entities:
-            return metrics.entities(wanted, given)
-        return metrics.token_labels(wanted, given)
+            types = sorted({tag[2:] for tag in self.labels if tag != "O"})
+            return metrics.entities(wanted, given, types, sure)
+        return metrics.token_labels(wanted, given, self.labels, sure)
 
     def mistake(self, example: Example, prediction: Prediction) -> dict[str, Any] | None:
         wanted, given = example.fields["tags"], prediction["tags"]
