@@ -220,8 +220,8 @@ def peek(rows: Iterator[Row], path: str, count: int = 1000) -> tuple[Table, Iter
 
 
 def _raising(error: UserError) -> Iterator[Row]:
+    yield from ()
     raise error
-    yield
 
 
 def split(

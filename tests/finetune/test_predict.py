@@ -511,10 +511,10 @@ def test_less_memory_smaller_batches(
     pipe, given = fastbert.pipeline("classify", models["classify"]), texts(40)
     wanted, most, infer = pipe(given), 200, predict_module.infer
 
-    def little(task: Any, model: Any, features: Any, *, tokens: int, **options: Any) -> Any:
+    def little(*given: Any, tokens: int, **options: Any) -> Any:
         if tokens > most:
             raise torch.OutOfMemoryError("none left")
-        return infer(task, model, features, tokens=tokens, **options)
+        return infer(*given, tokens=tokens, **options)
 
     monkeypatch.setattr(predict_module, "infer", little)
     found = pipe(given)
