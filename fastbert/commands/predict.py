@@ -192,6 +192,10 @@ def _check_files(config: PredictConfig) -> None:
     if config.report:
         check_folder("report", config.report)
     check_output("output", config.output)
+    if config.input == _STDIN and sys.stdin is None:
+        raise UserError("input = '-': standard input is closed")
+    if not (config.output or config.report) and sys.stdout is None:
+        raise UserError("output = '': standard output is closed: give --output FILE")
     if not config.output or config.input == _STDIN:
         return
     output = Path(config.output).resolve()
@@ -273,7 +277,9 @@ class _Wrong:
 
 
 def _long(pipe: "Pipeline") -> str:
-    how = "were read in windows" if pipe.task.name in ("tag", "answer") else "were cut"
+    from fastbert.finetune.predict import READ_IN_WINDOWS
+
+    how = "were read in windows" if pipe.task.name in READ_IN_WINDOWS else "were cut"
     return f"{pipe.task.cut:,} texts of more than {pipe.task.max_length} tokens {how}"
 
 
@@ -305,10 +311,14 @@ def _line(row: "Row", columns: "Columns", keep: tuple[str, ...], answer: dict[st
     if keep:
         content["input"] = {name: row.values.get(name) for name in keep}
     content |= answer
-    # Parquet holds numbers that JSON cannot, and dates.
-    plain = {name: _plain(value) for name, value in content.items()}
-    text = json.dumps(plain, ensure_ascii=False, default=str)
+    try:
+        text = _JSON.encode(content)
+    except ValueError:  # a number that JSON has not
+        text = _JSON.encode(_plain(content))
     return f"{text}\n".encode("utf-8", "backslashreplace")
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str)  # of dates: a string
 
 
 def _plain(value: Any) -> Any:
@@ -316,6 +326,8 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
     return value
 
 

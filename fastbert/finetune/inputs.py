@@ -208,12 +208,23 @@ def peek(rows: Iterator[Row], path: str, count: int = 1000) -> tuple[Table, Iter
     """Returns a table of the first `count` rows, and all rows from the first on.
 
     Raises:
-        UserError: reading them failed.
+        UserError: reading the first failed; with another, what is raised follows the rows before.
     """
-    ahead = list(islice(rows, count))
+    ahead: list[Row] = []
+    try:
+        ahead.extend(islice(rows, count))  # keeps what came before an error
+    except UserError as error:
+        if not ahead:
+            raise
+        rows = _raising(error)
     names = dict.fromkeys(chain.from_iterable(row.values for row in ahead))
     columns = tuple(name for name in names if name != "lines" or "tokens" not in names)
     return Table(path, columns, ahead, "stream"), chain(ahead, rows)
+
+
+def _raising(error: UserError) -> Iterator[Row]:
+    yield from ()
+    raise error
 
 
 def _check_agree(first: str, columns: tuple[str, ...], path: str, found: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ at the beginning of each; IOBES, or BILOU, marks ends and single tokens as well 
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -19,7 +20,36 @@ Span = tuple[str, int, int]
 
 _LETTERS = {IOB1: "BI", IOB2: "BI", IOBES: "BIESLU"}
 _SAME = {"L": "E", "U": "S"}  # BILOU's letters
-_WORD = re.compile(r"\w+|[^\w\s]")
+_SIGN, _MARK, _JOINER, _FLAG = "\ue000\ue001\ue002\ue003"
+_ONE_SIGN = f"(?:{_FLAG}{{2}}|[^\\w\\s]){_MARK}*"
+_WORD = re.compile(rf"\w[\w{_MARK}{_JOINER}]*|{_ONE_SIGN}(?:{_JOINER}{_ONE_SIGN})*")
+
+
+class _Kinds(dict[int, str]):
+    """What `_WORD` sees of a character, filled as characters are met."""
+
+    def __missing__(self, code: int) -> str:
+        found = chr(code)
+        is_skin_tone = 0x1F3FB <= code <= 0x1F3FF
+        if any(code in block for block in _IDEOGRAPHS):
+            found = _SIGN
+        elif code == 0x200D:
+            found = _JOINER
+        elif 0x1F1E6 <= code <= 0x1F1FF:  # letters, of which two are a flag
+            found = _FLAG
+        elif is_skin_tone or unicodedata.category(found) in ("Mn", "Mc", "Me", "Cf"):
+            found = _MARK
+        self[code] = found
+        return found
+
+
+_IDEOGRAPHS = (
+    range(0x3400, 0x4DC0),
+    range(0x4E00, 0xA000),
+    range(0xF900, 0xFB00),
+    range(0x20000, 0x40000),
+)
+_KINDS = _Kinds()
 
 
 def _parts(tag: str) -> tuple[str, str]:
@@ -164,11 +194,16 @@ def to_iob2(tags: Sequence[str], scheme: str) -> list[str]:
 def words_of(text: str, cuts: Iterable[int] = ()) -> list[tuple[int, int]]:
     """Where the words and signs of a text stand, as (first character, the one behind the last).
 
+    An ideograph is a word, as BERT's tokenizer has it. Marks, joiners and what is not seen belong
+    to the character before: no letter is parted from its accent, no emoji from its colour.
+
     Args:
         text: any.
         cuts: characters at which a word begins anew: where entities begin and end.
     """
     places = sorted({0, len(text), *cuts})
+    if not text.isascii():
+        text = text.translate(_KINDS)
     return [
         match.span()
         for begin, end in pairwise(places)

@@ -28,6 +28,7 @@ from fastbert.errors import RunError, UserError
 from fastbert.finetune import predict as predict_module
 from fastbert.finetune.columns import Columns
 from fastbert.finetune.inputs import Row
+from fastbert.hf.load import load_head
 
 ROOT = Path(__file__).parents[2]
 TEXT = "the cat sat on a mat while Ada Lovelace wrote to her friend in London about engines"
@@ -76,6 +77,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ),
         "several": saved(root / "several", "ForSequenceClassification", **several),
         "score": saved(root / "score", "ForSequenceClassification", num_labels=1),
+        "scores": saved(
+            root / "scores", "ForSequenceClassification", num_labels=3, problem_type="regression"
+        ),
+        "twice": saved(root / "twice", "ForSequenceClassification", id2label={0: "a", 1: "a"}),
         "unnamed": saved(root / "unnamed", "ForSequenceClassification", num_labels=2),
         "tag": saved(root / "tag", "ForTokenClassification", **names(TAGS)),
         "answer": saved(root / "answer", "ForQuestionAnswering"),
@@ -315,6 +320,9 @@ def test_words_of_a_text_keep_their_characters(models: dict[str, str]) -> None:
     assert [one["text"] for one in entities][2:5] == ["Ada", ",", "to"]
     assert all(text[one["start"] : one["end"]] == one["text"] for one in entities)
     assert "tags" not in pipe(text)
+    text = "Rene\u0301e 👩\u200d👧 東京"
+    entities = pipe(text)["entities"]
+    assert [one["text"] for one in entities] == ["Rene\u0301e", "👩\u200d👧", "東", "京"]
 
 
 def test_a_long_text_is_tagged_to_its_end(models: dict[str, str]) -> None:
@@ -332,6 +340,36 @@ def test_tags_of_other_schemes_are_entities_as_well(models: dict[str, str]) -> N
     one = pipe([["Ada", "to", "her", "friend", "in"]])[0]
     assert [(e["type"], e["text"]) for e in one["entities"]] == [("a", "Ada to her"), ("a", "in")]
     assert one["tags"] == ["B-a", "I-a", "I-a", "O", "B-a"]
+
+
+def test_of_a_text_that_is_cut_little_more_than_that_is_read(
+    models: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = fastbert.pipeline("classify", models["classify"])
+    tokenizer, read = pipe.task.tokenizer, []
+
+    class Watched:
+        def __call__(self, given: list[str], **options: Any) -> Any:
+            read.extend(map(len, given))
+            return tokenizer(given, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    pipe.task.tokenizer = Watched()
+    text = " ".join(texts(400, 3, 40))
+    found = [pipe([text, "the cat"])[0], pipe(text[:1500])]
+    first, second = (list(one["probabilities"].values()) for one in found)
+    assert first == pytest.approx(second, abs=1e-5)
+    assert read == [16 * 64 + text[16 * 64 :].index(" "), 7, 1024 + text[1024:].index(" ")]
+    assert [record.message for record in caplog.records] == ["1 texts were cut to 64 tokens"] * 2
+    wide = "\u3000".join(["cat", " " * 3000, *WORDS * 10])  # more characters than tokens
+    wanted = of_transformers(models["classify"], "SequenceClassification", [wide])[0]
+    chances = torch.from_numpy(wanted).softmax(0).tolist()
+    assert list(pipe(wide)["probabilities"].values()) == pytest.approx(chances, abs=1e-5)
+    pipe.task.cut = 0
+    pipe([" " * 3000 + "cat", "the cat"])
+    assert pipe.task.cut == 0
 
 
 # The pipeline
@@ -367,6 +405,8 @@ def test_a_window_is_bounded_by_its_characters_too(
     for window in pipe.windows(rows, columns):
         sizes.append(len(window))
     assert sizes == [2, 2, 1]
+    rows = (Row({"text": "x", "choices": ["x" * 30] * 2}, str(n)) for n in range(3))
+    assert [len(window) for window in pipe.windows(rows, columns)] == [2, 1]
 
 
 def test_threads_share_a_pipeline(models: dict[str, str]) -> None:
@@ -397,6 +437,7 @@ def test_threads_share_a_pipeline(models: dict[str, str]) -> None:
     [
         ("  ", "a row with an empty text"),
         (5, "must be a text"),
+        (b"the cat", "must be a text"),
         ({"txt": "a"}, "classify has no 'txt': did you mean 'text'"),
         (("a", "b", "c"), "a tuple must hold text and text_pair"),
         ([("a", "b"), {"text": "a", "text_pair": "b", "id": 1}], "has id, which the first"),
@@ -436,6 +477,10 @@ def test_no_input_no_answer(models: dict[str, str]) -> None:
         ("tag", {"max_seq_length": 65}, "from 7 to 64"),
         ("tag", {"dtype": "fp64"}, "dtype = 'fp64': must be one of auto, fp32, bf16, fp16"),
         ("tag", {"dtype": "fp16", "device": "cpu"}, "needs a GPU"),
+        ("tag", {"dtype": torch.float16, "device": "cpu"}, "needs a GPU"),
+        ("tag", {"dtype": torch.int8}, "dtype = 'torch.int8': must be one of"),
+        ("scores", {}, "gives 3 scores .problem_type = 'regression'., not one"),
+        ("twice", {}, "config.json: several labels are named 'a'"),
     ],
 )
 def test_models_and_settings_that_do_not_fit(
@@ -452,10 +497,11 @@ def test_what_the_folder_says(models: dict[str, str], tmp_path: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(models["several"]).save_pretrained(tmp_path / "hf")
     pipe = fastbert.pipeline(model=tmp_path)
     assert (pipe.task.name, pipe.task.max_length, pipe.task.threshold) == ("classify", 9, 0.1)
-    model.config.fastbert = {"task": "classify", "threshold": "much"}
-    model.save_pretrained(tmp_path / "hf")
-    with pytest.raises(UserError, match=r"config.json: fastbert is damaged"):
-        fastbert.pipeline(model=tmp_path)
+    for damaged in ({"threshold": "much"}, {"max_seq_length": 3}, {"max_seq_length": -3}):
+        model.config.fastbert = {"task": "classify"} | damaged
+        model.save_pretrained(tmp_path / "hf")
+        with pytest.raises(UserError, match=r"config.json: fastbert is damaged"):
+            fastbert.pipeline(model=tmp_path)
     assert fastbert.pipeline("embed", models["masked"])("the cat").keys() == {"embedding"}
 
 
@@ -465,10 +511,10 @@ def test_less_memory_smaller_batches(
     pipe, given = fastbert.pipeline("classify", models["classify"]), texts(40)
     wanted, most, infer = pipe(given), 200, predict_module.infer
 
-    def little(task: Any, model: Any, features: Any, *, tokens: int, **options: Any) -> Any:
+    def little(*given: Any, tokens: int, **options: Any) -> Any:
         if tokens > most:
             raise torch.OutOfMemoryError("none left")
-        return infer(task, model, features, tokens=tokens, **options)
+        return infer(*given, tokens=tokens, **options)
 
     monkeypatch.setattr(predict_module, "infer", little)
     found = pipe(given)
@@ -486,6 +532,18 @@ def test_outputs_that_are_not_finite_end_the_run(models: dict[str, str]) -> None
         pipe.model.classifier.bias.fill_(float("nan"))
     with pytest.raises(RunError, match=r"inputs\[0\]: the model's outputs are not finite"):
         pipe("the cat")
+
+
+def test_bf16_is_computed_with_the_weights_of_training(models: dict[str, str]) -> None:
+    given = texts(20)
+    exact, pipe = (fastbert.pipeline("embed", models["embed"], dtype=d) for d in ("fp32", "bf16"))
+    cast = fastbert.pipeline("embed", models["embed"])
+    cast.model.to(torch.bfloat16)
+    wanted, found, rounded = (
+        np.array([one["embedding"] for one in p(given)]) for p in (exact, pipe, cast)
+    )
+    assert pipe.dtype == torch.bfloat16 and next(pipe.model.parameters()).dtype == torch.float32
+    assert 0 < np.abs(found - wanted).mean() < 0.9 * np.abs(rounded - wanted).mean()
 
 
 # The command
@@ -512,6 +570,40 @@ def test_a_file_that_breaks_off_leaves_what_was_before(
     told = refused(capsys, "--model", models["score"], "--input", path, "--output", out)
     assert told.startswith(f"{path}:1501: not JSON") and told.endswith("(1,500 rows are done)")
     assert len(lines(out.read_text())) == 1500
+
+
+@pytest.mark.parametrize("broken", [b'{"text": \n', b'{"text": "\xff"}\n'])
+def test_rows_before_a_broken_one_are_answered_even_if_few(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: bytes
+) -> None:
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_bytes(b'{"text": "the cat"}\n' * 2 + broken + b'{"text": "a mat"}\n')
+    told = refused(capsys, "--model", models["score"], "--input", path, "--output", out)
+    assert told.startswith(f"{path}:3: ") and told.endswith("(2 rows are done)")
+    assert len(lines(out.read_text())) == 2
+
+
+def test_what_is_kept_is_json_whatever_its_numbers(
+    models: dict[str, str], tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a", "x": [NaN, {"y": [-Infinity, 1.5]}], "id": NaN}\n')
+    assert main(["predict", "--model", models["tag"], "--input", str(path), "--keep", "x"]) == 0
+    found = json.loads(capfdbinary.readouterr().out, parse_constant=pytest.fail)
+    assert found["input"] == {"x": [None, {"y": [None, 1.5]}]} and found["id"] is None
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout"])
+def test_a_closed_stream_is_named(
+    models: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    closed: str,
+) -> None:
+    monkeypatch.setattr(sys, closed, None)
+    assert main(["predict", "--model", models["tag"], "--input", "-"]) == 2
+    name = {"stdin": "standard input", "stdout": "standard output"}[closed]
+    assert f"{name} is closed" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told(
@@ -602,8 +694,18 @@ def test_bad_requests(
     assert (tmp_path / "in.txt").read_text() == "the cat\n"
 
 
+def without_numbers(*given: Any) -> Any:
+    model: Any = load_head(*given)
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    return model
+
+
 def test_a_report_of_labelled_rows(
-    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("sklearn")
     given = texts(30)
@@ -622,6 +724,9 @@ def test_a_report_of_labelled_rows(
     assert kept["mistakes"][0]["where"] == f"{path}:5"
     assert "<html" in (tmp_path / "r" / "report.html").read_text()
 
+    monkeypatch.setattr(predict_module, "load_head", without_numbers)
+    assert "the model's outputs are not finite" in refused(capsys, *argv, status=1)
+    monkeypatch.undo()
     path.write_text("text\tlabel\nthe cat\tgood\na mat\tbest\n")
     assert (
         refused(capsys, *argv) == f"{path}:3: label 'best' is none of training's: bad, fair, good"

@@ -137,8 +137,21 @@ def test_any_entities_come_back_from_every_scheme() -> None:
 def test_words_of_a_text() -> None:
     text = "Ada (35) läuft, 東京"
     words = [text[begin:end] for begin, end in words_of(text)]
-    assert words == ["Ada", "(", "35", ")", "läuft", ",", "東京"]
+    assert words == ["Ada", "(", "35", ")", "läuft", ",", "東", "京"]
     assert words_of("") == words_of(" \n") == []
+
+
+def test_no_word_ends_amid_what_is_read_as_one_character() -> None:
+    wanted = [
+        "Rene\u0301e", "हिन्दी", "ब\u200cब", "สวัสดี", "co\u00adop", "👩\u200d👩\u200d👧", "👍🏽",
+        "🇩🇪", "1\ufe0f\u20e3", "क्\u200dष", "❤\ufe0f",
+    ]  # fmt: skip
+    text = " ".join(wanted)
+    assert [text[begin:end] for begin, end in words_of(text)] == wanted
+    text = "Rene\u0301e,🇩🇪🇫🇷\u200b!"
+    assert [text[begin:end] for begin, end in words_of(text)] == [
+        "Rene\u0301e", ",", "🇩🇪", "🇫🇷\u200b", "!",
+    ]  # fmt: skip
 
 
 def test_entities_become_tags_of_words_cut_where_they_begin_and_end() -> None:

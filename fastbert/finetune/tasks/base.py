@@ -239,10 +239,28 @@ def label_names(examples: Iterable[str], order: Sequence[str] = ()) -> list[str]
     return sorted(names)
 
 
-def cut_to(tokenizer: Any, max_length: int, *texts: Any, **options: Any) -> tuple[Any, int]:
+def cut_to(tokenizer: Any, max_length: int, *texts: Sequence[str]) -> tuple[Any, int]:
     """What a tokenizer makes of texts or pairs, and how many it had to cut."""
-    found = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False, **options)
-    return found, sum(bool(encoding.overflowing) for encoding in found.encodings)
+    given = texts
+    if len(texts) == 1:  # of a pair, which of the two is cut depends on the length of both
+        given = ([_front(text, _MOST_OF_TOKEN * max_length) for text in texts[0]],)
+    found = tokenizer(*given, truncation=True, max_length=max_length, verbose=False)
+    is_cut = [bool(encoding.overflowing) for encoding in found.encodings]
+    if any(a is not b and not cut for a, b, cut in zip(given[0], texts[0], is_cut, strict=True)):
+        found = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False)
+        is_cut = [bool(encoding.overflowing) for encoding in found.encodings]
+    return found, sum(is_cut)
+
+
+def _front(text: str, characters: int) -> str:
+    """A text without what no sequence will hold: 10 MB of it take 3 GB as tokens."""
+    space = _SPACE.search(text, characters)
+    return text[: space.start()] if space else text
+
+
+_MOST_OF_TOKEN = 16
+"""Characters: three times those of a token on average; where that is too few, all are read."""
+_SPACE = re.compile(r"\s")
 
 
 def as_inputs(found: Any, row: int) -> dict[str, list[int]]:
