@@ -80,10 +80,10 @@ def pipeline(
         raise UserError(f"model = {show(os.fspath(model))}: no such folder")
     where = os.fspath(model)
     saved, config = saved_head(where)
-    description = _description(where, config)
+    description = described(where, config)
     name = _task_of(where, task, saved, config, description)
     if name == "embed":
-        description = _of_sentence_transformers(local_folder(where)) | description
+        description = of_sentence_transformers(local_folder(where)) | description
     elif TASKS[name].head != saved:
         kind = f"for {_FOR[saved]}" if saved in _FOR else "without the head of a task"
         raise UserError(f"task = {name!r}: {where} holds a model {kind}")
@@ -123,7 +123,7 @@ _FOR = {
 }
 
 
-def _description(where: str, config: Any) -> dict[str, Any]:
+def described(where: str, config: Any) -> dict[str, Any]:
     """What the folder says of its task, and its labels, by the names that tasks know."""
     told = getattr(config, DESCRIPTION, None) or {}
     if not isinstance(told, dict):
@@ -157,7 +157,7 @@ def _task_of(
     )
 
 
-def _of_sentence_transformers(root: Path) -> dict[str, Any]:
+def of_sentence_transformers(root: Path) -> dict[str, Any]:
     """What its modules do with an encoder's states, as a description of `Embed`; {}: none there."""
     path = root / "modules.json"
     if not path.exists():
