@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert.errors import UserError, did_you_mean
+from fastbert.errors import RunError, UserError, did_you_mean
 from fastbert.finetune.needs import needs
 from fastbert.finetune.predict import described, of_sentence_transformers
 from fastbert.finetune.tasks.answer import Answer
@@ -159,6 +159,7 @@ def explain(
 
     Raises:
         UserError: there is no such model, label or word, or no text.
+        RunError: what the model returns is not finite.
     """
     return Explainer(folder)(
         text,
@@ -329,6 +330,11 @@ class Explainer:
 
         with torch.no_grad():
             output = run(ids, output_attentions=True)
+        seen = [*output.attentions, *(one for one in output.values() if isinstance(one, Tensor))]
+        if not all(one.isfinite().all() for one in seen):
+            raise RunError(
+                f"{self.folder}: the model's outputs are not finite: its weights are broken"
+            )
         attentions = torch.cat(output.attentions).cpu().numpy()
         asked, note = self._ask(output, texts, encoding, words, target, word, mask)
         gradients = None
@@ -471,7 +477,7 @@ class Explainer:
         example = Example("", dict(zip(task.roles, texts, strict=True)))
         logits = torch.cat((output.start_logits, output.end_logits)).float().cpu().numpy()
         [prediction] = task.predictions([example], [feature], [logits])
-        said, token = "that there is no answer", 0
+        said, token = "no answer", 0
         if prediction["answer"]:
             said = f'the answer "{prediction["answer"]}"'
             token = encoding.char_to_token(prediction["start"], sequence_index=1)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastbert.errors import UserError
-from fastbert.finetune.glue_config import TASKS, GlueConfig
+from fastbert.finetune.glue_config import OF_DISTRIBUTIONS, TASKS, GlueConfig
 from fastbert.finetune.glue_task import RECORD
 from fastbert.finetune.metrics import Spread
 from fastbert.finetune.report import bullets, cell, page, table, write_file
@@ -162,8 +162,10 @@ def notes(config: GlueConfig, result: GlueResult) -> list[str]:
     said += [f"Energy was not measured: {why}." for why in sorted(whys)]
     if result.missing:
         said.append(f"Not in the data, and left out: {', '.join(result.missing)}.")
-    if config.rdrop_alpha and "STS-B" in result.tasks:
-        said.append("STS-B was trained without R-Drop, for a score has no distribution.")
+    without = [what for name, what in OF_DISTRIBUTIONS.items() if getattr(config, name)]
+    if without and "STS-B" in result.tasks:
+        ways = " and ".join(without)
+        said.append(f"STS-B was trained without {ways}, for a score has no distribution.")
     return said
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fastbert
 from fastbert.cli import main
-from fastbert.errors import UserError
+from fastbert.errors import RunError, UserError
 from fastbert.finetune import explain_page
 from fastbert.finetune.explain import (
     STEPS,
@@ -377,7 +377,7 @@ def test_no_answer_is_explained_where_it_is_predicted(
     model = transformers.BertForQuestionAnswering.from_pretrained(folder).eval()
     with torch.no_grad():
         starts = model(**ids_of("Bert", folder, "who sat?", TEXT)).start_logits[0]
-    assert (found.token, found.target) == (0, "start logit of that there is no answer")
+    assert (found.token, found.target) == (0, "start logit of no answer")
     assert found.gradients.output == pytest.approx(float(starts[0]), abs=1e-5)
     _, read, _ = page_of(tmp_path / "page.html", found)
     assert "no answer" in read.listed[0] and len(read.listed) == 1
@@ -405,6 +405,17 @@ def test_one_of_several_masks(folders: Callable[[str], Path]) -> None:
     assert second.target.endswith(" for [MASK] 2 of 2")
     assert second.prediction["guesses"][0]["score"] == pytest.approx(theirs["score"], abs=1e-5)
     assert first.gradients.output != second.gradients.output
+
+
+def test_broken_weights_are_named(tmp_path: Path) -> None:
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        save(tmp_path, "BertForSequenceClassification")
+    )
+    with torch.no_grad():
+        model.classifier.bias[1] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RunError, match="outputs are not finite: its weights are broken"):
+        explain(TEXT, tmp_path)
 
 
 def test_a_text_that_is_its_own_baseline_is_explained_without_error(

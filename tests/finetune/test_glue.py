@@ -27,6 +27,7 @@ from fastbert.finetune.glue_data import read_task, task_folders
 from fastbert.finetune.loop import FinetuneResult, Trainer
 from fastbert.finetune.metrics import Evaluation
 from fastbert.finetune.runs import Runs
+from fastbert.settings import sealed_toml
 
 pa = pytest.importorskip("pyarrow")
 
@@ -626,6 +627,16 @@ def test_a_process_that_fails_says_why(
     assert [one[4] for one in started] == sorted(sizes, key=lambda name: -sizes[name])
 
 
+def test_a_score_is_trained_without_what_is_of_distributions(
+    data: Path, bert: Path, tmp_path: Path
+) -> None:
+    argv = ["glue", "--model", str(bert), "--data", str(data), "--out", str(tmp_path / "out")]
+    argv += ["--tasks", "STS-B", "--rdrop-alpha", "1", "--label-smoothing-factor", "0.1"]
+    assert main([*argv, "--max-steps", "1", "--device", "cpu"]) == 0
+    said = (tmp_path / "out" / "glue.md").read_text("utf-8")
+    assert "STS-B was trained without R-Drop and label smoothing, for a score has" in said
+
+
 def test_gpus_take_a_task_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glue_module, "choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
@@ -655,6 +666,23 @@ def test_a_signal_is_handed_to_the_processes(
     with pytest.raises(RunError, match="stopped by SIGTERM; everything is saved"):
         glue_module.glue(config)
     assert [one.returncode for one in started] == [-signal.SIGTERM] * 2
+
+
+def test_a_process_that_is_stopped_says_how_to_go_on(
+    data: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def stopped(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RunError("stopped: go on with fastbert finetune classify")
+
+    config = GlueConfig(model=str(bert), data=str(data), out=str(tmp_path))
+    (tmp_path / "config.toml").write_text(sealed_toml(config))
+    monkeypatch.setattr(glue_task, "run_task", stopped)
+    monkeypatch.setattr(glue_task, "_end_with_stdin", lambda: None)
+    assert glue_task.main([str(tmp_path), "RTE", str(data / "RTE"), "cpu", "1"]) == 1
+    again = f"RTE: stopped by SIGTERM: go on with fastbert glue --resume --out {tmp_path}"
+    assert capsys.readouterr().err == f"fastbert: error: {again}\n"
 
 
 def test_a_process_ends_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
