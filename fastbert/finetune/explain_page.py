@@ -82,7 +82,8 @@ def _packed(one: Explanation) -> tuple[str, int]:
         values = [quantised(matrix, levels) for matrix in matrices]
         if sum(map(_entropy, values)) <= MOST * 6 or levels == LEVELS[-1]:
             break
-    return base64.b64encode(zlib.compress(b"".join(values))).decode(), levels
+    deflated = zlib.compress(b"".join(one.tobytes() for one in values))
+    return base64.b64encode(deflated).decode(), levels
 
 
 def _entropy(values: np.ndarray) -> float:
@@ -256,12 +257,11 @@ def _attention(number: int, one: Explanation) -> str:
     }
     written = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     return (
-        f"<p>Held as its square root in {levels} levels: this errs by at most "
-        f"{100 / (levels - 1):.1f} percentage points.</p>"
         "<noscript><p>The maps of attention are drawn by a script, which this browser does not "
-        "run.</p></noscript>"
-        f'<div class="attention" data-name="Text {number}">'
+        f'run.</p></noscript><div class="attention" data-name="Text {number}">'
         f'<script type="application/json">{written}</script></div>'
+        f"<p>The maps hold the square root of attention in {levels} levels, which errs by at most "
+        f"{100 / (levels - 1):.1f} percentage points.</p>"
     )
 
 
@@ -322,7 +322,7 @@ th, td { padding: 0.2rem 0.8rem; text-align: right; border-bottom: 1px solid var
 th:nth-child(2), td:nth-child(2) { text-align: left; }
 tbody tr:nth-child(even) { background: var(--stripe); }
 footer { color: var(--dim); font-size: 0.9rem; }
-.attention > p { color: var(--dim); margin: 0.3rem 0; }
+.attention > p, .attention + p { color: var(--dim); margin: 0.3rem 0; }
 .views { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1.5rem; }
 @media (max-width: 60rem) { .views { grid-template-columns: minmax(0, 1fr); } }
 .views h4 { margin: 1rem 0 0.3rem; }

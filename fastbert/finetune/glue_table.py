@@ -143,12 +143,14 @@ def notes(config: GlueConfig, result: GlueResult) -> list[str]:
     """What a reader of the table should know."""
     said = [
         "In percent, on the development sets, by the official metrics; a task's score is the mean "
-        "of its two where it has two, and the average is that of the tasks' scores. WNLI and AX "
-        "are not run.",
+        "of its two where it has two, and the average is that of the tasks' scores, MNLI's two "
+        "sets being one task. WNLI and AX are not run.",
         f"{config.seeds} seed{'' if config.seeds == 1 else 's'} from {config.seed} on"
         + ("; ± is the deviation of the sample." if config.seeds > 1 else ": no deviation.")
         + " Each run is evaluated once, after its last step.",
     ]
+    if config.max_steps > 0:
+        said.append(f"Each run took max_steps = {config.max_steps}, whatever its epochs.")
     if config.grid != "none":
         said.append(
             f"Each task's settings are the best of {len(config.settings_tried)} on the examples "

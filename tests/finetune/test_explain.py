@@ -609,7 +609,7 @@ def test_a_long_text_has_fewer_levels(
         seen.append(data["top"] + 1)
         shown = (values.reshape(rows.shape) / data["top"]) ** 2
         np.testing.assert_allclose(shown, rows, atol=1 / data["top"])
-        assert f"in {seen[-1]} levels: this errs by at most {100 / data['top']:.1f} per" in html
+        assert f"in {seen[-1]} levels, which errs by at most {100 / data['top']:.1f} per" in html
     assert seen == sorted(seen, reverse=True)
     assert (seen[0], seen[-1]) == (256, 32) and len(set(seen)) > 2
 

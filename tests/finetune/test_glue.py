@@ -635,6 +635,7 @@ def test_a_score_is_trained_without_what_is_of_distributions(
     assert main([*argv, "--max-steps", "1", "--device", "cpu"]) == 0
     said = (tmp_path / "out" / "glue.md").read_text("utf-8")
     assert "STS-B was trained without R-Drop and label smoothing, for a score has" in said
+    assert "Each run took max_steps = 1, whatever its epochs." in said
 
 
 def test_gpus_take_a_task_each(monkeypatch: pytest.MonkeyPatch) -> None:
