@@ -235,7 +235,7 @@ class GlueConfig(Config):
         }
         made = ClassifyConfig(**shared, train=self.data, eval=self.data)
         score = not TASKS[task].labels
-        of_distributions = dict.fromkeys(OF_DISTRIBUTIONS, 0.0) if score else {}
+        without: dict[str, Any] = dict.fromkeys(OF_DISTRIBUTIONS, 0.0) if score else {}
         return replace(
             made,
             **tried,
@@ -246,7 +246,7 @@ class GlueConfig(Config):
             problem_type="regression" if score else "single_label_classification",
             entity_markers="none",
             metric_for_best_model=next(iter(TASKS[task].metrics)),
-            **of_distributions,
+            **without,
         )
 
 
