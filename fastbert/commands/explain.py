@@ -41,6 +41,9 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--word", metavar="N", help="whose tag (default: the first that has one other than O)"
     )
+    parser.add_argument(
+        "--mask", metavar="N", help="which [MASK], counted from 1 (default: the first)"
+    )
     parser.add_argument("--max-length", metavar="N", help="tokens at most (default: the model's)")
     parser.add_argument(
         "--out", metavar="FILE", default="explain.html", help="the page (default: explain.html)"
@@ -63,8 +66,8 @@ def run(args: Namespace) -> None:
         check_path("--file", args.file, words=())
     if not args.file and not args.texts and sys.stdin.isatty():
         raise UserError('no text: fastbert explain --model DIR "a text"')
-    word = _count("--word", args.word)
-    max_length = _count("--max-length", args.max_length)
+    counts = ("word", "mask", "max_length")
+    numbers = {one: _count(f"--{one.replace('_', '-')}", getattr(args, one)) for one in counts}
     texts = args.texts or _lines(args.file)
     if not texts:
         raise UserError("no text: every line is empty")
@@ -76,8 +79,8 @@ def run(args: Namespace) -> None:
     from fastbert.finetune.explain import Explainer
     from fastbert.finetune.explain_page import write_page
 
-    asked = {"pair": args.pair, "question": args.question, "target": args.target, "word": word}
-    found = _explained(Explainer(args.model), texts, asked | {"max_length": max_length})
+    asked = {"pair": args.pair, "question": args.question, "target": args.target, **numbers}
+    found = _explained(Explainer(args.model), texts, asked)
     title = f"{os.path.basename(os.path.abspath(args.model))}, explained"
     size = write_page(args.out, found, title)
     print(f"{args.out}: {size / 1e3:,.0f} kB")

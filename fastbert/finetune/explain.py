@@ -8,6 +8,7 @@ L layers, A heads, S tokens of a text, W its words, V vocabulary.
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert.errors import UserError, did_you_mean
+from fastbert.errors import RunError, UserError, did_you_mean
 from fastbert.finetune.needs import needs
-from fastbert.hf.load import load_head, load_model, load_tokenizer, saved_head
+from fastbert.finetune.predict import described
+from fastbert.finetune.tasks.answer import Answer
+from fastbert.finetune.tasks.base import Example, Feature
+from fastbert.finetune.tasks.classify import SCORE, Classify
+from fastbert.hf.load import load_head, load_model, load_tokenizer, saved_head, sentence_layout
 
 TOLERANCE = 0.05
 """The error of integrated gradients, as a share of what they explain, that ends the search."""
 STEPS = (32, 64, 128, 256, 512)
-LONGEST_ANSWER = 30
-"""Tokens."""
 _TOKENS_PER_BATCH = 1024  # logits of masked words: 125 MB at V = 30,522
 
 
@@ -59,7 +62,9 @@ class Gradients:
 
     @property
     def error(self) -> float:
-        """`delta` as a share of `output - baseline`."""
+        """`delta` as a share of `output - baseline`; 0 of a text that is its own baseline."""
+        if not self.delta:
+            return 0.0
         explained = abs(self.output - self.baseline)
         return abs(self.delta) / explained if explained else float("inf")
 
@@ -78,8 +83,9 @@ class Explanation:
     """(L, A, S, S) float32: what each token (row) takes from each (column); rows sum to 1."""
     rollout: np.ndarray
     """(S, S) float32: the same through all layers."""
-    token: int
-    """Where the prediction is read; of an encoder alone, and of a class, the first token."""
+    token: int | None
+    """Where the prediction is read; of an encoder alone, and of a class, the first token. None of a
+    vector of a text, which is the mean of all."""
     prediction: dict[str, Any]
     """Empty of an encoder alone."""
     target: str
@@ -92,6 +98,12 @@ class Explanation:
     def attributions(self) -> np.ndarray | None:
         """(W,) float64: integrated gradients, summed over each word's tokens."""
         return None if self.gradients is None else self.per_word(self.gradients.tokens)
+
+    @property
+    def flow(self) -> np.ndarray:
+        """(S,) float32: what of each token reaches the place where the prediction is read."""
+        found: np.ndarray = self.rollout.mean(0) if self.token is None else self.rollout[self.token]
+        return found
 
     @property
     def delta(self) -> float | None:
@@ -128,6 +140,7 @@ def explain(
     question: str | None = None,
     target: str | None = None,
     word: int | None = None,
+    mask: int | None = None,
     max_length: int | None = None,
 ) -> Explanation:
     """Attention, rollout and integrated gradients of one text; of several, keep an `Explainer`.
@@ -139,13 +152,22 @@ def explain(
         question: that a model for answers is asked about `text`.
         target: the label, tag or (for [MASK]) word whose logit is explained; None: the best.
         word: whose tag is explained, counted from 1; None: the first that gets a tag other than O.
-        max_length: tokens at most, special ones included; None: what the model has positions for.
+        mask: which [MASK] is explained, counted from 1; None: the first.
+        max_length: tokens at most, special ones included; None: what a model of classes was trained
+            with, and of others what there are positions for.
 
     Raises:
         UserError: there is no such model, label or word, or no text.
+        RunError: what the model returns is not finite.
     """
     return Explainer(folder)(
-        text, pair=pair, question=question, target=target, word=word, max_length=max_length
+        text,
+        pair=pair,
+        question=question,
+        target=target,
+        word=word,
+        mask=mask,
+        max_length=max_length,
     )
 
 
@@ -221,6 +243,7 @@ class Explainer:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = os.fspath(folder)
         self.head, config = saved_head(folder)
+        self._told = described(self.folder, config)
         self.tokenizer = load_tokenizer(folder)
         if not self.tokenizer.is_fast:
             raise UserError(f"{self.folder}: its tokenizer knows no offsets; tokenizer.json does")
@@ -245,6 +268,10 @@ class Explainer:
         self._longest = min(
             table.num_embeddings - self._first_position, self.tokenizer.model_max_length
         )
+        # As `fastbert predict`, which reads the rest as well where there are tags or answers.
+        told = self._told.get("max_seq_length") if self.head == "SequenceClassification" else None
+        self._usual = min(self._longest, told) if isinstance(told, int) else self._longest
+        self._reads_all = not self.head and self._pooling() == "mean"
 
     def _load(self) -> Any:
         self._without = "the model has no head: attention alone"
@@ -262,6 +289,13 @@ class Explainer:
             return model
         return load_model(self.folder)
 
+    def _pooling(self) -> str:
+        told = self._told
+        if "pooling" not in told:
+            with suppress(UserError):  # layers that we do not know: attention is what it is
+                told = sentence_layout(self.folder)
+        return str(told.get("pooling", ""))
+
     def __call__(
         self,
         text: str,
@@ -270,14 +304,16 @@ class Explainer:
         question: str | None = None,
         target: str | None = None,
         word: int | None = None,
+        mask: int | None = None,
         max_length: int | None = None,
     ) -> Explanation:
         """See `explain`."""
         texts = self._texts(text, pair, question)
         encoding, cut = self._encode(texts, max_length)
         words = _words(texts, encoding)
-        if not words:
-            raise UserError(f"text {texts[-1][:60]!r} holds no word")
+        for part, one in enumerate(texts):
+            if not any(found.part == part for found in words):
+                raise UserError(f"text {one[:60]!r} holds no word")
         given = {
             name: torch.tensor([encoding[name]], device=self.model.device)
             for name in ("input_ids", "token_type_ids", "attention_mask")
@@ -293,8 +329,13 @@ class Explainer:
 
         with torch.no_grad():
             output = run(ids, output_attentions=True)
+        seen = [*output.attentions, *(one for one in output.values() if isinstance(one, Tensor))]
+        if not all(one.isfinite().all() for one in seen):
+            raise RunError(
+                f"{self.folder}: the model's outputs are not finite: its weights are broken"
+            )
         attentions = torch.cat(output.attentions).cpu().numpy()
-        asked, note = self._ask(output, texts, encoding, words, target, word)
+        asked, note = self._ask(output, texts, encoding, words, target, word, mask)
         gradients = None
         if asked is not None:
             kept = torch.isin(ids, self._kept(ids))
@@ -310,7 +351,7 @@ class Explainer:
             cut=cut,
             attentions=attentions,
             rollout=rollout(attentions),
-            token=asked.token if asked else 0,
+            token=asked.token if asked else None if self._reads_all else 0,
             prediction=asked.prediction if asked else {},
             target=asked.target if asked else "",
             gradients=gradients,
@@ -331,7 +372,7 @@ class Explainer:
         return tuple(one for one in (question, text, pair) if one is not None)
 
     def _encode(self, texts: tuple[str, ...], max_length: int | None) -> tuple[Any, int]:
-        longest = min(self._longest, max_length or self._longest)
+        longest = min(self._longest, max_length or self._usual)
         whole = self.tokenizer(*texts, verbose=False)
         cut = max(0, len(whole["input_ids"]) - longest)
         if not cut:
@@ -370,10 +411,13 @@ class Explainer:
         words: tuple[Word, ...],
         target: str | None,
         word: int | None,
+        mask: int | None,
     ) -> tuple[_Asked | None, str]:
         """What is to be explained, or why nothing is."""
         if word is not None and self.head != "TokenClassification":
             raise UserError(f"--word {word}: {self.folder} gives no tag to words")
+        if mask is not None and self.head != "MaskedLM":
+            raise UserError(f"--mask {mask}: {self.folder} fills no {self.tokenizer.mask_token}")
         if target is not None and self.head in ("", "QuestionAnswering"):
             raise UserError(f"--target {target}: {self.folder} has no labels")
         if self.head == "SequenceClassification":
@@ -381,43 +425,33 @@ class Explainer:
         if self.head == "TokenClassification":
             return self._ask_tag(output, words, target, word), ""
         if self.head == "QuestionAnswering":
-            return _ask_answer(output, texts[1], encoding), ""
+            return self._ask_answer(output, texts, encoding), ""
         if self.head == "MaskedLM":
-            mask = self.tokenizer.mask_token_id
-            if mask in encoding["input_ids"]:
-                return self._ask_mask(output, encoding["input_ids"].index(mask), target), ""
-            hole = f"no {self.tokenizer.mask_token}"
-            if target is not None:
-                raise UserError(f"--target {target}: the text holds {hole}")
-            return None, f"{hole} to fill: attention alone"
+            name, ids = self.tokenizer.mask_token, encoding["input_ids"]
+            holes = [at for at, one in enumerate(ids) if one == self.tokenizer.mask_token_id]
+            if holes:
+                return self._ask_mask(output, holes, target, mask), ""
+            for option, value in (("--target", target), ("--mask", mask)):
+                if value is not None:
+                    raise UserError(f"{option} {value}: the text holds no {name}")
+            return None, f"no {name} to fill: attention alone"
         return None, self._without
 
-    def _labels(self) -> list[str]:
-        named = self.model.config.id2label
-        return [str(named[index]) for index in range(len(named))]
-
     def _ask_class(self, output: Any, target: str | None) -> _Asked:
-        logits, labels = output.logits[0].float(), self._labels()
-        several = self.model.config.problem_type == "multi_label_classification"
-        chances = logits.sigmoid() if several else logits.softmax(-1)
-        probabilities = dict(zip(labels, chances.tolist(), strict=True))
-        best = int(logits.argmax())
-        prediction: dict[str, Any]
-        if len(labels) == 1 and not several:
-            prediction, what = {"score": float(logits[0])}, "score"
-        elif several:
-            chosen = [label for label, chance in probabilities.items() if chance > 0.5]
-            prediction, what = {"labels": chosen, "probabilities": probabilities}, "logit"
-        else:
-            prediction, what = {"label": labels[best], "score": float(chances[best])}, "logit"
-            prediction["probabilities"] = probabilities
-        index = best if target is None else _place(target, labels, "labels")
-        return _Asked(prediction, f"{what} of {labels[index]}", 0, lambda out: out.logits[:, index])
+        task = Classify(self.tokenizer, self._usual, self._told)
+        [prediction] = task.predictions([], [], task.raw(output.logits.float(), {}))
+        index = int(output.logits[0].argmax())
+        if target is not None:
+            index = _place(target, task.labels, "labels")
+        what = "score" if task.problem == SCORE else "logit"
+        return _Asked(
+            prediction, f"{what} of {task.labels[index]}", 0, lambda out: out.logits[:, index]
+        )
 
     def _ask_tag(
         self, output: Any, words: tuple[Word, ...], target: str | None, word: int | None
     ) -> _Asked:
-        labels = self._labels()
+        labels = self._told["labels"]
         chances = output.logits[0].float().softmax(-1)[[word.tokens[0] for word in words]]
         tags = [labels[index] for index in chances.argmax(-1).tolist()]
         if word is None:
@@ -435,7 +469,31 @@ class Explainer:
         what = f'logit of {tag} for word {word}, "{words[word - 1].text}"'
         return _Asked(prediction, what, token, lambda out: out.logits[:, token, index])
 
-    def _ask_mask(self, output: Any, token: int, target: str | None) -> _Asked:
+    def _ask_answer(self, output: Any, texts: tuple[str, ...], encoding: Any) -> _Asked:
+        task = Answer(self.tokenizer, self._longest, self._told)
+        parts = zip(encoding.encodings[0].offsets, encoding.sequence_ids(), strict=True)
+        feature = Feature(0, [], None, [span if part == 1 else None for span, part in parts])
+        example = Example("", dict(zip(task.roles, texts, strict=True)))
+        logits = torch.cat((output.start_logits, output.end_logits)).float().cpu().numpy()
+        [prediction] = task.predictions([example], [feature], [logits])
+        said, token = "no answer", 0
+        if prediction["answer"]:
+            said = f'the answer "{prediction["answer"]}"'
+            token = encoding.char_to_token(prediction["start"], sequence_index=1)
+        return _Asked(
+            prediction, f"start logit of {said}", token, lambda out: out.start_logits[:, token]
+        )
+
+    def _ask_mask(
+        self, output: Any, holes: list[int], target: str | None, mask: int | None
+    ) -> _Asked:
+        name = self.tokenizer.mask_token
+        if not 1 <= (mask or 1) <= len(holes):
+            raise UserError(
+                f"--mask {mask}: must be from 1 to {len(holes)}, the {name} of the text"
+            )
+        token = holes[(mask or 1) - 1]
+        which = f"{name} {mask or 1} of {len(holes)}" if len(holes) > 1 else name
         chances = output.logits[0, token].float().softmax(-1)
         best = chances.topk(min(5, len(chances)))
         guesses = [
@@ -451,7 +509,7 @@ class Explainer:
         word = self.tokenizer.decode([index]).strip()
         return _Asked(
             {"guesses": guesses},
-            f"logit of {word} for {self.tokenizer.mask_token}",
+            f"logit of {word} for {which}",
             token,
             lambda out: out.logits[:, token, index],
         )
@@ -495,23 +553,3 @@ def _words(texts: tuple[str, ...], encoding: Any) -> tuple[Word, ...]:
         else:
             blank = first if blank is None else blank
     return tuple(words)
-
-
-def _ask_answer(output: Any, text: str, encoding: Any) -> _Asked:
-    begins = output.start_logits[0].float().softmax(-1).double()
-    ends = output.end_logits[0].float().softmax(-1).double()
-    inside = torch.tensor([part == 1 for part in encoding.sequence_ids()], device=begins.device)
-    spans = torch.outer(begins * inside, ends * inside)
-    spans = spans.triu().tril(LONGEST_ANSWER - 1)
-    first, last = divmod(int(spans.argmax()), len(spans))
-    start, end = encoding.token_to_chars(first)[0], encoding.token_to_chars(last)[1]
-    start += len(text[start:end]) - len(text[start:end].lstrip())
-    prediction = {
-        "answer": text[start:end],
-        "start": start,
-        "end": end,
-        "score": float(spans[first, last]),
-        "no_answer": float(begins[0] * ends[0]),
-    }
-    what = f'start logit of the answer "{prediction["answer"]}"'
-    return _Asked(prediction, what, first, lambda out: out.start_logits[:, first])

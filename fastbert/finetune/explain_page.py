@@ -1,12 +1,13 @@
 """Explanations as one page that needs nothing beside itself.
 
 The attention of a text is in it as base64 of deflated bytes, one a value: the square root in 256
-levels, which errs by at most 0.4 percentage points, and by least where attention is least. A script
-draws it; integrated gradients and rollout are there without one.
+levels, which errs by at most 0.4 percentage points, and by least where attention is least; fewer
+levels of a long text. A script draws it; integrated gradients and rollout are there without one.
 """
 
 import base64
 import json
+import logging
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,13 @@ import numpy as np
 from fastbert.errors import RunError
 from fastbert.finetune.explain import TOLERANCE, Explanation, Word
 
+logger = logging.getLogger("fastbert")
+
+MOST = 10_000_000
+"""Bytes of a text's attention, as far as `LEVELS` can do it."""
+LEVELS = (256, 128, 64, 32)
+MOST_OF_ALL = 100_000_000
+"""Bytes of a page, after which texts come without their maps: browsers end at five times that."""
 _FEW = 24  # words, whose table is open from the start
 _STRONGEST = 0.6  # opacity of the strongest colour behind text: ink stays readable
 
@@ -37,8 +45,19 @@ def write_page(
     Raises:
         RunError: it cannot be written.
     """
-    html = _page([_section(number, one) for number, one in enumerate(explanations, 1)], title)
-    content, path = html.encode(), Path(path)
+    sections: list[str] = []
+    size = without = 0
+    for number, one in enumerate(explanations, 1):
+        without += size >= MOST_OF_ALL
+        sections.append(_section(number, one, size < MOST_OF_ALL))
+        size += len(sections[-1])
+    path = Path(path)
+    if without:
+        logger.warning(
+            "%s: is full: the maps of attention of the last %d texts were left out", path, without
+        )
+    # Names of labels, or of a folder, may be none of Unicode.
+    content = _page(sections, title).encode("utf-8", "replace")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(content)
@@ -51,9 +70,27 @@ def write_page(
     return len(content)
 
 
-def quantised(attention: np.ndarray) -> np.ndarray:
-    """Shares from 0 to 1 as bytes: the square root in 256 levels."""
-    return np.rint(255 * np.sqrt(attention.clip(0, 1))).astype(np.uint8)
+def quantised(shares: np.ndarray, levels: int = LEVELS[0]) -> np.ndarray:
+    """Shares from 0 to 1 as bytes: the square root, rounded to so many levels."""
+    return np.rint((levels - 1) * np.sqrt(shares.clip(0, 1))).astype(np.uint8)
+
+
+def _packed(one: Explanation) -> tuple[str, int]:
+    """All matrices, the rollout last, and the most of `LEVELS` that `MOST` has room for."""
+    matrices = (*one.attentions.reshape(-1, *one.rollout.shape), one.rollout)
+    for levels in LEVELS:
+        values = [quantised(matrix, levels) for matrix in matrices]
+        if sum(map(_entropy, values)) <= MOST * 6 or levels == LEVELS[-1]:
+            break
+    deflated = zlib.compress(b"".join(one.tobytes() for one in values))
+    return base64.b64encode(deflated).decode(), levels
+
+
+def _entropy(values: np.ndarray) -> float:
+    """Bits, which deflating them comes near; base64 makes 8 of 6."""
+    counts = np.bincount(values.ravel())
+    counts = counts[counts > 0]
+    return float(counts @ np.log2(values.size / counts))
 
 
 def _page(sections: Sequence[str], title: str) -> str:
@@ -74,7 +111,7 @@ def _page(sections: Sequence[str], title: str) -> str:
     )
 
 
-def _section(number: int, one: Explanation) -> str:
+def _section(number: int, one: Explanation, with_maps: bool) -> str:
     parts = [f'<section id="text-{number}" aria-label="Text {number}"><h2>Text {number}</h2>']
     if one.prediction:
         parts.append(_prediction(one.prediction))
@@ -84,7 +121,9 @@ def _section(number: int, one: Explanation) -> str:
             f'<p class="care">{one.cut:,} {tokens} at the end did not fit into the '
             f"{len(one.tokens)} that were read, and are not explained.</p>"
         )
-    parts += [_gradients(one), _rollout(one), _table(one), _attention(number, one), "</section>"]
+    parts += [_gradients(one), _rollout(one), _table(one), "<h3>Attention</h3>"]
+    full = '<p class="care">Left out: the page is full. Explain this text by itself.</p>'
+    parts += [_attention(number, one) if with_maps else full, "</section>"]
     return "".join(parts)
 
 
@@ -96,8 +135,9 @@ def _prediction(prediction: dict[str, Any]) -> str:
     elif "tag" in prediction:
         chances = [(f"{prediction['word']}: {prediction['tag']}", prediction["score"])]
     elif "answer" in prediction:
-        chances = [(prediction["answer"], prediction["score"])]
-        chances.append(("no answer", prediction["no_answer"]))
+        chances = [(prediction["answer"] or "no answer", prediction["score"])]
+        if prediction["answer"] and prediction["no_answer"]:
+            chances.append(("no answer", prediction["no_answer"]))
     elif "probabilities" in prediction:
         ranked = sorted(prediction["probabilities"].items(), key=lambda pair: -pair[1])
         chances = ranked[:5]
@@ -136,8 +176,8 @@ def _gradients(one: Explanation) -> str:
 
 
 def _rollout(one: Explanation) -> str:
-    values = one.per_word(one.rollout[one.token])
-    reader = _named(one, one.token)
+    values = one.per_word(one.flow)
+    reader = "the mean of all tokens" if one.token is None else _named(one, one.token)
     shares = values / (float(values.max()) or 1)
     return (
         "<h3>Attention rollout</h3>"
@@ -177,7 +217,7 @@ def _coloured(
 
 def _table(one: Explanation) -> str:
     gradients = one.attributions
-    flows = one.per_word(one.rollout[one.token])
+    flows = one.per_word(one.flow)
     tags = one.prediction.get("tags")
     head = ["#", "Word", *(["Tag"] if tags else [])]
     head += ["Gradients"] if gradients is not None else []
@@ -205,22 +245,23 @@ def _characters(one: Explanation, word: Word) -> str:
 
 
 def _attention(number: int, one: Explanation) -> str:
-    layers, heads, size, _ = one.attentions.shape
-    values = quantised(np.concatenate([one.attentions.reshape(-1, size, size), one.rollout[None]]))
+    values, levels = _packed(one)
     data = {
-        "layers": layers,
-        "heads": heads,
+        "layers": one.attentions.shape[0],
+        "heads": one.attentions.shape[1],
         "tokens": one.tokens,
         "words": _units(one),
         "token": one.token,
-        "values": base64.b64encode(zlib.compress(values.tobytes())).decode(),
+        "top": levels - 1,
+        "values": values,
     }
     written = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     return (
-        "<h3>Attention</h3><noscript><p>The maps of attention are drawn by a script, which this "
-        "browser does not run.</p></noscript>"
-        f'<div class="attention" data-name="Text {number}">'
+        "<noscript><p>The maps of attention are drawn by a script, which this browser does not "
+        f'run.</p></noscript><div class="attention" data-name="Text {number}">'
         f'<script type="application/json">{written}</script></div>'
+        f"<p>The maps hold the square root of attention in {levels} levels, which errs by at most "
+        f"{100 / (levels - 1):.1f} percentage points.</p>"
     )
 
 
@@ -243,9 +284,8 @@ among the words: that for the text, and that for the same number of [PAD] with [
 [MASK] left in their places. Another baseline would share it otherwise.</p>
 <p>Attention tells where a model takes from, not why it decides. Rollout (Abnar and Zuidema 2020)
 multiplies it through the layers, its mean over the heads and the identity in equal parts.</p>
-<p>The maps hold the square root of attention in 256 levels, which errs by at most 0.4 percentage
-points; their colours follow the cube root: little is seen too. A word takes from another the sum
-over its tokens, the mean over those of its own.</p>"""
+<p>The colours of the maps follow the cube root of attention: little is seen too. A word takes from
+another the sum over its tokens, the mean over those of its own.</p>"""
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #20242b; --dim: #5b6472; --line: #d0d5dd;
@@ -282,7 +322,7 @@ th, td { padding: 0.2rem 0.8rem; text-align: right; border-bottom: 1px solid var
 th:nth-child(2), td:nth-child(2) { text-align: left; }
 tbody tr:nth-child(even) { background: var(--stripe); }
 footer { color: var(--dim); font-size: 0.9rem; }
-.attention > p { color: var(--dim); margin: 0.3rem 0; }
+.attention > p, .attention + p { color: var(--dim); margin: 0.3rem 0; }
 .views { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1.5rem; }
 @media (max-width: 60rem) { .views { grid-template-columns: minmax(0, 1fr); } }
 .views h4 { margin: 1rem 0 0.3rem; }
@@ -370,7 +410,7 @@ async function draw(box) {
     const out = new Float32Array(S * S), heads = head < 0 ? A : 1;
     for (let one = 0; one < heads; one++) {
       const from = (layer * A + Math.max(head, 0) + one) * S * S;
-      for (let at = 0; at < S * S; at++) out[at] += (bytes[from + at] / 255) ** 2 / heads;
+      for (let at = 0; at < S * S; at++) out[at] += (bytes[from + at] / data.top) ** 2 / heads;
     }
     return out;
   }
@@ -410,7 +450,8 @@ async function draw(box) {
   svg.setAttribute('aria-hidden', 'true');
   svg.style.height = `${1.7 * W}rem`;
   const tos = make('div', pairs), told = make('output', right);
-  let now, chosen = words.findIndex(word => word[1] <= data.token && data.token < word[2]);
+  let now, chosen = data.token === null ? -1 :
+    words.findIndex(word => word[1] <= data.token && data.token < word[2]);
   const plain = document.createElement('canvas');
   let cell = [0, 0], shape;
   const buttons = words.map(([text], at) => {
@@ -531,7 +572,7 @@ async function draw(box) {
     }
   }
   repaint();
-  cell = [data.token, data.token];
+  cell = [data.token || 0, data.token || 0];
   choose(choices[(L - 1) * (A + 1)]);
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => {
     repaint();

@@ -18,8 +18,8 @@ import torch
 
 from fastbert.data.parallel import available_cores
 from fastbert.errors import RunError, UserError
-from fastbert.finetune.glue_config import FREE, GlueConfig
-from fastbert.finetune.glue_data import read_task, task_folders
+from fastbert.finetune.glue_config import FREE, TASKS, GlueConfig
+from fastbert.finetune.glue_data import other_folders, read_task, task_folders
 from fastbert.finetune.glue_table import GlueResult, collect, write_tables
 from fastbert.finetune.glue_task import reason, run_task, sequence_length
 from fastbert.finetune.needs import needs
@@ -57,6 +57,8 @@ def glue(config: GlueConfig) -> GlueResult:
         missing = [name for name in config.names if name not in sources]
         if missing:
             say(f"data: {config.data} has no {', '.join(missing)}: left out")
+        if others := other_folders(config.data):
+            say(f"data: {', '.join(others)}: none of the {len(TASKS)} tasks, ignored")
         sizes, digests = _check_data(sources, out)
         write_whole(out / "config.toml", sealed_toml(replace(config, resume=False)))
         for name, digest in digests.items():

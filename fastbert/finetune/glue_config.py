@@ -235,6 +235,7 @@ class GlueConfig(Config):
         }
         made = ClassifyConfig(**shared, train=self.data, eval=self.data)
         score = not TASKS[task].labels
+        without: dict[str, Any] = dict.fromkeys(OF_DISTRIBUTIONS, 0.0) if score else {}
         return replace(
             made,
             **tried,
@@ -245,11 +246,13 @@ class GlueConfig(Config):
             problem_type="regression" if score else "single_label_classification",
             entity_markers="none",
             metric_for_best_model=next(iter(TASKS[task].metrics)),
-            rdrop_alpha=0.0 if score else self.rdrop_alpha,
+            **without,
         )
 
 
 _AT_THE_END = 2**31 - 1
+OF_DISTRIBUTIONS = {"rdrop_alpha": "R-Drop", "label_smoothing_factor": "label smoothing"}
+"""What a score, which has none, is trained without."""
 
 FREE = frozenset(
     {

@@ -23,7 +23,9 @@ from fastbert.settings import read_json, show
 
 _FOLDER_OF_TABLE = "dataset_info.json"
 _MOST_SCORE = 5.0  # of STS-B
-_MALFORMED = ("QQP",)  # whose files in circulation have lines that break off
+_MALFORMED = ("QQP", "MNLI")  # whose files in circulation have lines that break off
+_PARAPHRASES = "msr_paraphrase_train.txt"  # MRPC as Microsoft gives it; GLUE adds the next
+_HELD_OUT = "dev_ids.tsv"
 
 
 @dataclass
@@ -87,6 +89,13 @@ def task_folders(data: str, names: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def other_folders(data: str) -> list[str]:
+    """Names of folders that are none of the tasks', such as WNLI."""
+    known = {folder for task in TASKS.values() for folder in task.folders}
+    names = sorted(one.name for one in Path(data).iterdir() if one.is_dir())
+    return [name for name in names if plain(name) not in known and not name.startswith(".")]
+
+
 def read_task(name: str, folder: Path) -> GlueData:
     """All examples of a task; what is left out is counted and noted.
 
@@ -121,6 +130,10 @@ def _rows(task: GlueTask, folder: Path, split: str) -> _Rows:
     if tsv.is_file():
         skipped = Skipped()
         return _Rows(str(tsv), task.tsv, _tsv(task, tsv, skipped), skipped)
+    if task.name == "MRPC" and (folder / _PARAPHRASES).is_file():
+        skipped = Skipped()
+        rows = _paraphrases(task, folder, split == "dev", skipped)
+        return _Rows(str(folder / _PARAPHRASES), task.tsv, rows, skipped)
     hub = split.replace("dev", "validation")
     saved = folder / hub
     if (saved / _FOLDER_OF_TABLE).is_file():
@@ -181,8 +194,37 @@ def _label(task: GlueTask, said: Any, where: str) -> str:
 
 
 def _tsv(task: GlueTask, path: Path, skipped: Skipped) -> Iterator[Row]:
-    """Rows by column, quotes as characters; CoLA has no header: its columns are "1" to "4"."""
+    """Rows by column; CoLA has no header: its columns are "1" to "4"."""
     columns: list[str] = ["1", "2", "3", "4"] if task.name == "CoLA" else []
+    for where, fields in _lines(path):
+        if not columns:
+            columns = _header(task, fields, where)
+        elif len(fields) == len(columns):
+            yield Row(dict(zip(columns, fields, strict=True)), where)
+        elif task.name in _MALFORMED:
+            skipped.skip("malformed", where)
+        else:
+            raise UserError(
+                f"{where}: {len(fields)} fields, but {task.name} has {len(columns)} there"
+            )
+
+
+def _paraphrases(task: GlueTask, folder: Path, held_out: bool, skipped: Skipped) -> Iterator[Row]:
+    """Of all pairs, those whose ids GLUE lists for evaluation, or the others."""
+    path = folder / _HELD_OUT
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: {_PARAPHRASES} without {_HELD_OUT}, which lists the pairs of GLUE's "
+            "development set: put it there, or give train.tsv and dev.tsv"
+        )
+    listed = {tuple(fields) for _, fields in _lines(path)}
+    for row in _tsv(task, folder / _PARAPHRASES, skipped):
+        if ((row.values.get("#1 ID"), row.values.get("#2 ID")) in listed) == held_out:
+            yield row
+
+
+def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Where a line is, and its fields; quotes are characters."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -191,17 +233,7 @@ def _tsv(task: GlueTask, path: Path, skipped: Skipped) -> Iterator[Row]:
                     cells = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     raise UserError(f"{where}: not UTF-8, at byte {error.start + 1}") from None
-                fields = cells.rstrip("\r\n").split("\t")
-                if not columns:
-                    columns = _header(task, fields, where)
-                elif len(fields) == len(columns):
-                    yield Row(dict(zip(columns, fields, strict=True)), where)
-                elif task.name in _MALFORMED:
-                    skipped.skip("malformed", where)
-                else:
-                    raise UserError(
-                        f"{where}: {len(fields)} fields, but {task.name} has {len(columns)} there"
-                    )
+                yield where, cells.rstrip("\r\n").split("\t")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -284,10 +316,18 @@ def _table_rows(task: GlueTask, table: Any, names: tuple[str, ...], path: Path) 
             has = ", ".join(table.column_names)
             raise UserError(f"{path}: {task.name} has a column {column!r}, but there are {has}")
     label = task.hub[2]
-    rows = zip(*(table.column(column).to_pylist() for column in columns), strict=True)
+    rows = zip(*(_cells(table.column(column)) for column in columns), strict=True)
     for number, cells in enumerate(rows, 1):
         values = dict(zip(columns, cells, strict=True))
         said = values[label]
         if task.labels and type(said) is int and 0 <= said < len(names):
             values[label] = names[said]
         yield Row(values, f"{path} row {number}")
+
+
+def _cells(column: Any) -> list[Any]:
+    values: list[Any] = column.to_pylist()
+    if str(column.type) != "float":
+        return values
+    # Of 32 bits: 3.8 as it was, not what is nearest to it there.
+    return [one if one is None else float(f"{one:.7g}") for one in values]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastbert.errors import UserError
-from fastbert.finetune.glue_config import TASKS, GlueConfig
+from fastbert.finetune.glue_config import OF_DISTRIBUTIONS, TASKS, GlueConfig
 from fastbert.finetune.glue_task import RECORD
 from fastbert.finetune.metrics import Spread
 from fastbert.finetune.report import bullets, cell, page, table, write_file
@@ -143,12 +143,14 @@ def notes(config: GlueConfig, result: GlueResult) -> list[str]:
     """What a reader of the table should know."""
     said = [
         "In percent, on the development sets, by the official metrics; a task's score is the mean "
-        "of its two where it has two, and the average is that of the tasks' scores. WNLI and AX "
-        "are not run.",
+        "of its two where it has two, and the average is that of the tasks' scores, MNLI's two "
+        "sets being one task. WNLI and AX are not run.",
         f"{config.seeds} seed{'' if config.seeds == 1 else 's'} from {config.seed} on"
         + ("; ± is the deviation of the sample." if config.seeds > 1 else ": no deviation.")
         + " Each run is evaluated once, after its last step.",
     ]
+    if config.max_steps > 0:
+        said.append(f"Each run took max_steps = {config.max_steps}, whatever its epochs.")
     if config.grid != "none":
         said.append(
             f"Each task's settings are the best of {len(config.settings_tried)} on the examples "
@@ -162,8 +164,10 @@ def notes(config: GlueConfig, result: GlueResult) -> list[str]:
     said += [f"Energy was not measured: {why}." for why in sorted(whys)]
     if result.missing:
         said.append(f"Not in the data, and left out: {', '.join(result.missing)}.")
-    if config.rdrop_alpha and "STS-B" in result.tasks:
-        said.append("STS-B was trained without R-Drop, for a score has no distribution.")
+    without = [what for name, what in OF_DISTRIBUTIONS.items() if getattr(config, name)]
+    if without and "STS-B" in result.tasks:
+        ways = " and ".join(without)
+        said.append(f"STS-B was trained without {ways}, for a score has no distribution.")
     return said
 
 

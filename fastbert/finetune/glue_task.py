@@ -6,6 +6,7 @@ own, which `fastbert glue` starts where several run at once. It ends when its st
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -191,7 +192,13 @@ def main(argv: list[str]) -> int:
             config = replace(
                 load_config(GlueConfig, Path(out) / "config.toml", {}, sealed=True), out=out
             )
-            run_task(config, name, Path(source), choose_device(device), stop)
+            try:
+                run_task(config, name, Path(source), choose_device(device), stop)
+            except RunError as error:
+                if not stop():
+                    raise
+                again = f"go on with fastbert glue --resume --out {shlex.quote(out)}"
+                raise RunError(f"{name}: stopped by {stop()}: {again}") from error
     except FastbertError as error:
         print(f"fastbert: error: {error}", file=sys.stderr)
         return error.exit_code

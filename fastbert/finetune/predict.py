@@ -88,7 +88,7 @@ def pipeline(
         raise UserError(f"model = {show(os.fspath(model))}: no such folder")
     where = os.fspath(model)
     saved, config = saved_head(where)
-    description = _description(where, config)
+    description = described(where, config)
     name = _task_of(where, task, saved, config, description)
     if name == "embed":
         description = sentence_layout(where) | description
@@ -136,7 +136,7 @@ _FOR = {
 }
 
 
-def _description(where: str, config: Any) -> dict[str, Any]:
+def described(where: str, config: Any) -> dict[str, Any]:
     """What the folder says of its task, and its labels, by the names that tasks know."""
     told = getattr(config, DESCRIPTION, None) or {}
     if not isinstance(told, dict):

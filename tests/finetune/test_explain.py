@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,21 +20,20 @@ from torch import Tensor, nn
 
 import fastbert
 from fastbert.cli import main
-from fastbert.errors import UserError
+from fastbert.errors import RunError, UserError
+from fastbert.finetune import explain_page
 from fastbert.finetune.explain import (
-    LONGEST_ANSWER,
     STEPS,
     TOLERANCE,
     Explainer,
     Explanation,
     Gradients,
     Word,
-    _ask_answer,
     explain,
     integrated_gradients,
     rollout,
 )
-from fastbert.finetune.explain_page import quantised, write_page
+from fastbert.finetune.explain_page import LEVELS, quantised, write_page
 
 WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"<>/.?\"'&()"),
@@ -341,16 +339,48 @@ def test_an_answer(folders: Callable[[str], Path]) -> None:
     assert word.tokens[0] <= found.token < word.tokens[1]
 
 
-def test_an_answer_ends_after_it_begins_and_is_short(folders: Callable[[str], Path]) -> None:
-    asked, text = Explainer(folders("BertForQuestionAnswering")), "the cat " * 25
-    encoding = asked.tokenizer("who", text)
-    begins, ends = torch.zeros(1, 54), torch.zeros(1, 54)
-    begins[0, 20] = ends[0, 10] = 9.0  # the likeliest, were they apart
-    begins[0, 1] = ends[0, 1] = 20.0  # of the question
-    ends[0, 20 + LONGEST_ANSWER - 1], ends[0, 20 + LONGEST_ANSWER] = 3.0, 5.0
-    found = _ask_answer(SimpleNamespace(start_logits=begins, end_logits=ends), text, encoding)
-    assert found.token == 20
-    assert len(found.prediction["answer"].split()) == LONGEST_ANSWER
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("BertForSequenceClassification", {}),
+        ("BertForSequenceClassification", {"problem_type": "regression", "num_labels": 1}),
+        (
+            "BertForSequenceClassification",
+            {"problem_type": "multi_label_classification", "fastbert": {"threshold": 0.05}},
+        ),
+        ("RobertaForQuestionAnswering", {}),
+        ("BertForQuestionAnswering", {"fastbert": {"max_answer_length": 1, "unanswerable": True}}),
+    ],
+)
+def test_predictions_are_those_of_predict(
+    tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
+    folder = save(tmp_path, name, **changes)
+    asks = "who sat?" if name.endswith("QuestionAnswering") else None
+    pipe = fastbert.pipeline(None, folder, device="cpu")
+    said = pipe(question=asks, context=TEXT) if asks else pipe(TEXT)
+    found = explain(TEXT, folder, question=asks).prediction
+    assert found.keys() == said.keys()
+    for key, value in said.items():
+        assert found[key] == (
+            value if isinstance(value, str | list) else pytest.approx(value, abs=1e-5)
+        )
+    assert found.get("labels", [1]) and found.get("no_answer") != 1
+
+
+def test_no_answer_is_explained_where_it_is_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path / "model", "BertForQuestionAnswering", fastbert={"unanswerable": True})
+    monkeypatch.setattr("fastbert.finetune.tasks.answer._NO_ANSWER", -1.0)
+    found = explain(TEXT, folder, question="who sat?")
+    model = transformers.BertForQuestionAnswering.from_pretrained(folder).eval()
+    with torch.no_grad():
+        starts = model(**ids_of("Bert", folder, "who sat?", TEXT)).start_logits[0]
+    assert (found.token, found.target) == (0, "start logit of no answer")
+    assert found.gradients.output == pytest.approx(float(starts[0]), abs=1e-5)
+    _, read, _ = page_of(tmp_path / "page.html", found)
+    assert "no answer" in read.listed[0] and len(read.listed) == 1
 
 
 def test_a_masked_word(folders: Callable[[str], Path]) -> None:
@@ -365,6 +395,59 @@ def test_a_masked_word(folders: Callable[[str], Path]) -> None:
     assert (without.gradients, without.note) == (None, "no [MASK] to fill: attention alone")
 
 
+def test_one_of_several_masks(folders: Callable[[str], Path]) -> None:
+    folder, text = folders("BertForMaskedLM"), "[MASK] cats sat on [MASK]."
+    (_, (theirs, *_)) = transformers.pipeline("fill-mask", str(folder), device="cpu")(text)
+    explainer = Explainer(folder)
+    first, second = explainer(text), explainer(text, mask=2)
+    assert (first.token, second.token) == (1, 6)
+    assert first.target.endswith(" for [MASK] 1 of 2")
+    assert second.target.endswith(" for [MASK] 2 of 2")
+    assert second.prediction["guesses"][0]["score"] == pytest.approx(theirs["score"], abs=1e-5)
+    assert first.gradients.output != second.gradients.output
+
+
+def test_broken_weights_are_named(tmp_path: Path) -> None:
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        save(tmp_path, "BertForSequenceClassification")
+    )
+    with torch.no_grad():
+        model.classifier.bias[1] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RunError, match="outputs are not finite: its weights are broken"):
+        explain(TEXT, tmp_path)
+
+
+def test_a_text_that_is_its_own_baseline_is_explained_without_error(
+    folders: Callable[[str], Path],
+) -> None:
+    found = explain("[MASK]", folders("BertForMaskedLM"))
+    assert (found.gradients.error, found.gradients.steps) == (0.0, STEPS[0])
+    assert found.attributions.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(("pooling", "token"), [("mean", None), ("cls", 0)])
+def test_a_vector_is_read_where_it_is_pooled(
+    tmp_path: Path, pooling: str, token: int | None
+) -> None:
+    folder = save(tmp_path / "own", "BertModel", fastbert={"task": "embed", "pooling": pooling})
+    found = explain(TEXT, folder)
+    assert found.token is token
+    wanted = found.rollout.mean(0) if token is None else found.rollout[0]
+    np.testing.assert_array_equal(found.flow, wanted)
+    html, _, (data,) = page_of(tmp_path / "page.html", found)
+    assert data["token"] is token
+    assert ("the mean of all tokens" in html) == (token is None)
+    theirs = save(tmp_path / "theirs", "BertModel")
+    modules = [{"type": f"models.{kind}", "path": path} for kind, path in
+               (("Transformer", ""), ("Pooling", "1_Pooling"))]  # fmt: skip
+    (theirs / "modules.json").write_text(json.dumps(modules))
+    (theirs / "1_Pooling").mkdir()
+    mode = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}[pooling]
+    (theirs / "1_Pooling" / "config.json").write_text(json.dumps({mode: True}))
+    assert explain(TEXT, theirs).token is token
+
+
 def test_pre_training_has_masked_words_too(tmp_path: Path) -> None:
     found = explain("the [MASK] sat", save(tmp_path, "BertForPreTraining"))
     assert found.gradients is not None and len(found.prediction["guesses"]) == 5
@@ -374,6 +457,15 @@ def test_a_choice_shows_attention_alone(tmp_path: Path) -> None:
     found = explain(TEXT, save(tmp_path, "BertForMultipleChoice"))
     assert found.gradients is None
     assert found.note.startswith("of multiple choice only the attention is shown")
+
+
+def test_a_class_is_read_from_what_it_was_trained_with(tmp_path: Path) -> None:
+    explainer = Explainer(
+        save(tmp_path, "BertForSequenceClassification", fastbert={"max_seq_length": 16})
+    )
+    found = explainer("the cat " * 20)
+    assert (len(found.tokens), found.cut) == (16, 26)
+    assert len(explainer("the cat " * 20, max_length=30).tokens) == 30
 
 
 def test_what_does_not_fit_is_cut_and_counted(folders: Callable[[str], Path]) -> None:
@@ -402,6 +494,7 @@ class _Read(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags, self.scripts, self.marked = list[str](), list[str](), list[str]()
+        self.listed = list[str]()
         self._open = list[tuple[str, str]]()
         self.feed(html)
 
@@ -414,6 +507,8 @@ class _Read(HTMLParser):
             self.marked.append("")
         if tag == "script":
             self.scripts.append("")
+        if tag == "li":
+            self.listed.append("")
 
     def handle_endtag(self, tag: str) -> None:
         while self._open and self._open.pop()[0] != tag:
@@ -424,6 +519,8 @@ class _Read(HTMLParser):
             self.scripts[-1] += data
         elif ("p", "marked") in self._open:
             self.marked[-1] += data
+        elif ("ul", "said") in self._open:
+            self.listed[-1] += data
 
 
 def page_of(path: Path, *found: Explanation) -> tuple[str, _Read, list[Any]]:
@@ -457,6 +554,8 @@ def test_a_label_is_escaped(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "BertForSequenceClassification", **named)
     html, read, _ = page_of(tmp_path / "page.html", explain(TEXT, folder, target=label))
     assert "img" not in read.tags
+    found = replace(explain(TEXT, folder), target="half of a pair: \ud800")
+    assert "half of a pair: ?" in page_of(tmp_path / "page.html", found)[0]
     assert "&lt;img src=x" in html
 
 
@@ -481,7 +580,7 @@ def test_the_maps_are_the_attention(folders: Callable[[str], Path], tmp_path: Pa
     _, _, (data,) = page_of(tmp_path / "page.html", found)
     size = len(found.tokens)
     values = np.frombuffer(zlib.decompress(base64.b64decode(data["values"])), np.uint8)
-    shown = (values.reshape(5, size, size) / 255.0) ** 2
+    shown = (values.reshape(5, size, size) / data["top"]) ** 2
     np.testing.assert_allclose(shown[:4], found.attentions.reshape(4, size, size), atol=0.004)
     np.testing.assert_allclose(shown[4], found.rollout, atol=0.004)
     assert (data["layers"], data["heads"]) == (2, 2)
@@ -489,11 +588,42 @@ def test_the_maps_are_the_attention(folders: Callable[[str], Path], tmp_path: Pa
     assert [place for _, *ends in data["words"] for place in range(*ends)] == list(range(size))
 
 
-def test_quantised_errs_by_little_everywhere() -> None:
+@pytest.mark.parametrize("levels", LEVELS)
+def test_quantised_errs_by_little_everywhere(levels: int) -> None:
     share = np.linspace(0, 1, 100_001)
-    error = np.abs((quantised(share) / 255.0) ** 2 - share)
-    assert error.max() <= 0.004
-    assert error[share < 0.001].max() < 0.00013
+    error = np.abs((quantised(share, levels) / (levels - 1)) ** 2 - share)
+    assert error.max() <= 1 / (levels - 1)
+    assert error[share < 0.001].max() < 0.032 / (levels - 1)
+
+
+def test_a_long_text_has_fewer_levels(
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = explain(TEXT, folders("BertForSequenceClassification"))
+    rows = np.concatenate([found.attentions.reshape(-1, *found.rollout.shape), [found.rollout]])
+    seen = []
+    for most in (1000, 800, 600, 500, 100):
+        monkeypatch.setattr(explain_page, "MOST", most)
+        html, _, (data,) = page_of(tmp_path / "page.html", found)
+        values = np.frombuffer(zlib.decompress(base64.b64decode(data["values"])), np.uint8)
+        seen.append(data["top"] + 1)
+        shown = (values.reshape(rows.shape) / data["top"]) ** 2
+        np.testing.assert_allclose(shown, rows, atol=1 / data["top"])
+        assert f"in {seen[-1]} levels, which errs by at most {100 / data['top']:.1f} per" in html
+    assert seen == sorted(seen, reverse=True)
+    assert (seen[0], seen[-1]) == (256, 32) and len(set(seen)) > 2
+
+
+def test_a_full_page_says_what_it_leaves_out(
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    found = explain(TEXT, folders("BertForSequenceClassification"))
+    monkeypatch.setattr(explain_page, "MOST_OF_ALL", 1)
+    html, read, maps = page_of(tmp_path / "page.html", found, found, found)
+    assert (len(maps), len(read.marked)) == (1, 6)
+    assert html.count("Left out: the page is full") == 2
+    assert "the maps of attention of the last 2 texts were left out" in caplog.text
 
 
 def test_a_page_of_a_large_model_is_small(tmp_path: Path) -> None:
@@ -581,6 +711,8 @@ def test_a_run_stands_for_its_model(
         ("SequenceClassification", [TEXT, "--targt", "x"], "did you mean --target?"),
         ("TokenClassification", [TEXT, "--word", "11"], "--word 11: must be from 1 to 10"),
         ("TokenClassification", [TEXT, "--target", "B-anmal"], "did you mean 'B-animal'?"),
+        ("TokenClassification", [TEXT, "--mask", "1"], "fills no [MASK]"),
+        ("QuestionAnswering", ["\u200b", "--question=who"], "text '\\u200b' holds no word"),
         ("QuestionAnswering", [TEXT], "answers questions: give one, as --question"),
         ("QuestionAnswering", [TEXT, "--question=who", "--target=x"], "has no labels"),
         (
@@ -589,6 +721,8 @@ def test_a_run_stands_for_its_model(
             "no single token of the tokenizer: did you",
         ),
         ("MaskedLM", ["the cat", "--target", "dog"], "the text holds no [MASK]"),
+        ("MaskedLM", ["the cat", "--mask", "2"], "--mask 2: the text holds no [MASK]"),
+        ("MaskedLM", ["[MASK] [MASK]", "--mask", "3"], "--mask 3: must be from 1 to 2, the [MASK]"),
     ],
 )
 def test_mistakes_in_one_line(

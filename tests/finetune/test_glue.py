@@ -27,6 +27,7 @@ from fastbert.finetune.glue_data import read_task, task_folders
 from fastbert.finetune.loop import FinetuneResult, Trainer
 from fastbert.finetune.metrics import Evaluation
 from fastbert.finetune.runs import Runs
+from fastbert.settings import sealed_toml
 
 pa = pytest.importorskip("pyarrow")
 
@@ -92,7 +93,7 @@ def header(name: str, split: str) -> list[str]:
 
 
 def write_glue(root: Path, trained: int = TRAINED) -> Path:
-    """All eight folders; QQP has a line that breaks off, MNLI one without a gold label."""
+    """All eight folders and two more; lines of QQP and MNLI break off, one has no gold label."""
     rng = random.Random(0)
     for name, task in TASKS.items():
         (root / name).mkdir(parents=True)
@@ -103,9 +104,12 @@ def write_glue(root: Path, trained: int = TRAINED) -> Path:
                 rows.insert(5, ["77", "1", "2", "is this"])
             if split == "train" and name == "MNLI":
                 rows.insert(2, [*rows[2][:-1], "-"])
+                rows.insert(9, rows[9][:9])
             lines = ["\t".join(one) for one in [header(name, split), *rows] if one]
             (root / name / f"{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
         (root / name / "test.tsv").write_text("index\tsentence\n0\tno label here\n")
+    (root / "WNLI").mkdir()
+    (root / "diagnostic").mkdir()
     return root
 
 
@@ -237,6 +241,23 @@ def test_the_table_holds_means_deviations_and_their_average(ran: Path) -> None:
     assert len(links) == 16 and all((ran / one).is_file() for one in links)
 
 
+def test_the_average_is_the_leaderboards(tmp_path: Path) -> None:
+    """BERT-large's row there: 80.5 with the 65.1 of WNLI, MNLI's two sets as one task."""
+    row = {"CoLA": [60.5], "SST-2": [94.9], "MRPC": [89.3, 85.4], "STS-B": [87.6, 86.5],
+           "QQP": [72.1, 89.3], "MNLI": [86.7, 85.9], "QNLI": [92.7], "RTE": [70.1]}  # fmt: skip
+    for name, values in row.items():
+        run = {"metrics": dict(zip(TASKS[name].metrics, values, strict=True)), "seconds": 1.0,
+               "score": sum(values) / len(values), "joules": None, "why_no_joules": "no GPU",
+               "report": "r"}  # fmt: skip
+        (tmp_path / name).mkdir()
+        content = {"task": name, "train": 1, "setting": {}, "tried": [], "runs": [run]}
+        (tmp_path / name / "glue.json").write_text(json.dumps(content))
+    config = GlueConfig(model="m", data="d", out=str(tmp_path))
+    average = glue_table.collect(config, [*TASKS], {}, []).average
+    assert average is not None and average.deviation is None
+    assert round((8 * average.mean + 65.1) / 9, 1) == 80.5
+
+
 def test_a_seed_is_what_finetune_gives(data: Path, ran: Path) -> None:
     kept = json.loads((ran / "RTE" / "seed-42" / "result.json").read_text())
     assert kept["best_step"] == kept["steps"] == 30  # the last, whatever the others were
@@ -252,8 +273,35 @@ def test_what_is_left_out_is_counted(data: Path) -> None:
     assert len(qqp.train) == len(mnli.train) == TRAINED
     path = data / "QQP" / "train.tsv"
     assert qqp.notes == [f"QQP: skipped 1 row of {path}: 1 malformed (first: {path}:7)"]
-    assert "1 with gold_label - (first:" in mnli.notes[0] and "train.tsv:4)" in mnli.notes[0]
+    path = data / "MNLI" / "train.tsv"
+    whys = f"1 with gold_label - (first: {path}:4), 1 malformed (first: {path}:11)"
+    assert mnli.notes == [f"MNLI: skipped 2 rows of {path}: {whys}"]
     assert [len(one) for one in mnli.evals.values()] == [HELD_OUT, HELD_OUT]
+
+
+def test_other_tasks_are_named(
+    data: Path, bert: Path, tmp_path: Path, stubbed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["glue", "--model", str(bert), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--tasks", "RTE", "--device", "cpu"]) == 0
+    assert "data: WNLI, diagnostic: none of the 8 tasks, ignored" in capsys.readouterr().err
+
+
+def test_paraphrases_as_microsoft_gives_them(data: Path, tmp_path: Path) -> None:
+    """One file, and the ids of the pairs that GLUE evaluates with; of Windows, with a mark."""
+    folder = tmp_path / "MRPC"
+    folder.mkdir()
+    head, *trained = (data / "MRPC" / "train.tsv").read_text("utf-8").splitlines()
+    held_out = [one.replace("\t7", "\t17", 1) for one in
+                (data / "MRPC" / "dev.tsv").read_text("utf-8").splitlines()[1:]]  # fmt: skip
+    lines = "\r\n".join([head, *trained[:7], *held_out, *trained[7:]])
+    (folder / "msr_paraphrase_train.txt").write_bytes(f"\ufeff{lines}\r\n".encode())
+    (folder / "msr_paraphrase_test.txt").write_text("none of these is read")
+    with pytest.raises(UserError, match=r"msr_paraphrase_train.txt without dev_ids.tsv, which"):
+        read_task("MRPC", folder)
+    ids = ["\t".join(one.split("\t")[1:3]) for one in held_out]
+    (folder / "dev_ids.tsv").write_text("\n".join(ids) + "\n")
+    assert read_task("MRPC", folder).digest == read_task("MRPC", data / "MRPC").digest
 
 
 def test_quotes_are_characters(tmp_path: Path, data: Path) -> None:
@@ -283,6 +331,9 @@ def save_as_dataset(task: str, root: Path, data: Path, how: str) -> None:
         if one.hub[1]:
             columns[one.hub[1]] = [e.fields["text_pair"] for e in examples]
         table = pa.table(columns)
+        if not one.labels:  # as the hub has scores
+            place = table.column_names.index(one.hub[2])
+            table = table.set_column(place, one.hub[2], table.column(place).cast(pa.float32()))
         if how == "parquet":
             import pyarrow.parquet
 
@@ -576,6 +627,17 @@ def test_a_process_that_fails_says_why(
     assert [one[4] for one in started] == sorted(sizes, key=lambda name: -sizes[name])
 
 
+def test_a_score_is_trained_without_what_is_of_distributions(
+    data: Path, bert: Path, tmp_path: Path
+) -> None:
+    argv = ["glue", "--model", str(bert), "--data", str(data), "--out", str(tmp_path / "out")]
+    argv += ["--tasks", "STS-B", "--rdrop-alpha", "1", "--label-smoothing-factor", "0.1"]
+    assert main([*argv, "--max-steps", "1", "--device", "cpu"]) == 0
+    said = (tmp_path / "out" / "glue.md").read_text("utf-8")
+    assert "STS-B was trained without R-Drop and label smoothing, for a score has" in said
+    assert "Each run took max_steps = 1, whatever its epochs." in said
+
+
 def test_gpus_take_a_task_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glue_module, "choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
@@ -605,6 +667,23 @@ def test_a_signal_is_handed_to_the_processes(
     with pytest.raises(RunError, match="stopped by SIGTERM; everything is saved"):
         glue_module.glue(config)
     assert [one.returncode for one in started] == [-signal.SIGTERM] * 2
+
+
+def test_a_process_that_is_stopped_says_how_to_go_on(
+    data: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def stopped(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RunError("stopped: go on with fastbert finetune classify")
+
+    config = GlueConfig(model=str(bert), data=str(data), out=str(tmp_path))
+    (tmp_path / "config.toml").write_text(sealed_toml(config))
+    monkeypatch.setattr(glue_task, "run_task", stopped)
+    monkeypatch.setattr(glue_task, "_end_with_stdin", lambda: None)
+    assert glue_task.main([str(tmp_path), "RTE", str(data / "RTE"), "cpu", "1"]) == 1
+    again = f"RTE: stopped by SIGTERM: go on with fastbert glue --resume --out {tmp_path}"
+    assert capsys.readouterr().err == f"fastbert: error: {again}\n"
 
 
 def test_a_process_ends_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
