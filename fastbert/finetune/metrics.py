@@ -57,6 +57,10 @@ BINS = 15
 _MOST_POINTS = 1000  # of a picture of scores
 
 
+class DivergedError(RunError):
+    """A training whose numbers are finite no more."""
+
+
 @dataclass
 class Evaluation:
     """Metrics by name, flat, and what a report draws, as JSON can hold it.
@@ -96,7 +100,7 @@ def classification(
         names: of the K classes.
 
     Raises:
-        RunError: a probability is not finite.
+        DivergedError: a probability is not finite.
         UserError: scikit-learn is not installed.
     """
     given = _finite(probabilities)
@@ -139,7 +143,7 @@ def multi_label(
         threshold: between 0 and 1.
 
     Raises:
-        RunError: a probability is not finite.
+        DivergedError: a probability is not finite.
         UserError: scikit-learn is not installed.
     """
     given = _finite(probabilities)
@@ -173,7 +177,7 @@ def scores(labels: Sequence[float], predicted: Any) -> Evaluation:
         predicted: (N,).
 
     Raises:
-        RunError: a prediction is not finite.
+        DivergedError: a prediction is not finite.
         UserError: scikit-learn is not installed.
     """
     wanted = np.asarray(labels, dtype=np.float64)
@@ -198,7 +202,7 @@ def similarity(labels: Sequence[float] | NDArray[np.floating], cosines: Any) -> 
         cosines: (N,).
 
     Raises:
-        RunError: a cosine is not finite.
+        DivergedError: a cosine is not finite.
         UserError: scipy, which scikit-learn brings along, is not installed.
     """
     wanted = np.asarray(labels, dtype=np.float64)
@@ -364,7 +368,7 @@ def choices(labels: Sequence[int], probabilities: Sequence[Sequence[float]]) -> 
         probabilities: a list for each.
 
     Raises:
-        RunError: a probability is not finite.
+        DivergedError: a probability is not finite.
     """
     given = [_finite(one) for one in probabilities]
     right = np.array([one.argmax() == label for one, label in zip(given, labels, strict=True)])
@@ -387,7 +391,7 @@ def retrieval(similarities: Any) -> Evaluation:
         similarities: (N, N), of anchor i to positive j.
 
     Raises:
-        RunError: one is not finite.
+        DivergedError: one is not finite.
     """
     given = _finite(similarities)
     own = given.diagonal()[:, None]
@@ -527,5 +531,5 @@ def _is_constant(values: NDArray[np.float64]) -> bool:
 def _finite(values: Any) -> NDArray[np.float64]:
     found = np.asarray(values, dtype=np.float64)
     if not np.isfinite(found).all():
-        raise RunError("the model's outputs are not finite numbers: its training has diverged")
+        raise DivergedError("the model's outputs are not finite numbers: its training has diverged")
     return found

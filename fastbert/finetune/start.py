@@ -85,7 +85,9 @@ def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
     elif drawn:
         notes.append(f"new weights: {', '.join(drawn)}")
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it, and warns of the old name.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if config.lora_r:
         model = _with_lora(config, model, drawn)
         depth = {name: layers + 1 for name, _ in model.named_parameters()}
