@@ -87,10 +87,16 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         data = read_data(config, task, say)
         if isinstance(config, ClassifyConfig) and config.augment:
             _augment(config, task, data, device)
-        kept = dataclasses.replace(asked_for, resume=False)
-        write_whole(run / "config.toml", sealed_toml(kept))
+        kept = sealed_toml(dataclasses.replace(asked_for, resume=False))
+
+        def begun() -> None:
+            write_whole(run / "config.toml", kept)  # a run that goes on has been checked by now
+            beginning.close()
+
+        if not config.resume:
+            write_whole(run / "config.toml", kept)
         with noting_signals() as stop:
-            runs = Runs(config, task, data, run, device, dtype, stop, beginning.close)
+            runs = Runs(config, task, data, run, device, dtype, stop, begun)
             if config.search:
                 return runs.search()
             if config.seeds > 1:

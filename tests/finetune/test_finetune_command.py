@@ -216,6 +216,31 @@ def test_what_a_run_cannot_change_half_way(
     assert "already holds another run" in refused(capsys, *argv(root, whole))
 
 
+def test_what_changes_under_a_run_that_was_killed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's folder, of which only the trained weights are in a checkpoint; then examples."""
+    model, train = tmp_path / "model", tmp_path / "train.jsonl"
+    shutil.copytree(root / "model", model)
+    shutil.copy(root / "train.jsonl", train)
+    asked = ("--model", model, "--train", train, "--seeds=2", "--freeze-layers=1", "--save-steps=2")
+    run = tmp_path / "run"
+    again = ("finetune", "classify", "--resume", "--out", run)
+    assert after(3, fail, *argv(root, run, *asked, "--max-steps=5")) == 1
+    tiny.save(model, seed=5)
+    there = f"the run in {run}/seed-42 began with: put that back, or name another --out"
+    assert refused(capsys, *again) == f"{model} is not the model that {there}"
+    moved = shutil.copytree(root / "model", tmp_path / "moved")
+    assert main([str(one) for one in (*again, "--model", moved)]) == 0
+    shutil.rmtree(run / "seed-43")  # and seed 42 is done
+    assert refused(capsys, *again, "--model", model) == f"{model} is not the model that {there}"
+    tiny.labelled(train, 24, 3, seed=5)
+    line = refused(capsys, *again)
+    assert line == f"{train} and {root}/eval.jsonl do not hold what {there}"
+    line = refused(capsys, *again, "--seeds=1")
+    assert line.startswith(f"seeds = 1: the run in {run} was begun with 2")
+
+
 # Several runs
 
 
@@ -294,6 +319,24 @@ def test_a_search(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     shutil.rmtree(tmp_path / "one/trial-002")
     assert main(["finetune", "classify", "--resume", "--out", str(tmp_path / "one")]) == 0
     assert proposals() == first
+
+
+def test_a_trial_that_diverges_is_one_of_the_search(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, bad = Trainer._loss, {"trial-001"}
+
+    def none(self: Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return loss(self, batch) * (float("nan") if self.folder.name in bad else 1.0)
+
+    monkeypatch.setattr(Trainer, "_loss", none)
+    given = ("--search=3", "--search-epochs=1", "--search-batch-sizes=4")
+    assert main(argv(root, tmp_path / "run", *given)) == 0
+    notes = " ".join(json.loads((tmp_path / "run/eval.json").read_text())["notes"])
+    assert re.search(r"Trial 0: .*: accuracy .* Trial 1: [^:]*: diverged. Trial 2: .*acc", notes)
+    bad |= {"trial-000", "trial-002"}
+    assert main(argv(root, tmp_path / "none", *given)) == 1
+    assert "each trial diverged" in capsys.readouterr().err
 
 
 # Where curves go
@@ -399,6 +442,8 @@ def test_labels_and_heads_that_do_not_fit(
         (GOOD, ("--freeze-layers=3",), "freeze_layers = 3: the model has 2 layers"),
         (GOOD, ("--lora-r=2", "--freeze-layers=1"), "leave freeze_* out"),
         (GOOD, ("--fgm-epsilon=1", "--freeze-embeddings"), "fgm_epsilon moves embeddings"),
+        (GOOD, ("--lora-r=2", "--layerwise-lr-decay=.9"), "layerwise_lr_decay: adapters of LoRA"),
+        (GOOD, ("--search=2", "--max-steps=9"), "max_steps: a search tries num_train_epochs"),
         (GOOD, ("--search=2", "--seeds=2"), "search and seeds"),
         (GOOD, ("--search=2", "--search-epochs=two"), "must be numbers with commas between"),
         (GOOD, ("--search=2", "--search-learning-rate=1"), "must be LOW,HIGH"),
