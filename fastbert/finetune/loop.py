@@ -208,8 +208,8 @@ class Trainer:
             self._restore(restored)
             say(f"resume: goes on at step {self.step}")
         board = config.report_to == "tensorboard"
-        self.reporter = Reporter(run, self.step, self.max_steps, board, "finetune", again=_AGAIN)
         self.wandb = Wandb(run, dataclasses.asdict(config)) if config.report_to == "wandb" else None
+        self.reporter = Reporter(run, self.step, self.max_steps, board, "finetune", again=_AGAIN)
 
     def _said_of_lengths(self, cut_in_training: int) -> Iterator[str]:
         long = cut_in_training + self.task.cut

@@ -381,6 +381,22 @@ def test_wandb_offline(root: Path, tmp_path: Path) -> None:
     assert b"eval/accuracy" in content and b"learning_rate" in content
 
 
+def test_wandb_without_a_login(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Nobody:
+        errors = type("errors", (), {"Error": type("Error", (Exception,), {})})
+
+        @staticmethod
+        def init(**_: Any) -> None:
+            raise Nobody.errors.Error("No API key configured.")
+
+    monkeypatch.setattr("fastbert.finetune.tracking.needs", lambda _: Nobody)
+    line = refused(capsys, *argv(root, tmp_path / "run", "--report-to=wandb"))
+    assert line == "report_to = 'wandb': No API key configured. (or set WANDB_MODE=offline)"
+    assert not (tmp_path / "run").exists()
+
+
 # Bad requests
 
 GOOD = [{"text": f"good film {n}", "label": "ab"[n % 2]} for n in range(8)]
