@@ -218,7 +218,11 @@ class FinetuneConfig(Config):
         0, "steps between evaluations (0 = after each epoch)", LOGS, at_least=0, at_most=MOST
     )
     save_steps: int = setting(
-        0, "steps between checkpoints (0 = at each evaluation)", LOGS, at_least=0, at_most=MOST
+        0,
+        "steps between checkpoints, beside those of a new best (0 = at each evaluation)",
+        LOGS,
+        at_least=0,
+        at_most=MOST,
     )
     logging_steps: int = setting(10, "steps between log lines", LOGS, at_least=1, at_most=MOST)
     report_to: str = setting(

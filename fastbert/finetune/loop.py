@@ -206,6 +206,8 @@ class Trainer:
         restored = checkpoint.load_newest(run, say, _what_is_wrong) if resume else None
         if restored is not None:
             self._restore(restored)
+            if self.best.get("step") == self.step:
+                self._keep()  # killed before that
             say(f"resume: goes on at step {self.step}")
         board = config.report_to == "tensorboard"
         self.wandb = Wandb(run, dataclasses.asdict(config)) if config.report_to == "wandb" else None
@@ -337,11 +339,16 @@ class Trainer:
                 began_at, tokens = self.seconds, self.tokens
                 self._log(rate)
             self.reporter.advance(loss, rate)
-            if self.step % self.eval_every == 0 or self.step == self.max_steps:
-                self._evaluate()
+            is_last, is_best = self.step == self.max_steps, False
+            if self.step % self.eval_every == 0 or is_last:
+                is_best = self._evaluate()
             stop = stop_signal()
-            if stop or self.step % self.save_every == 0 or self.step == self.max_steps:
+            # A checkpoint says which model is the best: never another than hf/ holds, whatever a
+            # run that goes on finds of later ones.
+            if stop or is_best or self.step % self.save_every == 0 or is_last:
                 self._save()
+            if is_best:
+                self._keep()
             if stop and self.step < self.max_steps:
                 raise RunError(
                     f"stopped by {stop} at step {self.step}; everything is saved: go on with "
@@ -396,7 +403,7 @@ class Trainer:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = config.max_grad_norm or math.inf
         self.norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-        if math.isfinite(self.norm):
+        if math.isfinite(self.norm) and math.isfinite(found):
             self.scaler.step(self.optimizer)
             self.streak = 0
         else:
@@ -431,15 +438,16 @@ class Trainer:
         return float(total)
 
     def _skip(self, loss: float) -> None:
-        """Of a gradient that is not finite, which fp16 meets while it looks for its scale."""
+        """Of a loss or gradient that is not finite; fp16 meets some as it looks for its scale."""
         self.skipped += 1
         if self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() >= 1.0:
             return
         self.streak += 1
-        self.reporter.say(f"step {self.step + 1}: the gradient was not finite, update skipped")
+        what = "gradient" if math.isfinite(loss) else "loss"
+        self.reporter.say(f"step {self.step + 1}: the {what} was not finite, update skipped")
         if self.streak >= _MAX_SKIPPED_IN_A_ROW:
             raise DivergedError(
-                f"the gradient was not finite in {self.streak} steps in a row: start a new run "
+                f"the {what} was not finite in {self.streak} steps in a row: start a new run "
                 "with a lower --learning-rate"
             )
 
@@ -497,7 +505,8 @@ class Trainer:
         if self.wandb is not None:
             self.wandb.log(self.step, row)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Whether this is the best so far."""
         found, predictions = self._evaluation()
         name = self.metric
         if name not in found.metrics:
@@ -522,7 +531,7 @@ class Trainer:
                 "details": found.details,
                 "mistakes": worst_mistakes(self.task, self.data.eval, predictions),
             }
-            self._keep()
+        return is_better
 
     def _evaluation(self) -> tuple[Evaluation, list[Prediction]]:
         self.model.eval()

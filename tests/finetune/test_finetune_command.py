@@ -192,6 +192,45 @@ def test_a_kill_while_the_best_model_is_replaced(
     assert not (run / ".hf.old").exists()
 
 
+def test_the_best_model_is_the_checkpoints_whatever_a_resumed_run_finds(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it finds other numbers than before, as other threads would: never another in hf/."""
+    accuracies = {2: 0.1, 4: 0.5, 6: 0.2}
+    evaluation = Trainer._evaluation
+
+    def told(self: Trainer) -> Any:
+        found, predictions = evaluation(self)
+        found.metrics["accuracy"] = accuracies[self.step]
+        return found, predictions
+
+    monkeypatch.setattr(Trainer, "_evaluation", told)
+    run = tmp_path / "run"
+    asked = ("--max-steps=6", "--eval-steps=2", "--save-steps=3")
+    assert after(5, fail, *argv(root, run, *asked)) == 1
+    best = tiny.weights_of(run)
+    accuracies[4] = accuracies[6] = 0.0
+    assert main(["finetune", "classify", "--resume", "--out", str(run)]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert (result["best_step"], result["metrics"]["accuracy"]) == (4, 0.5)
+    for name, value in tiny.weights_of(run).items():
+        assert torch.equal(value, best[name])
+
+
+@pytest.mark.parametrize("more", [(), ("--lora-r=2",)])
+def test_a_kill_between_a_checkpoint_and_its_best_model(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: Any
+) -> None:
+    asked = ("--max-steps=4", "--eval-steps=2", *more)
+    assert main(argv(root, tmp_path / "whole", *asked)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_keep", lambda self: fail())
+        assert main(argv(root, tmp_path / "run", *asked)) == 1
+    assert not (tmp_path / "run/hf").exists()
+    assert main(["finetune", "classify", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_what_a_run_cannot_change_half_way(
     root: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

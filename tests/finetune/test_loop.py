@@ -399,7 +399,7 @@ def test_what_is_not_finite_is_said_and_not_trained_on(
     before = states(trainer)
     with pytest.raises(metrics.DivergedError, match="not finite in 3 steps in a row"):
         trainer.run(lambda: "")
-    assert capsys.readouterr().err.count("the gradient was not finite, update skipped") == 3
+    assert capsys.readouterr().err.count("the loss was not finite, update skipped") == 3
     for name, value in states(trainer).items():
         assert torch.equal(value, before[name]), name
 
