@@ -115,7 +115,8 @@ def begun_with(config: FinetuneConfig, data: Data) -> dict[str, str]:
     content = [[one.fields for one in part] for part in (data.train, data.eval)]
     model = hashlib.sha256()
     folder = local_folder(config.model)
-    for path in sorted({path for kind in _OF_MODELS for path in folder.glob(kind)}):
+    files = {path for kind in _OF_MODELS for path in folder.glob(kind) if path.is_file()}
+    for path in sorted(files):
         with path.open("rb") as file:
             model.update(hashlib.file_digest(file, "sha256").digest())
     examples = hashlib.sha256(json.dumps(content, default=repr).encode())
