@@ -8,6 +8,8 @@ import random
 import re
 from collections.abc import Sequence
 
+import torch
+
 from fastbert.errors import UserError
 from fastbert.finetune.tasks.base import Example
 from fastbert.hf.fill_mask import MaskFiller
@@ -17,26 +19,30 @@ SHARE = 0.15
 """Of a text's words that are replaced, at least one."""
 _GUESSES = 10
 _TOGETHER = 64
-_WORD = re.compile(r"\w+")
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
+_WORD = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+")  # written without spaces, each of them is a token
 
 
 def augmented(
     examples: Sequence[Example],
     role: str,
-    share: float,
+    count: int,
     model: str,
     seed: int,
-    marks: Sequence[str] = (),
+    *,
+    markers: Sequence[str] = (),
+    device: str | torch.device = "cpu",
 ) -> list[Example]:
-    """Examples like those given with some words others.
+    """Examples like those given with some words others; fewer where nothing can be replaced.
 
     Args:
         examples: to begin with.
         role: the field that holds the text.
-        share: of their number to make.
+        count: of those to make; each is taken once before one is taken again.
         model: a folder whose model has the head for masked words.
         seed: of what is chosen.
-        marks: that are no words, and stay.
+        markers: marks around entities, which stay.
+        device: where the model computes.
 
     Raises:
         UserError: the model lacks that head.
@@ -45,8 +51,8 @@ def augmented(
         fill = MaskFiller(model)
     except UserError as error:
         raise UserError(f"augment needs the head for masked words: {error}") from None
+    fill.model.to(device)
     draw = random.Random(seed)
-    count = round(share * len(examples))
     order = draw.sample(examples, len(examples))
     chosen = [order[place % len(order)] for place in range(count)]
     made: list[Example] = []
@@ -55,15 +61,17 @@ def augmented(
         together = chosen[begin : begin + _TOGETHER]
         texts, places = [], []
         for one in together:
-            text, spans = _masked(one.fields[role], fill, draw, marks)
+            text, spans = _masked(one.fields[role], fill, draw, markers)
             texts.append(text)
             places.append(spans)
         holes = [place for place, spans in enumerate(places) if spans]
         found = iter(fill([texts[place] for place in holes], _GUESSES) if holes else ())
         for one, text, spans in zip(together, texts, places, strict=True):
-            words = [_other(next(found).guesses, old, draw) for old in spans]
-            for word in words:
+            for old in spans:
+                word = _other(next(found).guesses, old, draw)
                 text = text.replace(fill.tokenizer.mask_token, word, 1)
+            if text == one.fields[role]:
+                continue
             fields = one.fields | {role: text}
             made.append(dataclasses.replace(one, where=f"{one.where}, augmented", fields=fields))
         bar.update(len(together))
@@ -72,14 +80,16 @@ def augmented(
 
 
 def _masked(
-    text: str, fill: MaskFiller, draw: random.Random, marks: Sequence[str]
+    text: str, fill: MaskFiller, draw: random.Random, markers: Sequence[str]
 ) -> tuple[str, list[str]]:
     """The text with some words masked, and these; as it is where it would be too long."""
     mask = fill.tokenizer.mask_token
-    hidden = text
-    for one in marks:
-        hidden = hidden.replace(one, " " * len(one))
-    words = list(_WORD.finditer(hidden))
+    marks = [m.span() for mark in markers for m in re.finditer(re.escape(mark), text)]
+    words = [
+        word
+        for word in _WORD.finditer(text)
+        if not any(begin < word.end() and word.start() < end for begin, end in marks)
+    ]
     tokens = len(fill.tokenizer(text, verbose=False)["input_ids"])
     if not words or mask in text or tokens > fill.encoder.positions():
         return text, []

@@ -224,7 +224,11 @@ class FinetuneConfig(Config):
         0, "steps between evaluations (0 = after each epoch)", LOGS, at_least=0, at_most=MOST
     )
     save_steps: int = setting(
-        0, "steps between checkpoints (0 = at each evaluation)", LOGS, at_least=0, at_most=MOST
+        0,
+        "steps between checkpoints, beside those of a new best (0 = at each evaluation)",
+        LOGS,
+        at_least=0,
+        at_most=MOST,
     )
     logging_steps: int = setting(10, "steps between log lines", LOGS, at_least=1, at_most=MOST)
     report_to: str = setting(
@@ -251,6 +255,10 @@ class FinetuneConfig(Config):
             raise UserError("lora_r trains nothing but adapters and head: leave freeze_* out")
         if self.fgm_epsilon and (self.freeze_layers or self.freeze_embeddings or self.lora_r):
             raise UserError("fgm_epsilon moves embeddings that are trained: leave it out")
+        if self.lora_r and self.layerwise_lr_decay != 1.0:
+            raise UserError("layerwise_lr_decay: adapters of LoRA have one rate: leave it out")
+        if self.search and self.max_steps:
+            raise UserError("max_steps: a search tries num_train_epochs: leave it out")
         if self.search and self.seeds > 1:
             raise UserError("search and seeds: look for settings first, then give them and --seeds")
         rates = self.search_space["learning_rate"]

@@ -30,13 +30,13 @@ from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.data import Data
 from fastbert.finetune.demo import verdict
 from fastbert.finetune.infer import autocast, infer
-from fastbert.finetune.metrics import Evaluation
+from fastbert.finetune.metrics import DivergedError, Evaluation
 from fastbert.finetune.report import Report, write_report
 from fastbert.finetune.start import Start, start
 from fastbert.finetune.tasks.base import Example, Feature, Prediction, Task
 from fastbert.finetune.tracking import Wandb
-from fastbert.hf.load import load_weights
-from fastbert.hf.save import recover, save_model
+from fastbert.hf.save import recover, replaced, save_model
+from fastbert.hf.weights import local_folder
 from fastbert.progress import progress_bar
 from fastbert.settings import settings
 from fastbert.train import checkpoint
@@ -49,6 +49,7 @@ _MOST_MISTAKES = 200  # in eval.json; the page shows the first 50
 _NO_DECAY = ("bias", "layernorm", "layer_norm", "norm.weight")
 _AGAIN = "--resume"
 _NONE: Mapping[str, Mapping[str, float]] = {}
+_OF_MODELS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")
 _BAR_FROM = 512  # features of an evaluation that takes seconds
 
 
@@ -98,6 +99,8 @@ def metric_of(config: FinetuneConfig, task: Task) -> str:
     asked, known = config.metric_for_best_model, list(metrics.METRICS[task.kind])
     if task.kind == "classify" and len(task.labels) != 2:
         known = [name for name in known if name not in metrics.OF_TWO_CLASSES]
+    if task.kind == "answer" and not task.description["unanswerable"]:
+        known = ["f1", "exact_match", "loss"]
     if asked == "auto":
         return known[0]
     if asked not in known:
@@ -105,6 +108,37 @@ def metric_of(config: FinetuneConfig, task: Task) -> str:
             f"metric_for_best_model = {asked!r}: such labels are judged by {', '.join(known)}"
         )
     return asked
+
+
+def begun_with(config: FinetuneConfig, data: Data) -> dict[str, str]:
+    """Digests of the examples and the model's folder: a run goes on with these, or not at all."""
+    content = [[one.fields for one in part] for part in (data.train, data.eval)]
+    model = hashlib.sha256()
+    folder = local_folder(config.model)
+    files = {path for kind in _OF_MODELS for path in folder.glob(kind) if path.is_file()}
+    for path in sorted(files):
+        with path.open("rb") as file:
+            model.update(hashlib.file_digest(file, "sha256").digest())
+    examples = hashlib.sha256(json.dumps(content, default=repr).encode())
+    return {"examples": examples.hexdigest(), "model": model.hexdigest()}
+
+
+def check_begun_with(
+    kept: Mapping[str, str], found: Mapping[str, str], config: FinetuneConfig, run: Path
+) -> None:
+    """Compares what a run in a folder began with, and what is there now; see `begun_with`.
+
+    Raises:
+        UserError: it is not the same.
+    """
+    for name, what in (
+        ("model", f"{config.model} is not the model that"),
+        ("examples", f"{config.train} and {config.eval} do not hold what"),
+    ):
+        if kept[name] != found[name]:
+            raise UserError(
+                f"{what} the run in {run} began with: put that back, or name another --out"
+            )
 
 
 class Trainer:
@@ -137,8 +171,10 @@ class Trainer:
         self.config, self.task, self.data, self.folder = config, task, data, run
         self.device, self.dtype, self.notes = device, dtype, list(data.notes)
         self.metric = metric_of(config, task)
-        self.hf = run / "hf"
-        recover(self.hf)
+        self.hf, self.adapter = run / "hf", run / "adapter"
+        for folder in (self.hf, self.adapter):
+            recover(folder)
+        self.begun_with = begun_with(config, data)
         begun: Start = start(config, task, fresh)
         self.model, self.depth, self.layers = begun.model.to(device), begun.depth, begun.layers
         self.train = task.features(data.train, True)
@@ -160,7 +196,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step = self.skipped = self.streak = self.stale = 0
         self.best: dict[str, Any] = {}
-        """step, value and metrics of the best evaluation so far."""
+        """Of the best evaluation so far: step, value, and what a report shows of it."""
         self.window = [0.0, 0]
         self.seconds = self.norm = 0.0
         self.tokens = 0
@@ -171,10 +207,12 @@ class Trainer:
         restored = checkpoint.load_newest(run, say, _what_is_wrong) if resume else None
         if restored is not None:
             self._restore(restored)
+            if self.best.get("step") == self.step:
+                self._keep()  # killed before that
             say(f"resume: goes on at step {self.step}")
         board = config.report_to == "tensorboard"
-        self.reporter = Reporter(run, self.step, self.max_steps, board, "finetune", again=_AGAIN)
         self.wandb = Wandb(run, dataclasses.asdict(config)) if config.report_to == "wandb" else None
+        self.reporter = Reporter(run, self.step, self.max_steps, board, "finetune", again=_AGAIN)
 
     def _said_of_lengths(self, cut_in_training: int) -> Iterator[str]:
         long = cut_in_training + self.task.cut
@@ -237,23 +275,14 @@ class Trainer:
             "window": self.window,
             "seconds": self.seconds,
             "scale": [scale["scale"], scale["_growth_tracker"]] if scale else None,
-            "examples": self._digest(),
+            "begun_with": self.begun_with,
         }
         found = checkpoint.Checkpoint(self.step, weights, moments, state)
         checkpoint.save(self.folder, found, 1, again=_AGAIN)
 
-    def _digest(self) -> str:
-        """What tells whether the examples are those that a run began with."""
-        content = [[(one.inputs, one.label) for one in part] for part in (self.train, self.eval)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         state = found.state
-        if state["examples"] != self._digest():
-            raise UserError(
-                f"{self.config.train} and {self.config.eval} do not hold what the run in "
-                f"{self.folder} began with: put that back, or name another --out"
-            )
+        check_begun_with(state["begun_with"], self.begun_with, self.config, self.folder)
         named = self._named()
         try:
             with torch.no_grad():
@@ -311,11 +340,16 @@ class Trainer:
                 began_at, tokens = self.seconds, self.tokens
                 self._log(rate)
             self.reporter.advance(loss, rate)
-            if self.step % self.eval_every == 0 or self.step == self.max_steps:
-                self._evaluate()
+            is_last, is_best = self.step == self.max_steps, False
+            if self.step % self.eval_every == 0 or is_last:
+                is_best = self._evaluate()
             stop = stop_signal()
-            if stop or self.step % self.save_every == 0 or self.step == self.max_steps:
+            # A checkpoint says which model is the best: never another than hf/ holds, whatever a
+            # run that goes on finds of later ones.
+            if stop or is_best or self.step % self.save_every == 0 or is_last:
                 self._save()
+            if is_best:
+                self._keep()
             if stop and self.step < self.max_steps:
                 raise RunError(
                     f"stopped by {stop} at step {self.step}; everything is saved: go on with "
@@ -370,11 +404,11 @@ class Trainer:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = config.max_grad_norm or math.inf
         self.norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-        if math.isfinite(self.norm):
+        if math.isfinite(self.norm) and math.isfinite(found):
             self.scaler.step(self.optimizer)
             self.streak = 0
         else:
-            self._skip()
+            self._skip(found)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -404,16 +438,17 @@ class Trainer:
         self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
         return float(total)
 
-    def _skip(self) -> None:
-        """Of a gradient that is not finite, which fp16 meets while it looks for its scale."""
+    def _skip(self, loss: float) -> None:
+        """Of a loss or gradient that is not finite; fp16 meets some as it looks for its scale."""
         self.skipped += 1
-        self.streak += 1
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() >= 1.0:
             return
-        self.reporter.say(f"step {self.step + 1}: the gradient was not finite, update skipped")
+        self.streak += 1
+        what = "gradient" if math.isfinite(loss) else "loss"
+        self.reporter.say(f"step {self.step + 1}: the {what} was not finite, update skipped")
         if self.streak >= _MAX_SKIPPED_IN_A_ROW:
-            raise RunError(
-                f"the gradient was not finite in {self.streak} steps in a row: start a new run "
+            raise DivergedError(
+                f"the {what} was not finite in {self.streak} steps in a row: start a new run "
                 "with a lower --learning-rate"
             )
 
@@ -445,11 +480,13 @@ class Trainer:
         if not bool(length.isfinite()) or not float(length):
             return
         before = weight.detach().clone()
-        with torch.no_grad():
-            weight.add_(self.config.fgm_epsilon * weight.grad / length)
-        self.scaler.scale(self._loss(batch) / items).backward()
-        with torch.no_grad():
-            weight.copy_(before)
+        try:
+            with torch.no_grad():
+                weight.add_(self.config.fgm_epsilon * weight.grad / length)
+            self.scaler.scale(self._loss(batch) / items).backward()
+        finally:  # out of memory: the step is tried again from where it was
+            with torch.no_grad():
+                weight.copy_(before)
 
     def _log(self, rate: float) -> None:
         row = {
@@ -469,8 +506,9 @@ class Trainer:
         if self.wandb is not None:
             self.wandb.log(self.step, row)
 
-    def _evaluate(self) -> None:
-        found, _ = self._evaluation()
+    def _evaluate(self) -> bool:
+        """Whether this is the best so far."""
+        found, predictions = self._evaluation()
         name = self.metric
         if name not in found.metrics:
             raise UserError(
@@ -478,8 +516,8 @@ class Trainer:
             )
         self._tell({f"eval/{key}": value for key, value in found.metrics.items()})
         value = found.metrics[name]
-        signed = -value if name in metrics.LESS_IS_BETTER else value
-        is_better = not self.best or signed > self.best["signed"]
+        sign = -1 if name in metrics.LESS_IS_BETTER else 1
+        is_better = not self.best or sign * value > sign * self.best["value"]
         self.stale = 0 if is_better else self.stale + 1
         mark = ", the best so far" if is_better else ""
         self.reporter.say(
@@ -487,8 +525,14 @@ class Trainer:
             f"{value:.4g}, loss {found.metrics['loss']:.4g}{mark}"
         )
         if is_better:
-            self.best = {"step": self.step, "value": value, "signed": signed}
-            self._keep()
+            self.best = {
+                "step": self.step,
+                "value": value,
+                "metrics": found.metrics,
+                "details": found.details,
+                "mistakes": worst_mistakes(self.task, self.data.eval, predictions),
+            }
+        return is_better
 
     def _evaluation(self) -> tuple[Evaluation, list[Prediction]]:
         self.model.eval()
@@ -517,22 +561,21 @@ class Trainer:
         """Writes the model as it is now: `hf/`, and LoRA's adapter beside it."""
         model = self.model
         if self.config.lora_r:
-            # Rows that were added are among the adapters; the others are as they were.
-            model.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
+            with replaced(self.adapter) as temporary:
+                # Rows that were added are among the adapters; the others are as they were.
+                model.save_pretrained(str(temporary), save_embedding_layers=False)
             model = copy.deepcopy(model).merge_and_unload()
         save_model(self.hf, model, self.task.tokenizer, self.task.description)
 
     # The end
 
     def finish(self, baselines: Mapping[str, Mapping[str, float]] = _NONE) -> FinetuneResult:
-        """Evaluates the best model once more, and writes the report.
+        """Writes the report of the best model, which is in `hf/`.
 
         Args:
             baselines: metrics of others, shown beside ours.
         """
-        if self.best["step"] != self.step:
-            self.model = load_weights(self._bare(), self.hf)
-        found, predictions = self._evaluation()
+        found = Evaluation(self.best["metrics"], self.best["details"])
         history = read_metrics(self.folder / "metrics.jsonl")
         notes = [*self.notes, f"The best of the evaluations was that of step {self.best['step']}."]
         if baselines:
@@ -544,7 +587,7 @@ class Trainer:
                 task=self.task.kind,
                 settings=_shown(self.config),
                 evaluation=found,
-                mistakes=worst_mistakes(self.task, self.data.eval, predictions),
+                mistakes=self.best["mistakes"],
                 history=history,
                 notes=notes,
                 baselines=baselines,
@@ -554,11 +597,6 @@ class Trainer:
         return FinetuneResult(
             self.folder, self.hf, found, self.best["step"], self.step, self.seconds, losses
         )
-
-    def _bare(self) -> nn.Module:
-        """The model with LoRA's adapters merged, to be given other weights."""
-        model: nn.Module = self.model
-        return copy.deepcopy(self.model).merge_and_unload() if self.config.lora_r else model
 
 
 def _seed(seed: int) -> None:
@@ -577,8 +615,8 @@ def _what_is_wrong(state: Mapping[str, Any]) -> str:
     for name in ("step", "skipped", "streak", "stale"):
         if type(state.get(name)) is not int or state[name] < 0:
             return f"{name} must be a count"
-    if not isinstance(state.get("best"), dict) or not isinstance(state.get("examples"), str):
-        return "best and examples must be there"
+    if not isinstance(state.get("best"), dict) or not isinstance(state.get("begun_with"), dict):
+        return "best and begun_with must be there"
     window = state.get("window")
     if not isinstance(window, list) or len(window) != 2 or "scale" not in state:
         return "window and scale must be there"

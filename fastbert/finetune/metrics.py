@@ -60,6 +60,10 @@ BINS = 15
 _MOST_POINTS = 1000  # of a picture of scores
 
 
+class DivergedError(RunError):
+    """A training whose numbers are finite no more."""
+
+
 @dataclass
 class Evaluation:
     """Metrics by name, flat, and what a report draws, as JSON can hold it.
@@ -99,7 +103,7 @@ def classification(
         names: of the K classes.
 
     Raises:
-        RunError: a probability is not finite.
+        DivergedError: a probability is not finite.
         UserError: scikit-learn is not installed.
     """
     given = _finite(probabilities)
@@ -142,7 +146,7 @@ def multi_label(
         threshold: between 0 and 1.
 
     Raises:
-        RunError: a probability is not finite.
+        DivergedError: a probability is not finite.
         UserError: scikit-learn is not installed.
     """
     given = _finite(probabilities)
@@ -176,7 +180,7 @@ def scores(labels: Sequence[float], predicted: Any) -> Evaluation:
         predicted: (N,).
 
     Raises:
-        RunError: a prediction is not finite.
+        DivergedError: a prediction is not finite.
         UserError: scikit-learn is not installed.
     """
     wanted = np.asarray(labels, dtype=np.float64)
@@ -201,7 +205,7 @@ def similarity(labels: Sequence[float] | NDArray[np.floating], cosines: Any) -> 
         cosines: (N,).
 
     Raises:
-        RunError: a cosine is not finite.
+        DivergedError: a cosine is not finite.
         UserError: scipy, which scikit-learn brings along, is not installed.
     """
     wanted = np.asarray(labels, dtype=np.float64)
@@ -377,7 +381,7 @@ def choices(labels: Sequence[int], probabilities: Sequence[Sequence[float]]) -> 
         probabilities: a list for each.
 
     Raises:
-        RunError: a probability is not finite.
+        DivergedError: a probability is not finite.
     """
     given = [_finite(one) for one in probabilities]
     right = np.array([one.argmax() == label for one, label in zip(given, labels, strict=True)])
@@ -401,7 +405,7 @@ def places(similarities: Any, right: NDArray[np.bool_]) -> tuple[Any, Any]:
         Of each query, how many wrong texts are nearer, and how many texts are as near, it included.
 
     Raises:
-        RunError: a similarity is not finite.
+        DivergedError: a similarity is not finite.
     """
     given = _finite(similarities)
     own = np.where(right, given, -np.inf).max(axis=1, keepdims=True)
@@ -568,5 +572,5 @@ def _is_constant(values: NDArray[np.float64]) -> bool:
 def _finite(values: Any) -> NDArray[np.float64]:
     found = np.asarray(values, dtype=np.float64)
     if not np.isfinite(found).all():
-        raise RunError("the model's outputs are not finite numbers: its training has diverged")
+        raise DivergedError("the model's outputs are not finite numbers: its training has diverged")
     return found

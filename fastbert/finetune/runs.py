@@ -6,7 +6,6 @@ becomes `hf/` of the whole.
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,20 +14,27 @@ from typing import Any
 
 import torch
 
-from fastbert.errors import UserError
+from fastbert.errors import RunError, UserError
 from fastbert.finetune import metrics
 from fastbert.finetune.augment import augmented
 from fastbert.finetune.config import DEMO, ClassifyConfig, FinetuneConfig
 from fastbert.finetune.data import Data, read_data
 from fastbert.finetune.demo import RANDOM, verdict, yardsticks
 from fastbert.finetune.demo_data import write_demo
-from fastbert.finetune.loop import FinetuneResult, Trainer, metric_of
-from fastbert.finetune.metrics import Evaluation
+from fastbert.finetune.loop import (
+    FinetuneResult,
+    Trainer,
+    begun_with,
+    check_begun_with,
+    metric_of,
+)
+from fastbert.finetune.metrics import DivergedError, Evaluation
 from fastbert.finetune.needs import needs
 from fastbert.finetune.report import Report, write_report
 from fastbert.finetune.tasks import TASKS
 from fastbert.finetune.tasks.base import Task
 from fastbert.hf.load import load_tokenizer, longest_sequence
+from fastbert.hf.save import replaced
 from fastbert.settings import load_config, sealed_toml, settings
 from fastbert.train.device import choose_device, choose_dtype, keep_freed_memory
 from fastbert.train.interrupts import interruptible, noting_signals
@@ -42,7 +48,7 @@ _FREE = {
     *("out", "device", "resume", "num_threads", "report_to", "logging_steps", "save_steps"),
     *("model", "train", "eval", "seeds"),
 }
-"""What may be other when a run goes on. That examples are the same, a checkpoint knows."""
+"""What may be other when a run goes on, as long as model and examples are what they were."""
 _BEGUN = ("config.toml", "data", "metrics.jsonl", "tensorboard", "wandb")
 
 
@@ -80,14 +86,17 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             config = dataclasses.replace(config, train=train, eval=held_out)
         data = read_data(config, task, say)
         if isinstance(config, ClassifyConfig) and config.augment:
-            marks = getattr(task, "markers", [])
-            more = augmented(data.train, "text", config.augment, config.model, config.seed, marks)
-            data.train += more
-            data.notes.append(f"{len(more)} examples were made by replacing words.")
-        kept = dataclasses.replace(asked_for, resume=False)
-        write_whole(run / "config.toml", sealed_toml(kept))
+            _augment(config, task, data, device)
+        kept = sealed_toml(dataclasses.replace(asked_for, resume=False))
+
+        def begun() -> None:
+            write_whole(run / "config.toml", kept)  # a run that goes on has been checked by now
+            beginning.close()
+
+        if not config.resume:
+            write_whole(run / "config.toml", kept)
         with noting_signals() as stop:
-            runs = Runs(config, task, data, run, device, dtype, stop, beginning.close)
+            runs = Runs(config, task, data, run, device, dtype, stop, begun)
             if config.search:
                 return runs.search()
             if config.seeds > 1:
@@ -95,6 +104,19 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             if asked_for.train == DEMO:
                 return runs.demo()
             return runs.one(config, run)
+
+
+def _augment(config: ClassifyConfig, task: Task, data: Data, device: torch.device) -> None:
+    asked, markers = round(config.augment * len(data.train)), getattr(task, "markers", [])
+    more = augmented(
+        data.train, "text", asked, config.model, config.seed, markers=markers, device=device
+    )
+    data.train += more
+    note = f"{len(more)} examples were made by replacing words."
+    if len(more) < asked:
+        note += f" {asked - len(more)} were not: no word to replace, or a text that is too long."
+    say(note)
+    data.notes.append(note)
 
 
 def _check_same(config: FinetuneConfig, run: Path) -> None:
@@ -110,6 +132,11 @@ def _check_same(config: FinetuneConfig, run: Path) -> None:
                 f"{name} = {asked!r} differs from {kept!r} of the run in {run}: leave it out to go "
                 "on, or name another --out"
             )
+    if (config.seeds > 1) != (before.seeds > 1):
+        raise UserError(
+            f"seeds = {config.seeds}: the run in {run} was begun with {before.seeds}, and one does "
+            "not become several, nor several one: name another --out"
+        )
 
 
 def dtype_of(config: FinetuneConfig, device: torch.device) -> torch.dtype:
@@ -160,7 +187,7 @@ class Runs:
         baselines: Mapping[str, Mapping[str, float]] = _NONE,
     ) -> FinetuneResult:
         """One run, or what it found when it was done before."""
-        done = _done(folder) if config.resume else None
+        done = self._done(config, folder) if config.resume else None
         if done is not None:
             say(f"{folder}: is done")
             return done
@@ -172,9 +199,31 @@ class Runs:
         self.begun()
         trainer.run(self.stop)
         result = trainer.finish(baselines)
-        write_whole(folder / "result.json", json.dumps(_as_json(result)))
+        found = {**_as_json(result), "begun_with": trainer.begun_with}
+        write_whole(folder / "result.json", json.dumps(found))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return result
+
+    def _done(self, config: FinetuneConfig, folder: Path) -> FinetuneResult | None:
+        """What a run found that ended; None of one that did not."""
+        path = folder / "result.json"
+        if not path.is_file():
+            return None
+        found = begun_with(config, self.data)
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            check_begun_with(kept["begun_with"], found, config, folder)
+            return FinetuneResult(
+                folder,
+                folder / "hf",
+                Evaluation(kept["metrics"], kept["details"]),
+                kept["best_step"],
+                kept["steps"],
+                kept["seconds"],
+                {int(step): loss for step, loss in kept["losses"].items()},
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: is damaged: delete it, and the run goes on") from None
 
     def demo(self) -> FinetuneResult:
         """The same network from random weights first, then the model; both beside yardsticks."""
@@ -216,14 +265,22 @@ class Runs:
                 values[setting] = trial.suggest_categorical(setting, space[setting])
             shown = ", ".join(f"{key} = {value:.3g}" for key, value in values.items())
             say(f"trial {number}: {shown}")
-            proposed.append(shown)
             asked: Any = {**values, "search": 0}
-            result = self.one(
-                dataclasses.replace(config, **asked), self.folder / f"trial-{number:03d}"
-            )
+            try:
+                result = self.one(
+                    dataclasses.replace(config, **asked), self.folder / f"trial-{number:03d}"
+                )
+            except DivergedError as error:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                notes.append(f"Trial {number}: {shown}: diverged.")
+                say(f"trial {number}: diverged: {error}")
+                continue
             study.tell(trial, result.metrics[name])
             found.append(result)
+            proposed.append(shown)
             notes.append(f"Trial {number}: {shown}: {name} {result.metrics[name]:.4g}")
+        if not found:
+            raise RunError("each trial diverged: name another --out and lower learning rates")
         return self._best(found, {}, notes, proposed)
 
     def _best(
@@ -241,11 +298,8 @@ class Runs:
             notes.append(f"The best: {proposed[found.index(best)]}.")
             say(notes[-1])
         for part in ("hf", "adapter") if self.config.lora_r else ("hf",):
-            temporary = self.folder / f".{part}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(best.folder / part, temporary)
-            shutil.rmtree(self.folder / part, ignore_errors=True)
-            os.replace(temporary, self.folder / part)
+            with replaced(self.folder / part) as temporary:
+                shutil.copytree(best.folder / part, temporary)
         write_report(
             self.folder,
             Report(
@@ -269,23 +323,3 @@ def _as_json(result: FinetuneResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "losses": {str(step): loss for step, loss in result.losses.items()},
     }
-
-
-def _done(folder: Path) -> FinetuneResult | None:
-    """What a run found that ended; None of one that did not."""
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return FinetuneResult(
-            folder,
-            folder / "hf",
-            Evaluation(kept["metrics"], kept["details"]),
-            kept["best_step"],
-            kept["steps"],
-            kept["seconds"],
-            {int(step): loss for step, loss in kept["losses"].items()},
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: is damaged: delete it, and the run goes on") from None

@@ -97,7 +97,9 @@ def start(config: FinetuneConfig, task: Task, fresh: bool = False) -> Start:
     if markers:
         notes.append(f"tokens of their own: {', '.join(markers)}")
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it, and warns of the old name.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if config.lora_r:
         model = _with_lora(config, model, drawn, drawn_rows)
         depth = {name: layers + 1 for name, _ in model.named_parameters()}

@@ -141,20 +141,6 @@ def children_with_weights(model: Any) -> list[str]:
     ]
 
 
-def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Gives a model the weights that `fastbert.hf.save` wrote of one like it; returns it.
-
-    Raises:
-        UserError: the folder lacks some.
-    """
-    kind: Any = type(model)
-    options = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
-    with quiet():
-        kept = kind.from_pretrained(_place(folder), **options)
-    model.load_state_dict(kept.state_dict())
-    return model
-
-
 _DISTILBERT = {
     "hidden_dropout_prob": "dropout",
     "attention_probs_dropout_prob": "attention_dropout",

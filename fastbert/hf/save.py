@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +31,40 @@ def save_model(folder: Path, model: Any, tokenizer: Any, description: Mapping[st
         RunError: it cannot be written.
     """
     setattr(model.config, DESCRIPTION, dict(description))
+    with replaced(folder) as temporary, quiet():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if "pooling" in description:
+            _write_layout(temporary, model.config.hidden_size, description)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Yields a place to write what takes the folder's at the end, whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     old = folder.with_name(f".{folder.name}.old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        with quiet():
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        if "pooling" in description:
-            _write_layout(temporary, model.config.hidden_size, description)
+        yield temporary
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = (error.strerror or error) if isinstance(error, OSError) else error
         raise RunError(f"{folder}: cannot be written: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:
-    """Brings back the folder that a process was killed over while it replaced it."""
+    """Brings back the folder that a process was killed over while it replaced it; tidies up."""
+    shutil.rmtree(folder.with_name(f".{folder.name}.tmp"), ignore_errors=True)
     old = folder.with_name(f".{folder.name}.old")
     if old.is_dir() and not folder.exists():
         os.replace(old, folder)

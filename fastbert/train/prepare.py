@@ -574,6 +574,8 @@ def _write_settings(config: PretrainConfig, tokenizer: WordPiece, run: Path) -> 
             content = json.dumps(to_hf_dict(sizes, "BertForPreTraining"), indent=2) + "\n"
             write_whole(run / KEPT_SIZES, content)
         tokenizer.save(run / "tokenizer", model_max_length=sizes.max_position_embeddings)
+    except RunError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception
         reason = error.strerror if isinstance(error, OSError) else error
         raise RunError(f"{run}: cannot be written: {reason}") from None
@@ -585,13 +587,20 @@ def _write_config(config: PretrainConfig, run: Path) -> None:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Writes a text file that is never there in part."""
+    """Writes a text file that is never there in part.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            temporary.write_text(content, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _written(run: Path, name: str) -> object:

@@ -193,6 +193,45 @@ def test_a_kill_while_the_best_model_is_replaced(
     assert not (run / ".hf.old").exists()
 
 
+def test_the_best_model_is_the_checkpoints_whatever_a_resumed_run_finds(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it finds other numbers than before, as other threads would: never another in hf/."""
+    accuracies = {2: 0.1, 4: 0.5, 6: 0.2}
+    evaluation = Trainer._evaluation
+
+    def told(self: Trainer) -> Any:
+        found, predictions = evaluation(self)
+        found.metrics["accuracy"] = accuracies[self.step]
+        return found, predictions
+
+    monkeypatch.setattr(Trainer, "_evaluation", told)
+    run = tmp_path / "run"
+    asked = ("--max-steps=6", "--eval-steps=2", "--save-steps=3")
+    assert after(5, fail, *argv(root, run, *asked)) == 1
+    best = tiny.weights_of(run)
+    accuracies[4] = accuracies[6] = 0.0
+    assert main(["finetune", "classify", "--resume", "--out", str(run)]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert (result["best_step"], result["metrics"]["accuracy"]) == (4, 0.5)
+    for name, value in tiny.weights_of(run).items():
+        assert torch.equal(value, best[name])
+
+
+@pytest.mark.parametrize("more", [(), ("--lora-r=2",)])
+def test_a_kill_between_a_checkpoint_and_its_best_model(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: Any
+) -> None:
+    asked = ("--max-steps=4", "--eval-steps=2", *more)
+    assert main(argv(root, tmp_path / "whole", *asked)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_keep", lambda self: fail())
+        assert main(argv(root, tmp_path / "run", *asked)) == 1
+    assert not (tmp_path / "run/hf").exists()
+    assert main(["finetune", "classify", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_what_a_run_cannot_change_half_way(
     root: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +254,31 @@ def test_what_a_run_cannot_change_half_way(
     nowhere = refused(capsys, *again, tmp_path / "none")
     assert nowhere == f"resume: {tmp_path}/none holds no run of fastbert finetune"
     assert "already holds another run" in refused(capsys, *argv(root, whole))
+
+
+def test_what_changes_under_a_run_that_was_killed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's folder, of which only the trained weights are in a checkpoint; then examples."""
+    model, train = tmp_path / "model", tmp_path / "train.jsonl"
+    shutil.copytree(root / "model", model)
+    shutil.copy(root / "train.jsonl", train)
+    asked = ("--model", model, "--train", train, "--seeds=2", "--freeze-layers=1", "--save-steps=2")
+    run = tmp_path / "run"
+    again = ("finetune", "classify", "--resume", "--out", run)
+    assert after(3, fail, *argv(root, run, *asked, "--max-steps=5")) == 1
+    tiny.save(model, seed=5)
+    there = f"the run in {run}/seed-42 began with: put that back, or name another --out"
+    assert refused(capsys, *again) == f"{model} is not the model that {there}"
+    moved = shutil.copytree(root / "model", tmp_path / "moved")
+    assert main([str(one) for one in (*again, "--model", moved)]) == 0
+    shutil.rmtree(run / "seed-43")  # and seed 42 is done
+    assert refused(capsys, *again, "--model", model) == f"{model} is not the model that {there}"
+    tiny.labelled(train, 24, 3, seed=5)
+    line = refused(capsys, *again)
+    assert line == f"{train} and {root}/eval.jsonl do not hold what {there}"
+    line = refused(capsys, *again, "--seeds=1")
+    assert line.startswith(f"seeds = 1: the run in {run} was begun with 2")
 
 
 # Several runs
@@ -297,6 +361,24 @@ def test_a_search(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert proposals() == first
 
 
+def test_a_trial_that_diverges_is_one_of_the_search(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, bad = Trainer._loss, {"trial-001"}
+
+    def none(self: Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return loss(self, batch) * (float("nan") if self.folder.name in bad else 1.0)
+
+    monkeypatch.setattr(Trainer, "_loss", none)
+    given = ("--search=3", "--search-epochs=1", "--search-batch-sizes=4")
+    assert main(argv(root, tmp_path / "run", *given)) == 0
+    notes = " ".join(json.loads((tmp_path / "run/eval.json").read_text())["notes"])
+    assert re.search(r"Trial 0: .*: accuracy .* Trial 1: [^:]*: diverged. Trial 2: .*acc", notes)
+    bad |= {"trial-000", "trial-002"}
+    assert main(argv(root, tmp_path / "none", *given)) == 1
+    assert "each trial diverged" in capsys.readouterr().err
+
+
 # Where curves go
 
 
@@ -337,6 +419,22 @@ def test_wandb_offline(root: Path, tmp_path: Path) -> None:
     (log,) = run.glob("wandb/offline-run-*/*.wandb")
     content = log.read_bytes()
     assert b"eval/accuracy" in content and b"learning_rate" in content
+
+
+def test_wandb_without_a_login(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Nobody:
+        errors = type("errors", (), {"Error": type("Error", (Exception,), {})})
+
+        @staticmethod
+        def init(**_: Any) -> None:
+            raise Nobody.errors.Error("No API key configured.")
+
+    monkeypatch.setattr("fastbert.finetune.tracking.needs", lambda _: Nobody)
+    line = refused(capsys, *argv(root, tmp_path / "run", "--report-to=wandb"))
+    assert line == "report_to = 'wandb': No API key configured. (or set WANDB_MODE=offline)"
+    assert not (tmp_path / "run").exists()
 
 
 # Bad requests
@@ -400,6 +498,8 @@ def test_labels_and_heads_that_do_not_fit(
         (GOOD, ("--freeze-layers=3",), "freeze_layers = 3: the model has 2 layers"),
         (GOOD, ("--lora-r=2", "--freeze-layers=1"), "leave freeze_* out"),
         (GOOD, ("--fgm-epsilon=1", "--freeze-embeddings"), "fgm_epsilon moves embeddings"),
+        (GOOD, ("--lora-r=2", "--layerwise-lr-decay=.9"), "layerwise_lr_decay: adapters of LoRA"),
+        (GOOD, ("--search=2", "--max-steps=9"), "max_steps: a search tries num_train_epochs"),
         (GOOD, ("--search=2", "--seeds=2"), "search and seeds"),
         (GOOD, ("--search=2", "--search-epochs=two"), "must be numbers with commas between"),
         (GOOD, ("--search=2", "--search-learning-rate=1"), "must be LOW,HIGH"),

@@ -369,6 +369,52 @@ def test_fgm_adds_the_gradient_at_moved_embeddings(
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_fgm_is_taken_back_where_memory_ends(root: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"fgm_epsilon": 2.0, "max_steps": 3, "warmup_steps": 0}
+    whole = finished(begun(root, "classify", tmp_path / "whole", **asked))
+    trainer = begun(root, "classify", tmp_path / "run", **asked)
+    loss, seen = trainer._loss, []
+
+    def full(batch: dict[str, Tensor]) -> Tensor:
+        seen.append(batch)
+        if len(seen) == 2:  # at the moved embeddings
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(batch)
+
+    trainer._loss = full  # type: ignore[method-assign]
+    found = finished(trainer)
+    assert trainer.split == 2
+    assert found.losses[1] == pytest.approx(whole.losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_not_finite_is_said_and_not_trained_on(
+    root: Path, tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fp16 looks for its scale in silence, but not where the loss itself is none."""
+    trainer = begun(root, "classify", tmp_path / "run", max_steps=20)
+    trainer.dtype = dtype
+    trainer.scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    loss = trainer._loss
+    trainer._loss = lambda batch: loss(batch) * float("nan")  # type: ignore[method-assign]
+    before = states(trainer)
+    with pytest.raises(metrics.DivergedError, match="not finite in 3 steps in a row"):
+        trainer.run(lambda: "")
+    assert capsys.readouterr().err.count("the loss was not finite, update skipped") == 3
+    for name, value in states(trainer).items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_scale_that_is_too_large_is_none_of_it(root: Path, tmp_path: Path) -> None:
+    trainer = begun(root, "classify", tmp_path / "run", max_steps=9)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, enabled=True)
+    trainer.scaler.set_backoff_factor(2.0**-4)
+    loss = trainer._loss
+    trainer._loss = lambda batch: 1e6 * loss(batch)  # type: ignore[method-assign]
+    finished(trainer)
+    assert 9 > trainer.skipped > 3 and trainer.streak == 0
+
+
 def test_checkpointing_gives_the_same_losses(root: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"max_steps": 4, "hidden_dropout_prob": 0.1, "warmup_steps": 0}
     found = []
@@ -579,6 +625,8 @@ def test_lora_of_an_encoder_alone(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_metric_that_such_labels_lack(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'best_f1': such labels are judged by f1, exact_match"):
+        begun(root, "answer", tmp_path / "run", metric_for_best_model="best_f1")
     with pytest.raises(UserError, match="metric_for_best_model = 'f1': such labels"):
         begun(root, "classify", tmp_path / "run", metric_for_best_model="f1")
 
