@@ -548,7 +548,7 @@ class Trainer:
                 bar.close()
         assert loss is not None
         if not math.isfinite(loss):  # no number to choose the best model by, nor one for JSON
-            raise RunError(
+            raise DivergedError(
                 f"the loss of the evaluation of step {self.step} is not a finite number: start a "
                 "new run with a lower --learning-rate"
             )
