@@ -373,7 +373,8 @@ class TagConfig(FinetuneConfig):
     metrics: ClassVar[tuple[str, ...]] = (
         *("f1", "precision", "recall", "macro_f1", "macro_precision", "macro_recall"),
         *("weighted_f1", "weighted_precision", "weighted_recall", "accuracy", "matthews"),
-        *("balanced_accuracy", "micro_f1", "micro_precision", "micro_recall", "loss"),
+        *("balanced_accuracy", "micro_f1", "micro_precision", "micro_recall"),
+        *("expected_calibration_error", "loss"),
     )
     tokens_column: str = _column("column of the words, a list")
     tags_column: str = _column("column of the tags, a list")

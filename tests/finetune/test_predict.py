@@ -309,7 +309,8 @@ def test_a_question_that_is_too_long_is_an_error_of_its_row_alone(models: dict[s
     pipe = fastbert.pipeline("answer", models["answer"])
     found = pipe(rows)
     assert "the question has 60 pieces" in found[1]["error"]
-    assert (found[0], found[2]) == (pipe(rows[0]), pipe(rows[2]))
+    for place in (0, 2):
+        assert found[place] == pytest.approx(pipe(rows[place]), abs=1e-6)
 
 
 def test_words_of_a_text_keep_their_characters(models: dict[str, str]) -> None:
