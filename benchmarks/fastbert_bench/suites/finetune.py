@@ -5,7 +5,7 @@ answers to questions. Ours is the loop of `fastbert finetune`, with its metrics.
 TensorBoard; Trainer has SDPA and logs nothing; neither evaluates or saves on the way. Both begin
 with the same weights, see the same examples in the same order, padded to the longest of a batch and
 no further, and have the same settings: the defaults of `fastbert finetune`, but for the learning
-rate of questions, because 5e-5 teaches them nothing in 82 steps (F1 8; 3e-4: 32). What is timed is
+rate of questions: F1 of 82 steps at 5e-5 is 8, of 123 at 3e-4 it is 38. What is timed is
 the loop from its first batch to its last step: with the making of batches, without tokenization and
 evaluation.
 
@@ -76,7 +76,7 @@ class DataSet:
 SETS = {
     "sentiment": DataSet("classify", "tsv", 3.0, "accuracy", "accuracy"),
     "entities": DataSet("tag", "conll", 3.0, "f1", "entity F1"),
-    "questions": DataSet("answer", "json", 2.0, "f1", "F1", 3e-4, max_length=384, percent=1.0),
+    "questions": DataSet("answer", "json", 3.0, "f1", "F1", 3e-4, max_length=384, percent=1.0),
 }
 
 
