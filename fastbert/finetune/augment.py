@@ -7,10 +7,12 @@ import dataclasses
 import random
 import re
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 
 from fastbert.errors import UserError
+from fastbert.finetune.tags import words_of
 from fastbert.finetune.tasks.base import Example
 from fastbert.hf.fill_mask import MaskFiller
 from fastbert.progress import progress_bar
@@ -19,8 +21,7 @@ SHARE = 0.15
 """Of a text's words that are replaced, at least one."""
 _GUESSES = 10
 _TOGETHER = 64
-_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
-_WORD = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+")  # written without spaces, each of them is a token
+_LETTER = re.compile(r"\w")
 
 
 def augmented(
@@ -86,19 +87,23 @@ def _masked(
     mask = fill.tokenizer.mask_token
     marks = [m.span() for mark in markers for m in re.finditer(re.escape(mark), text)]
     words = [
-        word
-        for word in _WORD.finditer(text)
-        if not any(begin < word.end() and word.start() < end for begin, end in marks)
+        (begin, end)
+        for begin, end in words_of(text, chain.from_iterable(marks))
+        if _LETTER.match(text, begin) and not any(first <= begin < last for first, last in marks)
     ]
     tokens = len(fill.tokenizer(text, verbose=False)["input_ids"])
     if not words or mask in text or tokens > fill.encoder.positions():
         return text, []
     count = max(1, round(SHARE * len(words)))
-    chosen = sorted(draw.sample(words, count), key=lambda match: match.start())
-    old = [match.group() for match in chosen]
-    for match in reversed(chosen):
-        text = text[: match.start()] + mask + text[match.end() :]
+    chosen = sorted(draw.sample(words, count))
+    old = [text[begin:end] for begin, end in chosen]
+    for begin, end in reversed(chosen):
+        text = text[:begin] + mask + text[end:]
     return text, old
+
+
+def _is_word(text: str) -> bool:
+    return bool(_LETTER.match(text)) and words_of(text) == [(0, len(text))]
 
 
 def _other(guesses: Sequence[tuple[str, int, float]], old: str, draw: random.Random) -> str:
@@ -106,7 +111,7 @@ def _other(guesses: Sequence[tuple[str, int, float]], old: str, draw: random.Ran
     words = {
         word.strip(): chance
         for word, _, chance in guesses
-        if _WORD.fullmatch(word.strip()) and word.strip().lower() != old.lower()
+        if _is_word(word.strip()) and word.strip().lower() != old.lower()
     }
     if not words:
         return old

@@ -610,13 +610,20 @@ def _shown(config: FinetuneConfig) -> dict[str, Any]:
     return {one.name: getattr(config, one.name) for one in settings(type(config))}
 
 
+_OF_BEGINNING = {"examples", "model"}
+_OF_BEST = {"step", "value", "metrics", "details", "mistakes"}
+
+
 def _what_is_wrong(state: Mapping[str, Any]) -> str:
     """What no checkpoint of fine-tuning says; empty: nothing is."""
     for name in ("step", "skipped", "streak", "stale"):
         if type(state.get(name)) is not int or state[name] < 0:
             return f"{name} must be a count"
-    if not isinstance(state.get("best"), dict) or not isinstance(state.get("begun_with"), dict):
-        return "best and begun_with must be there"
+    best, begun = state.get("best"), state.get("begun_with")
+    if not isinstance(best, dict) or (best and not best.keys() >= _OF_BEST):
+        return f"best must be empty or have {', '.join(sorted(_OF_BEST))}"
+    if not isinstance(begun, dict) or not begun.keys() >= _OF_BEGINNING:
+        return f"begun_with must have {', '.join(sorted(_OF_BEGINNING))}"
     window = state.get("window")
     if not isinstance(window, list) or len(window) != 2 or "scale" not in state:
         return "window and scale must be there"

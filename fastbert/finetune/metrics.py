@@ -247,7 +247,7 @@ def entities(
             tokens is taken over.
 
     Raises:
-        RunError: a confidence is not finite.
+        DivergedError: a confidence is not finite.
         UserError: seqeval is not installed.
     """
     pairs = [
@@ -306,7 +306,7 @@ def token_labels(
         confidences: see `entities`.
 
     Raises:
-        RunError: a confidence is not finite.
+        DivergedError: a confidence is not finite.
         UserError: scikit-learn is not installed.
     """
     pairs = [

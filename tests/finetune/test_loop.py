@@ -639,3 +639,23 @@ def test_a_loss_that_is_no_number_ends_the_run(
     with pytest.raises(RunError, match="evaluation of step 1 is not a finite number"):
         trainer.run(lambda: "")
     assert not (tmp_path / "run" / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("step", True, "step must be a count"),
+        ("best", {"step": 1, "value": 0.5}, "best must be empty or have details, metrics"),
+        ("begun_with", {"examples": ""}, "begun_with must have examples, model"),
+        ("window", [0.0], "window and scale must be there"),
+        ("seconds", None, "seconds must be a number"),
+    ],
+)
+def test_what_no_checkpoint_says(name: str, value: Any, said: str) -> None:
+    state = {
+        "step": 1, "skipped": 0, "streak": 0, "stale": 0, "best": {},
+        "begun_with": {"examples": "", "model": ""}, "window": [0.0, 0], "scale": None,
+        "seconds": 1.0,
+    }  # fmt: skip
+    assert loop._what_is_wrong(state) == ""
+    assert loop._what_is_wrong(state | {name: value}).startswith(said)
