@@ -176,7 +176,7 @@ def _task_of(
         return "embed"
     raise UserError(
         f"{where}: a pre-trained model without a task: fine-tune it first (fastbert finetune), or "
-        "ask for task = 'embed'"
+        "ask for its vectors (--task embed, task='embed')"
     )
 
 

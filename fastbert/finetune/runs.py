@@ -140,11 +140,11 @@ def _check_same(config: FinetuneConfig, run: Path) -> None:
 
 
 def dtype_of(config: FinetuneConfig, device: torch.device) -> torch.dtype:
-    """What `precision` asks for, said; in fp32 on a CPU where nothing is."""
-    precision = config.precision
-    if precision == "auto" and device.type == "cpu":
-        precision = "fp32"
-    dtype, reason = choose_dtype(precision, device)
+    """What `precision` asks for, said; fp32 on a CPU where nothing is."""
+    if config.precision == "auto" and device.type == "cpu":
+        dtype, reason = torch.float32, "fp32 (auto on a CPU)"
+    else:
+        dtype, reason = choose_dtype(config.precision, device)
     say(f"device: {device}, precision: {reason}")
     return dtype
 

@@ -682,3 +682,17 @@ def test_what_a_finished_run_prints(whole: Path, capsys: pytest.CaptureFixture[s
     assert re.search(r"^accuracy: [\d.]+$", out, re.MULTILINE)
     assert f"report: {whole}/report.html\n" in out
     assert f"fastbert predict --model {whole} --input FILE" in out
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [((), "fp32 (auto on a CPU)"), (("--precision=fp32",), "fp32 (asked for)")]
+)
+def test_what_chose_the_precision_is_said(
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    asked: tuple[str, ...],
+    said: str,
+) -> None:
+    assert main(argv(root, tmp_path / "run", "--max-steps=1", *asked)) == 0
+    assert f"device: cpu, precision: {said}\n" in capsys.readouterr().err
