@@ -23,6 +23,7 @@ from fastbert.commands import (
     options,
     predict,
     pretrain,
+    serve,
 )
 from fastbert.errors import FastbertError
 from fastbert.train.interrupts import Interrupted, interruptible, raise_lost
@@ -30,7 +31,7 @@ from fastbert.train.interrupts import Interrupted, interruptible, raise_lost
 BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
 INTERRUPTED = 130
 BENCH = "fastbert_bench"
-OURS = ("pretrain", "finetune", "predict", "glue", "explain", "fill-mask", "doctor")
+OURS = ("pretrain", "finetune", "predict", "glue", "explain", "fill-mask", "serve", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,6 +130,7 @@ def _dispatch(argv: list[str]) -> None:
     glue.add(commands)
     fill_mask.add(commands)
     explain.add(commands)
+    serve.add(commands)
     ours = argv[:1] in ([name] for name in OURS)  # whatever befalls the bench
     missing = {} if ours else _add_bench(commands)
     doctor.add(commands)

@@ -17,7 +17,8 @@ FACADE = "fastbert"  # fastbert/__init__.py: lends names lazily, and only type c
 STANDARD = ("errors", "settings", "schedules", "recipes", "config")  # they import nothing else
 COMMON = (*STANDARD, "progress")
 ORDER = (
-    *("fastbert_kernels", "ops", "model", "data", "train", "hf", "finetune", "commands", "cli"),
+    *("fastbert_kernels", "ops", "model", "data", "train", "hf", "finetune", "serve", "commands"),
+    "cli",
     "__main__",
 )
 NEVER = ("tests", "fastbert_bench", "benchmarks")  # by the engine

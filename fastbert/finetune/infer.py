@@ -44,6 +44,35 @@ def batches(features: Sequence[Feature], tokens: int) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
+def infer_batch(
+    task: Task,
+    model: nn.Module,
+    features: Sequence[Feature],
+    dtype: torch.dtype = torch.float32,
+    unpad: bool = True,
+) -> tuple[list[np.ndarray], tuple[float, float] | None]:
+    """What is kept of features that are computed together, and the loss of labelled ones.
+
+    Sequences without labels are laid end to end, where the model takes them so.
+
+    Args:
+        task, model, features, dtype, unpad: as in `infer`.
+
+    Returns:
+        The sum of losses and by what it is divided, two numbers; None without labels.
+    """
+    batch = task.packed(model, features) if features[0].label is None else None
+    device = next(model.parameters()).device
+    if batch is None:
+        batch = {name: value.to(device) for name, value in task.batch(features).items()}
+    with autocast(device, dtype):
+        outputs = task.outputs(model, batch, unpad)
+    loss = None
+    if "labels" in batch:
+        loss = float(task.loss(outputs, batch)), float(task.items(batch))
+    return task.raw(outputs, batch), loss
+
+
 def infer(
     task: Task,
     model: nn.Module,
@@ -70,14 +99,10 @@ def infer(
     raws: list[np.ndarray | None] = [None] * len(features)
     total = items = 0.0
     for places in batches(features, tokens):
-        batch = task.batch([features[place] for place in places])
-        batch = {name: value.to(device) for name, value in batch.items()}
-        with autocast(device, dtype):
-            outputs = task.outputs(model, batch, unpad)
-        if "labels" in batch:
-            total += float(task.loss(outputs, batch))
-            items += float(task.items(batch))
-        for place, raw in zip(places, task.raw(outputs, batch), strict=True):
+        found, loss = infer_batch(task, model, [features[p] for p in places], dtype, unpad)
+        if loss is not None:
+            total, items = total + loss[0], items + loss[1]
+        for place, raw in zip(places, found, strict=True):
             raws[place] = raw
         if progress is not None:
             progress.update(len(places))

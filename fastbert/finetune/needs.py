@@ -5,8 +5,12 @@ from typing import Any
 
 from fastbert.errors import UserError
 
-_INSTALLED_AS = {"sklearn": "scikit-learn"}
-_EXTRA = {"wandb": "track"}
+_INSTALLED_AS = {"sklearn": "scikit-learn", "prometheus_client": "prometheus-client"}
+_EXTRA = {
+    "wandb": "track",
+    **dict.fromkeys(("fastapi", "uvicorn", "httptools", "prometheus_client", "orjson"), "serve"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+}
 
 
 def needs(module: str) -> Any:

@@ -88,28 +88,11 @@ def pipeline(
         raise UserError(f"model = {show(os.fspath(model))}: no such folder")
     where = os.fspath(model)
     saved, config = saved_head(where)
-    description = described(where, config)
-    name = _task_of(where, task, saved, config, description)
-    if name == "embed":
-        description = sentence_layout(where) | description
-    elif TASKS[name].head != saved:
+    name = _task_of(where, task, saved, config)
+    if name != "embed" and TASKS[name].head != saved:
         kind = f"for {_FOR[saved]}" if saved in _FOR else "without the head of a task"
         raise UserError(f"task = {name!r}: {where} holds a model {kind}")
-    tokenizer = load_tokenizer(where)
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{where}: {type(tokenizer).__name__} is no fast tokenizer")
-    limit = longest_sequence(where, tokenizer)
-    least = tokenizer.num_special_tokens_to_add(pair=True) + 4
-    if max_seq_length is not None and not least <= max_seq_length <= limit:
-        raise UserError(f"max_seq_length = {max_seq_length}: must be from {least} to {limit}")
-    try:
-        told = int(description.get("max_seq_length") or _LONGEST.get(name, limit))
-        if told < least:
-            raise ValueError(f"max_seq_length = {told}")
-        made = TASKS[name](tokenizer, max_seq_length or min(told, limit), description)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: config.json: {DESCRIPTION} is damaged: {error}") from None
-    _check_labels(where, made)
+    made = make_task(name, where, config, load_tokenizer(where), max_seq_length)
     several = isinstance(made, Classify) and made.problem == SEVERAL
     if threshold is not None:
         if not several:
@@ -127,7 +110,7 @@ def pipeline(
         raise UserError(f"{where}: {error}") from None
     # Weights stay fp32, as they did when it was trained and evaluated: of 200 texts, logits in bf16
     # were 0.00023 from those in fp32, and 0.00038 with the weights cast, which took 8% less time.
-    return Pipeline(made, network.to(place, torch.float32), _dtype(dtype, place), top_k)
+    return Pipeline(made, network.to(place, torch.float32), compute_dtype(dtype, place), top_k)
 
 
 _FOR = {
@@ -158,15 +141,48 @@ def _check_labels(where: str, task: Any) -> None:
         raise UserError(f"{where}: config.json: several labels are named {show(twice[0])}")
 
 
-def _task_of(
-    where: str, asked: str | None, saved: str, config: Any, description: Mapping[str, Any]
-) -> str:
+def make_task(
+    name: str, where: str, config: Any, tokenizer: Any, max_seq_length: int | None
+) -> Any:
+    """A task as a folder describes it.
+
+    Args:
+        name: of the task.
+        where: the folder.
+        config: of its model.
+        tokenizer: of the folder.
+        max_seq_length: see `pipeline`.
+
+    Raises:
+        UserError: a slow tokenizer, a length out of bounds, or a description that is damaged.
+    """
+    description = described(where, config)
+    if name == "embed":
+        description = sentence_layout(where) | description
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{where}: {type(tokenizer).__name__} is no fast tokenizer")
+    limit = longest_sequence(where, tokenizer)
+    least = tokenizer.num_special_tokens_to_add(pair=True) + 4
+    if max_seq_length is not None and not least <= max_seq_length <= limit:
+        raise UserError(f"max_seq_length = {max_seq_length}: must be from {least} to {limit}")
+    try:
+        told = int(description.get("max_seq_length") or _LONGEST.get(name, limit))
+        if told < least:
+            raise ValueError(f"max_seq_length = {told}")
+        made = TASKS[name](tokenizer, max_seq_length or min(told, limit), description)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: config.json: {DESCRIPTION} is damaged: {error}") from None
+    _check_labels(where, made)
+    return made
+
+
+def _task_of(where: str, asked: str | None, saved: str, config: Any) -> str:
     if asked is not None:
         if asked not in TASKS:
             meant = did_you_mean(asked, TASKS)
             raise UserError(f"task = {show(asked)}: must be one of {', '.join(TASKS)}{meant}")
         return asked
-    told = description.get("task")
+    told = described(where, config).get("task")
     if told in TASKS:
         return str(told)
     if saved in _FOR and saved != "MaskedLM":
@@ -180,7 +196,12 @@ def _task_of(
     )
 
 
-def _dtype(asked: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def compute_dtype(asked: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """What a model computes in on a device, see `pipeline`.
+
+    Raises:
+        UserError: none of these, or one that the device has not.
+    """
     if isinstance(asked, torch.dtype):
         asked = next((name for name, dtype in DTYPES.items() if dtype == asked), str(asked))
     if asked not in (None, "auto", *DTYPES):
@@ -252,17 +273,9 @@ class Pipeline:
 
         def rows() -> Iterator[Row]:
             nonlocal columns
-            for place, one in enumerate(inputs):
-                values = self._values(one, f"inputs[{place}]")
-                if columns is None:
-                    columns = self._columns(values)
-                beyond = [name for name in values if name not in (*columns.of, *columns.choices)]
-                if beyond:
-                    raise UserError(
-                        f"inputs[{place}]: has {beyond[0]}, which the first input lacks: those of "
-                        "a call are of one kind"
-                    )
-                yield Row(values, f"inputs[{place}]")
+            for row, of_call in self._rows(inputs):
+                columns = of_call
+                yield row
 
         before = self.task.cut
         for window in _windows(rows()):
@@ -272,6 +285,29 @@ class Pipeline:
         cut = self.task.cut - before
         if cut and self.task.name not in READ_IN_WINDOWS:
             logger.warning("%d texts were cut to %d tokens", cut, self.task.max_length)
+
+    def _rows(self, inputs: Iterable[Any]) -> Iterator[tuple[Row, Columns]]:
+        columns: Columns | None = None
+        for place, one in enumerate(inputs):
+            where = f"inputs[{place}]"
+            values = self._values(one, where)
+            if columns is None:
+                columns = self._columns(values)
+            beyond = [name for name in values if name not in (*columns.of, *columns.choices)]
+            if beyond:
+                raise UserError(
+                    f"{where}: has {beyond[0]}, which the first input lacks: those of a call are "
+                    "of one kind"
+                )
+            yield Row(values, where), columns
+
+    def examples(self, inputs: Sequence[Any]) -> list[Example]:
+        """Inputs as the task reads them: the first step of an answer, for who takes them singly.
+
+        Raises:
+            UserError: the first that cannot be read.
+        """
+        return [self._example(row, columns) for row, columns in self._rows(inputs)]
 
     def _values(self, one: Any, where: str) -> dict[str, Any]:
         roles = _ROLES[self.task.name]
@@ -341,7 +377,7 @@ class Pipeline:
         with_tags = "tokens" in columns
         made = self.task.predictions(readable, features, raws)
         for number, prediction in zip(kept, made, strict=True):
-            found[places[number]] = self._told(prediction, with_tags)
+            found[places[number]] = told(prediction, with_tags, self.top_k)
         bar.end(len(rows))
         return list(zip(rows, found, strict=True))
 
@@ -412,14 +448,6 @@ class Pipeline:
             self.tokens = tokens // 2
             progress = progress.again()
 
-    def _told(self, prediction: Prediction, with_tags: bool) -> Prediction:
-        if not with_tags:  # they belong to words that only we have seen
-            prediction.pop("tags", None)
-        if self.top_k is not None and "probabilities" in prediction:
-            order = sorted(prediction["probabilities"].items(), key=lambda one: -one[1])
-            prediction["probabilities"] = dict(order[: self.top_k])
-        return prediction
-
     def evaluate(
         self,
         rows: Sequence[Row],
@@ -459,6 +487,22 @@ class Pipeline:
             Report(title, task.kind, settings, found, mistakes=mistakes, notes=list(notes)),
         )
         return found
+
+
+def told(prediction: Prediction, with_tags: bool, top_k: int | None) -> Prediction:
+    """What is said of a task's prediction.
+
+    Args:
+        prediction: which is changed.
+        with_tags: whether words were given: else the tags are of words that only we have seen.
+        top_k: see `pipeline`.
+    """
+    if not with_tags:
+        prediction.pop("tags", None)
+    if top_k is not None and isinstance(prediction.get("probabilities"), dict):
+        order = sorted(prediction["probabilities"].items(), key=lambda one: -one[1])
+        prediction["probabilities"] = dict(order[:top_k])
+    return prediction
 
 
 def _is_unicode(value: Any) -> bool:

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import islice
 from threading import Lock
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastbert.hf.accelerate import accelerate, decelerate
 from fastbert.hf.load import load_model, load_tokenizer
 from fastbert.hf.models import Encoder
-from fastbert.hf.packing import Plan
+from fastbert.hf.together import end_to_end, means
 from fastbert.progress import progress_bar
 
 logger = logging.getLogger("fastbert")
@@ -262,38 +262,5 @@ class _Encode:
         plan, given = end_to_end(encoder, tokens)
         only_first = self.pooling == "cls"
         states = encoder.last_states(plan, given, plan.first if only_first else None)
-        vectors = states if only_first else _means(states, plan)
+        vectors = states if only_first else means(states, plan)
         return F.normalize(vectors.float(), dim=1) if self.normalize else vectors
-
-
-def end_to_end(encoder: Any, tokens: list[list[int]]) -> tuple[Plan, dict[str, Tensor]]:
-    """A plan and the inputs of an encoder, where it lies, for texts of at least one token."""
-    device = next(encoder.parameters()).device
-    lengths = [len(ids) for ids in tokens]
-    ids = torch.tensor([list(chain.from_iterable(tokens))])
-    given = {"input_ids": ids, "position_ids": _positions(encoder, ids, lengths)}
-    there = {name: value.to(device) for name, value in given.items()}
-    return Plan.of_lengths(lengths, device), there
-
-
-def _positions(encoder: Any, ids: Tensor, lengths: list[int]) -> Tensor:  # (1, T)
-    """Each text counted by itself. Families count otherwise where a text names padding."""
-    texts = ids.split(lengths, dim=1)
-    pad = encoder.config.pad_token_id
-    if pad is not None and bool((ids == pad).any()):
-        rows = [encoder._positions(text.shape, {"input_ids": text}) for text in texts]
-        return torch.cat(rows, dim=1)
-    longest = texts[int(np.argmax(lengths))]
-    row = encoder._positions(longest.shape, {"input_ids": longest})
-    return torch.cat([row[:, :length] for length in lengths], dim=1)
-
-
-def _means(states: Tensor, plan: Plan) -> Tensor:  # (T, H) -> (N, H)
-    """Means of each sequence's tokens, summed up in fp32."""
-    if plan.even is not None:
-        return states.view(*plan.even, -1).float().mean(1)
-    lengths = plan.cu_seqlens.diff().long()
-    texts = torch.arange(len(lengths), device=states.device)
-    of_token = texts.repeat_interleave(lengths, output_size=len(states))
-    sums = torch.zeros(len(lengths), states.shape[1], device=states.device)
-    return sums.index_add_(0, of_token, states.float()) / lengths[:, None]

@@ -75,6 +75,14 @@ class _Keywords:
 
         accelerate(self)  # type: ignore[type-var]
 
+    def _packs(self, given: dict[str, Any]) -> bool:
+        """Whether it takes sequences end to end, (1, T), beside a `fastbert_plan` of theirs.
+
+        Args:
+            given: these inputs, by the forward's names.
+        """
+        return False
+
 
 # Encoders
 
@@ -100,7 +108,11 @@ class Encoder(_Keywords):
         note(f"{type(self).__name__}: no padding is computed, on {where}", INFO)
         if fastbert_pooled:
             plan = self._wanting(plan, None, True, given)
-        return self._packed(plan, given)
+        return self._packed(plan, given, fastbert_pooled)
+
+    def _packs(self: Any, given: dict[str, Any]) -> bool:
+        """See `_Keywords`."""
+        return not self._why_not(given)
 
     def _plan(self: Any, given: dict[str, Any]) -> Plan | str:
         """How to lay out a batch, or why that cannot be done.
@@ -203,13 +215,13 @@ class Encoder(_Keywords):
         wanted += [plan.first] if pooled else []
         return replace(plan, wanted=torch.cat(wanted), last=last, pooled=pooled, _elsewhere={})
 
-    def _packed(self: Any, plan: Plan, given: dict[str, Any]) -> Any:
+    def _packed(self: Any, plan: Plan, given: dict[str, Any], only_firsts: bool = False) -> Any:
         """The forward over kept tokens.
 
-        Where only some are wanted, `last_hidden_state` is (1, M, H) of those, or (B, 1, H) of the
-        first tokens where only they are.
+        Where only some are wanted, `last_hidden_state` is (1, M, H) of those, or (N, 1, H) of the
+        first tokens where only they are. Of sequences that came end to end it is (1, T, H).
         """
-        B = plan.shape[0]
+        N = plan.sequences
         return_dict = given.get("return_dict")
         hidden_states = None
         asked = given.get("output_hidden_states", self.config.output_hidden_states)
@@ -222,13 +234,15 @@ class Encoder(_Keywords):
             x = self._layers(plan, given)
         pooler = getattr(self, "pooler", None)
         if plan.wanted is None:
-            states = plan.pad(x)
-            firsts = states
+            states = firsts = plan.pad(x)
+            if N != plan.shape[0]:
+                firsts = x.index_select(1, plan.first).view(N, 1, -1)
+                states = firsts if only_firsts else states
         else:
             states, firsts = x, x
             if plan.pooled:
-                states, firsts = x.split((x.shape[1] - B, B), dim=1)
-                firsts = firsts.view(B, 1, -1)
+                states, firsts = x.split((x.shape[1] - N, N), dim=1)
+                firsts = firsts.view(N, 1, -1)
                 states = states if states.shape[1] else firsts
         found: dict[str, Any] = {"last_hidden_state": states}
         if pooler is not None:
@@ -353,8 +367,16 @@ def reads_firsts(model: Any, given: dict[str, Any]) -> bool:
     return all(is_of_libraries(part) and not is_watched(part) for part in parts)
 
 
+def _base_packs(model: Any, given: dict[str, Any]) -> bool:
+    base = _base(model, given)
+    return base is not None and base._packs(given)
+
+
 class Pooled(_Keywords):
     """A head that reads the first token of each sequence."""
+
+    def _packs(self: Any, given: dict[str, Any]) -> bool:
+        return reads_firsts(self, given) and _base_packs(self, given)
 
     def _forward(self: Any, **given: Any) -> Any:
         if reads_firsts(self, given):
@@ -376,6 +398,9 @@ _LABELLED_PADDING = "labels on padding"
 class EveryToken(_Keywords):
     """A head that reads each token, and may have a label for each."""
 
+    def _packs(self: Any, given: dict[str, Any]) -> bool:
+        return _base_packs(self, given)
+
     def _forward(self: Any, **given: Any) -> Any:
         if _base(self, given) is not None and _on_padding(given.get("labels"), given):
             given["fastbert_plan"] = _LABELLED_PADDING
@@ -388,6 +413,9 @@ class Span(_Keywords):
     With `fastbert_unpadded` it runs over real tokens only: the logits of padding are the least that
     their dtype holds. Labels are then the caller's.
     """
+
+    def _packs(self: Any, given: dict[str, Any]) -> bool:
+        return _base_packs(self, given)
 
     def _forward(self: Any, *, fastbert_unpadded: bool = False, **given: Any) -> Any:
         mask = given.get("attention_mask")

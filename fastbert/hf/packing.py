@@ -163,6 +163,11 @@ class Plan:
         return flat if self.slots is None else self.slots.source[flat]
 
     @property
+    def sequences(self) -> int:
+        """N."""
+        return len(self.cu_seqlens) - 1
+
+    @property
     def first(self) -> Tensor:  # (N,) int64
         """The first token of each sequence."""
         return self.cu_seqlens[:-1].long()

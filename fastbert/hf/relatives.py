@@ -30,6 +30,7 @@ from fastbert.hf.models import (
     Pooled,
     Span,
     _base,
+    _base_packs,
     _Keywords,
     reads_firsts,
 )
@@ -130,6 +131,10 @@ class _Discriminator(_Keywords):
 
 class _Summary(_Keywords):
     """Multiple choice by a summary: of the first token, or of tokens that may be padding."""
+
+    def _packs(self: Any, given: dict[str, Any]) -> bool:
+        first = self.sequence_summary.summary_type == "first"
+        return first and reads_firsts(self, given) and _base_packs(self, given)
 
     def _forward(self: Any, **given: Any) -> Any:
         kind, mask = self.sequence_summary.summary_type, given.get("attention_mask")

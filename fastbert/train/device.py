@@ -157,7 +157,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory is full, be it torch's, CUDA's or cuBLAS's."""
     signs = (
         "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation",

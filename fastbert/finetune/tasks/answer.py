@@ -27,6 +27,7 @@ from fastbert.finetune.tasks.base import (
     Task,
     as_inputs,
     model_inputs,
+    tokens_of,
 )
 from fastbert.finetune.values import read_answers
 
@@ -126,10 +127,10 @@ class Answer(Task):
     def label_tensor(self, features: Sequence[Feature], longest: int) -> Tensor:  # (B, 2)
         return torch.tensor([one.label for one in features])
 
-    def outputs(self, model: nn.Module, batch: dict[str, Tensor], unpad: bool) -> Tensor:
+    def outputs(self, model: nn.Module, batch: dict[str, Any], unpad: bool) -> Tensor:
         options = {"fastbert_unpadded": True} if unpad else {}
         found = model(**model_inputs(batch), **options)
-        return torch.stack((found.start_logits, found.end_logits), dim=1).float()  # (B, 2, S)
+        return torch.stack((found.start_logits, found.end_logits), dim=1).float()  # (B, 2, S|T)
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         each = F.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
@@ -138,10 +139,9 @@ class Answer(Task):
     def distributions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         return outputs.flatten(0, 1)
 
-    def raw(self, outputs: Tensor, batch: dict[str, Tensor]) -> list[np.ndarray]:
-        lengths = batch["attention_mask"].sum(1).tolist()
+    def raw(self, outputs: Tensor, batch: dict[str, Any]) -> list[np.ndarray]:
         logits = outputs.cpu().numpy()
-        return [one[:, :length] for one, length in zip(logits, lengths, strict=True)]
+        return [logits[row, :, tokens] for row, tokens in tokens_of(batch)]
 
     def predictions(
         self, examples: Sequence[Example], features: Sequence[Feature], raws: Sequence[np.ndarray]

@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from fastbert.errors import UserError
 from fastbert.finetune.columns import Columns
 from fastbert.finetune.inputs import Row
 from fastbert.finetune.metrics import Evaluation
+from fastbert.hf.together import packed_inputs
 
 Prediction = dict[str, Any]
 
@@ -166,12 +168,19 @@ class Task(ABC):
             found["labels"] = self.label_tensor(features, longest)
         return found
 
+    def packed(self, model: nn.Module, features: Sequence[Feature]) -> dict[str, Any] | None:
+        """Sequences end to end, on the model's device; None: it needs them padded.
+
+        What `outputs` and `raw` read as they read a `batch` without labels.
+        """
+        return packed_inputs(model, [one for feature in features for one in feature.inputs])
+
     @abstractmethod
     def label_tensor(self, features: Sequence[Feature], longest: int) -> Tensor:
         """What `loss` reads."""
 
     @abstractmethod
-    def outputs(self, model: nn.Module, batch: dict[str, Tensor], unpad: bool) -> Tensor:
+    def outputs(self, model: nn.Module, batch: dict[str, Any], unpad: bool) -> Tensor:
         """What a model says of a batch: logits, or vectors.
 
         Args:
@@ -193,7 +202,7 @@ class Task(ABC):
         """Logits (R, K) whose softmax R-Drop compares; `learn` has refused a task of scores."""
 
     @abstractmethod
-    def raw(self, outputs: Tensor, batch: dict[str, Tensor]) -> list[np.ndarray]:
+    def raw(self, outputs: Tensor, batch: dict[str, Any]) -> list[np.ndarray]:
         """What is kept of each feature, float32."""
 
     # Of answers
@@ -269,10 +278,21 @@ def as_inputs(found: Any, row: int) -> dict[str, list[int]]:
     return {name: found[name][row] for name in names if name in found}
 
 
-def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+_INPUTS = ("input_ids", "token_type_ids", "attention_mask", "position_ids", "fastbert_plan")
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch without what only a task reads."""
-    names = ("input_ids", "token_type_ids", "attention_mask")
-    return {name: batch[name] for name in names if name in batch}
+    return {name: batch[name] for name in _INPUTS if name in batch}
+
+
+def tokens_of(batch: dict[str, Any]) -> list[tuple[int, slice]]:
+    """In which row of the outputs each sequence lies, and its tokens there."""
+    if "fastbert_plan" in batch:
+        bounds = batch["fastbert_plan"].cu_seqlens.tolist()
+        return [(0, slice(begin, end)) for begin, end in pairwise(bounds)]
+    lengths = batch["attention_mask"].sum(1).tolist()
+    return [(row, slice(0, length)) for row, length in enumerate(lengths)]
 
 
 def unnamed(labels: Sequence[str]) -> bool:

@@ -66,15 +66,21 @@ class Choose(Task):
         return made
 
     def batch(self, features: Sequence[Feature]) -> dict[str, Tensor]:
-        sizes = torch.tensor([len(one.inputs) for one in features])
-        return super().batch(features) | {"sizes": sizes}
+        return super().batch(features) | {"sizes": _sizes(features)}
+
+    def packed(self, model: nn.Module, features: Sequence[Feature]) -> dict[str, Any] | None:
+        found = super().packed(model, features)
+        return None if found is None else found | {"sizes": _sizes(features)}
 
     def label_tensor(self, features: Sequence[Feature], longest: int) -> Tensor:
         return torch.tensor([one.label for one in features])
 
-    def outputs(self, model: nn.Module, batch: dict[str, Tensor], unpad: bool) -> Tensor:
-        inputs = {name: value[None] for name, value in model_inputs(batch).items()}  # (1, N, S)
-        logits = model(**inputs).logits.float()[0].split(batch["sizes"].tolist())
+    def outputs(self, model: nn.Module, batch: dict[str, Any], unpad: bool) -> Tensor:
+        inputs = {
+            name: value[None] if isinstance(value, Tensor) else value  # (1, N, S), or (1, 1, T)
+            for name, value in model_inputs(batch).items()
+        }
+        logits = model(**inputs).logits.float().flatten().split(batch["sizes"].tolist())
         return nn.utils.rnn.pad_sequence(list(logits), batch_first=True, padding_value=_LEAST)
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -83,7 +89,7 @@ class Choose(Task):
     def distributions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         return outputs
 
-    def raw(self, outputs: Tensor, batch: dict[str, Tensor]) -> list[np.ndarray]:
+    def raw(self, outputs: Tensor, batch: dict[str, Any]) -> list[np.ndarray]:
         chances = outputs.softmax(1).cpu().numpy()
         sizes = batch["sizes"].tolist()
         return [one[:size] for one, size in zip(chances, sizes, strict=True)]
@@ -119,3 +125,7 @@ class Choose(Task):
         badness = prediction["score"]
         wanted = {"choice": label}
         return {**shown, "expected": wanted, "predicted": prediction, "badness": badness}
+
+
+def _sizes(features: Sequence[Feature]) -> Tensor:  # (B,)
+    return torch.tensor([len(one.inputs) for one in features])

@@ -192,7 +192,7 @@ class Classify(Task):
         dtype = torch.long if self.problem == ONE else torch.float32
         return torch.tensor([one.label for one in features], dtype=dtype)
 
-    def outputs(self, model: nn.Module, batch: dict[str, Tensor], unpad: bool) -> Tensor:
+    def outputs(self, model: nn.Module, batch: dict[str, Any], unpad: bool) -> Tensor:
         logits: Tensor = model(**model_inputs(batch)).logits  # (B, K)
         return logits.float()
 
@@ -221,7 +221,7 @@ class Classify(Task):
             return outputs
         return torch.stack((outputs, torch.zeros_like(outputs)), dim=-1).flatten(0, 1)
 
-    def raw(self, outputs: Tensor, batch: dict[str, Tensor]) -> list[np.ndarray]:
+    def raw(self, outputs: Tensor, batch: dict[str, Any]) -> list[np.ndarray]:
         if self.problem == ONE:
             outputs = outputs.softmax(1)
         elif self.problem == SEVERAL:

@@ -32,6 +32,7 @@ from fastbert.finetune.tasks.base import (
     model_inputs,
 )
 from fastbert.hf.load import sentence_layout
+from fastbert.hf.together import means
 from fastbert.settings import show
 
 _LEAST = torch.finfo(torch.float32).min
@@ -141,8 +142,11 @@ class Embed(Task):
     def label_tensor(self, features: Sequence[Feature], longest: int) -> Tensor:
         return torch.tensor([one.label for one in features], dtype=torch.float32)
 
-    def outputs(self, model: nn.Module, batch: dict[str, Tensor], unpad: bool) -> Tensor:
+    def outputs(self, model: nn.Module, batch: dict[str, Any], unpad: bool) -> Tensor:
         states = model(**model_inputs(batch)).last_hidden_state.float()  # (B G, S, H)
+        if "fastbert_plan" in batch:  # (1, T, H)
+            plan, rows = batch["fastbert_plan"], states.squeeze(0)
+            return rows[plan.first] if self.pooling == "cls" else means(rows, plan)
         if self.pooling == "cls":
             return states[:, 0]
         mask = batch["attention_mask"][:, :, None].to(states.dtype)
@@ -168,7 +172,7 @@ class Embed(Task):
         cosines = self.scale * sides[:, 0] @ others.T  # (B, B) or (B, 2 B)
         return cosines.masked_fill(_also_right(batch["texts"]), _LEAST)
 
-    def raw(self, outputs: Tensor, batch: dict[str, Tensor]) -> list[np.ndarray]:
+    def raw(self, outputs: Tensor, batch: dict[str, Any]) -> list[np.ndarray]:
         count = len(batch["labels"]) if "labels" in batch else len(outputs)
         return list(outputs.view(count, -1, outputs.shape[1]).cpu().numpy())
 

@@ -29,6 +29,7 @@ from fastbert.finetune.tasks.base import (
     as_inputs,
     label_names,
     model_inputs,
+    tokens_of,
     unknown_label,
 )
 from fastbert.finetune.values import read_tagged
@@ -189,8 +190,8 @@ class Tag(Task):
             labels[row, : len(one.label)] = torch.tensor(one.label)
         return labels
 
-    def outputs(self, model: nn.Module, batch: dict[str, Tensor], unpad: bool) -> Tensor:
-        logits: Tensor = model(**model_inputs(batch)).logits  # (B, S, K)
+    def outputs(self, model: nn.Module, batch: dict[str, Any], unpad: bool) -> Tensor:
+        logits: Tensor = model(**model_inputs(batch)).logits  # (B, S, K), or (1, T, K)
         return logits.float()
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -210,10 +211,9 @@ class Tag(Task):
     def distributions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         return outputs[batch["labels"] != _NONE]
 
-    def raw(self, outputs: Tensor, batch: dict[str, Tensor]) -> list[np.ndarray]:
+    def raw(self, outputs: Tensor, batch: dict[str, Any]) -> list[np.ndarray]:
         chances = outputs.softmax(-1).cpu().numpy()
-        lengths = batch["attention_mask"].sum(1).tolist()
-        return [one[:length] for one, length in zip(chances, lengths, strict=True)]
+        return [chances[row, tokens] for row, tokens in tokens_of(batch)]
 
     def _of_words(
         self, examples: Sequence[Example], features: Sequence[Feature], raws: Sequence[np.ndarray]

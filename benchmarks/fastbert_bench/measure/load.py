@@ -1,0 +1,105 @@
+"""Clients that ask a service over HTTP, each its next question once it has its answer.
+
+As light as can be, because they run on the cores that the service needs: bytes are made before,
+and of an answer only status and length are read.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from fastbert.errors import RunError
+
+
+@dataclass(frozen=True)
+class Load:
+    """What clients have met.
+
+    Attributes:
+        seconds: for which they asked.
+        latencies: (n,) seconds of each answer, in the order in which they came.
+        refused: answers with status 429.
+    """
+
+    seconds: float
+    latencies: np.ndarray
+    refused: int
+
+    @property
+    def rate(self) -> float:
+        """Answers a second."""
+        return len(self.latencies) / self.seconds
+
+    def percentile(self, share: float) -> float:
+        """Seconds within which this share of the answers came."""
+        return float(np.quantile(self.latencies, share))
+
+
+def post(path: str, body: bytes, host: str = "localhost") -> bytes:
+    """A request as it is sent."""
+    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+def run_clients(
+    address: tuple[str, int], requests: Sequence[bytes], clients: int, seconds: float
+) -> Load:
+    """Asks for some time.
+
+    Args:
+        address: host and port.
+        requests: see `post`; each client takes the next one, and the first follows the last.
+        clients: that ask at once.
+        seconds: after which no question is asked any more; answers are waited for.
+
+    Raises:
+        RunError: the service closes a connection, or answers with another error than 429.
+    """
+    return asyncio.run(_run(address, requests, clients, seconds))
+
+
+async def _run(
+    address: tuple[str, int], requests: Sequence[bytes], clients: int, seconds: float
+) -> Load:
+    places, latencies = count(), []
+    refused = 0
+    began = time.perf_counter()
+    until = began + seconds
+
+    def next_request() -> Iterator[bytes]:
+        while time.perf_counter() < until:
+            yield requests[next(places) % len(requests)]
+
+    async def client() -> None:
+        nonlocal refused
+        reader, writer = await asyncio.open_connection(*address)
+        for request in next_request():
+            asked = time.perf_counter()
+            writer.write(request)
+            status = await _answer(reader)
+            if status == 200:
+                latencies.append(time.perf_counter() - asked)
+            elif status == 429:
+                refused += 1
+            else:
+                raise RunError(f"{address[0]}:{address[1]}: answered with status {status}")
+        writer.close()
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return Load(time.perf_counter() - began, np.array(latencies), refused)
+
+
+async def _answer(reader: asyncio.StreamReader) -> int:
+    """The status of an answer, whose body is read and left."""
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        raise RunError("the service has closed a connection") from None
+    lines = head.lower().split(b"\r\n")
+    length = next(line[15:] for line in lines if line.startswith(b"content-length:"))
+    await reader.readexactly(int(length))
+    return int(head[9:12])

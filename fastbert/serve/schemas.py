@@ -1,0 +1,281 @@
+"""What requests and answers look like: checked as they come, and told in the OpenAPI document."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+
+from fastbert.finetune.tasks.classify import SCORE, SEVERAL
+from fastbert.serve.config import ServeConfig
+from fastbert.serve.models import Served
+
+# What Python's str.isspace says, written out, because other languages' \s is another set.
+_SPACE = r"\t-\r\x1c- \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_READABLE = rf"^[^\x00]*[^\x00{_SPACE}][^\x00]*$"
+MOST_GUESSES = 1000
+
+
+class Strict(BaseModel):
+    """Refuses what it does not know, and numbers in place of texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _readable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+Text = Annotated[
+    str, AfterValidator(_readable), Field(json_schema_extra={"minLength": 1, "pattern": _READABLE})
+]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+# Of requests
+
+
+class PairOfTexts(Strict):
+    """A text, or two that belong together."""
+
+    text: Text
+    text_pair: Text | None = None
+
+
+class TextOfWords(Strict):
+    """A text."""
+
+    text: Text
+
+
+class Words(Strict):
+    """A text as its words, each of which gets its tag."""
+
+    tokens: Annotated[list[Text], Field(min_length=1)]
+
+
+class Question(Strict):
+    """A question, and the text that may answer it."""
+
+    question: Text
+    context: Text
+
+
+class Choice(Strict):
+    """Answers to choose from; the question, the context or both say what for."""
+
+    question: Text
+    context: Text | None = None
+    choices: Annotated[list[Text], Field(min_length=2)]
+
+
+_ITEMS: dict[str, Any] = {
+    "classify": Text | PairOfTexts,
+    "tag": Text | TextOfWords | Words,
+    "answer": Question,
+    "choose": Choice,
+}
+
+
+# Of answers
+
+
+class Usage(BaseModel):
+    """What every answer tells beside itself."""
+
+    tokens: int = Field(description="of all inputs, special ones included")
+    truncated: int = Field(description="inputs that were cut")
+
+
+class OneLabel(BaseModel):
+    label: str
+    score: float
+    probabilities: dict[str, float]
+
+
+class SeveralLabels(BaseModel):
+    labels: list[str]
+    probabilities: dict[str, float]
+
+
+class Score(BaseModel):
+    score: float
+
+
+class Entity(BaseModel):
+    """Offsets count Unicode code points."""
+
+    type: str
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+class Entities(BaseModel):
+    entities: list[Entity]
+    tags: list[str] | None = Field(None, description="of each word, where words were given")
+
+
+class Span(BaseModel):
+    """Offsets count Unicode code points of the context."""
+
+    answer: str
+    start: int
+    end: int
+    score: float
+    no_answer: float
+
+
+class Chosen(BaseModel):
+    choice: int = Field(description="its place, from 0")
+    score: float
+    probabilities: list[float]
+
+
+class Guess(BaseModel):
+    token_str: str
+    token: int
+    score: float
+
+
+class Filled(BaseModel):
+    masks: list[list[Guess]] = Field(description="of each mask, the best first")
+
+
+class Embeddings(Usage):
+    embeddings: list[list[float]]
+
+
+class OpenAIEmbedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class OpenAIUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class OpenAIEmbeddings(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[OpenAIEmbedding]
+    model: str
+    usage: OpenAIUsage
+
+
+class OpenAIModel(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+
+
+class OpenAIModels(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel]
+
+
+class Info(BaseModel):
+    """What is served."""
+
+    model: str
+    version: str
+    task: str = Field(description='of /predict; "" where there is none')
+    endpoints: list[str]
+    labels: list[str]
+    mask_token: str
+    max_seq_length: int
+    hidden_size: int
+    device: str
+    dtype: str
+    max_batch_tokens: int
+    max_texts: int
+    max_body_kb: int
+    truncate: bool
+
+
+class Problem(BaseModel):
+    """What was wrong."""
+
+    type: str
+    message: str
+
+
+class Refusal(BaseModel):
+    error: Problem
+
+
+class Requests:
+    """Requests as what is served takes them, with its limits; and the answers to `/predict`."""
+
+    def __init__(self, served: Served, config: ServeConfig) -> None:
+        several: dict[str, Any] = {"min_length": 1, "max_length": config.max_texts}
+
+        def request(name: str, item: Any, **more: Any) -> Any:
+            inputs = item | Annotated[list[item], Field(**several)]
+            return create_model(name, __base__=Strict, inputs=(inputs, ...), **more)
+
+        best = min(MOST_GUESSES, served.vocab_size)
+        guesses = (Annotated[int, Field(ge=1, le=best)] | None, None)
+        has_chances = served.task == "classify" and served.problem != SCORE
+        more = {"top_k": guesses} if has_chances else {}
+        self.predict = request("PredictRequest", _ITEMS.get(served.task, Text), **more)
+        self.fill_mask = request("FillMaskRequest", _masked(served.mask_token), top_k=guesses)
+        self.embed = request("EmbedRequest", Text, normalize=(bool | None, None))
+        width = served.hidden_size
+        self.openai_embed = create_model(
+            "OpenAIEmbeddingsRequest",
+            __base__=Strict,
+            input=(
+                Text
+                | Annotated[list[Text], Field(**several)]
+                | Tokens
+                | Annotated[list[Tokens], Field(**several)],
+                ...,
+            ),
+            model=(str, ...),
+            encoding_format=(Literal["float", "base64"], "float"),
+            dimensions=(Annotated[int, Field(ge=width, le=width)] | None, None),
+            user=(str | None, None),
+        )
+        kinds: dict[str, Any] = {
+            "classify": {SEVERAL: SeveralLabels, SCORE: Score}.get(served.problem, OneLabel),
+            "tag": Entities,
+            "answer": Span,
+            "choose": Chosen,
+        }
+        one = kinds.get(served.task, OneLabel)
+        self.predictions = create_model(
+            "Predictions",
+            __base__=Usage,
+            predictions=(list[one], ...),  # type: ignore[valid-type]
+        )
+
+
+class Fillings(Usage):
+    predictions: list[Filled]
+
+
+def _masked(mask: str) -> Any:
+    def holds(text: str) -> str:
+        if "\0" in text:
+            raise ValueError("holds a NUL character")
+        if mask not in text:
+            raise ValueError(f"holds no {mask}")
+        return text
+
+    pattern = rf"^[^\x00]*{re.escape(mask)}[^\x00]*$"
+    return Annotated[str, AfterValidator(holds), Field(json_schema_extra={"pattern": pattern})]
+
+
+def listed(inputs: Any) -> list[Any]:
+    """The inputs of a request as the task takes them."""
+    several = inputs if isinstance(inputs, list) else [inputs]
+    return [
+        one.model_dump(exclude_none=True) if isinstance(one, BaseModel) else one for one in several
+    ]
