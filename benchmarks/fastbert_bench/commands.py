@@ -28,6 +28,7 @@ from fastbert_bench.config import (
     ProfileKernelConfig,
     ProfileStepConfig,
     ReportConfig,
+    ServeBenchConfig,
     StepBenchConfig,
     check_kernel,
 )
@@ -47,6 +48,7 @@ _BENCHMARKS: dict[str, tuple[str, type]] = {
     ),
     "dropin": ("what one line brings to transformers' Trainer", DropinBenchConfig),
     "finetune": ("fine-tuning, side by side with transformers' Trainer", FinetuneBenchConfig),
+    "serve": ("a service under load, side by side with Hugging Face's batches", ServeBenchConfig),
 }
 
 

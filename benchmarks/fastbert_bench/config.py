@@ -383,6 +383,33 @@ class FinetuneBenchConfig:
 
 
 @dataclass(frozen=True)
+class ServeBenchConfig:
+    """Everything `fastbert bench serve` can be told.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+
+    model: str = engine.model_setting(BENCH, "mini")
+    name: str = _bench("", "what the result calls it (empty = as it was given)")
+    lengths: str = _bench(
+        "short", "of the texts, 5 to 256 tokens: short = most of them are, even = all as likely",
+        choices=("short", "even"),
+    )  # fmt: skip
+    clients: str = _bench("1,8,64", "that ask at once, separated by commas")
+    seconds: float = _bench(
+        10.0, "for which they ask, each time", at_least=0.1, at_most=3600.0
+    )
+    rounds: int = _rounds()
+    json: str = _json(BENCH)
+    seed: int = engine.seed_setting(BENCH, "weights and texts")
+
+    def __post_init__(self) -> None:
+        settings.check_fields(self)
+        integers("clients", self.clients, 1, 10_000)
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """Everything `fastbert bench report` can be told, but the files.
 

@@ -273,9 +273,17 @@ class Pipeline:
 
         def rows() -> Iterator[Row]:
             nonlocal columns
-            for row, of_call in self._rows(inputs):
-                columns = of_call
-                yield row
+            for place, one in enumerate(inputs):
+                values = self._values(one, f"inputs[{place}]")
+                if columns is None:
+                    columns = self._columns(values)
+                beyond = [name for name in values if name not in (*columns.of, *columns.choices)]
+                if beyond:
+                    raise UserError(
+                        f"inputs[{place}]: has {beyond[0]}, which the first input lacks: those of "
+                        "a call are of one kind"
+                    )
+                yield Row(values, f"inputs[{place}]")
 
         before = self.task.cut
         for window in _windows(rows()):
@@ -286,28 +294,17 @@ class Pipeline:
         if cut and self.task.name not in READ_IN_WINDOWS:
             logger.warning("%d texts were cut to %d tokens", cut, self.task.max_length)
 
-    def _rows(self, inputs: Iterable[Any]) -> Iterator[tuple[Row, Columns]]:
-        columns: Columns | None = None
-        for place, one in enumerate(inputs):
-            where = f"inputs[{place}]"
-            values = self._values(one, where)
-            if columns is None:
-                columns = self._columns(values)
-            beyond = [name for name in values if name not in (*columns.of, *columns.choices)]
-            if beyond:
-                raise UserError(
-                    f"{where}: has {beyond[0]}, which the first input lacks: those of a call are "
-                    "of one kind"
-                )
-            yield Row(values, where), columns
-
     def examples(self, inputs: Sequence[Any]) -> list[Example]:
-        """Inputs as the task reads them: the first step of an answer, for who takes them singly.
+        """Inputs as the task reads them, each of any kind: the first step of an answer.
 
         Raises:
             UserError: the first that cannot be read.
         """
-        return [self._example(row, columns) for row, columns in self._rows(inputs)]
+        found = []
+        for place, one in enumerate(inputs):
+            values = self._values(one, f"inputs[{place}]")
+            found.append(self._example(Row(values, f"inputs[{place}]"), self._columns(values)))
+        return found
 
     def _values(self, one: Any, where: str) -> dict[str, Any]:
         roles = _ROLES[self.task.name]

@@ -1,9 +1,9 @@
 """What requests and answers look like: checked as they come, and told in the OpenAPI document."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 from fastbert.finetune.tasks.classify import SCORE, SEVERAL
 from fastbert.serve.config import ServeConfig
@@ -67,9 +67,19 @@ class Question(Strict):
 class Choice(Strict):
     """Answers to choose from; the question, the context or both say what for."""
 
-    question: Text
-    context: Text | None = None
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["question"]}, {"required": ["context"]}]}
+    )
+
+    question: Text = Field(None, validate_default=False)
+    context: Text = Field(None, validate_default=False)
     choices: Annotated[list[Text], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _asks(self) -> Self:
+        if self.question is None and self.context is None:
+            raise ValueError("has neither question nor context")
+        return self
 
 
 _ITEMS: dict[str, Any] = {

@@ -6,7 +6,7 @@ sequences of any requests at once, end to end.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -84,15 +84,26 @@ class Predict(Work):
         task = self.pipe.task
         examples = self.pipe.examples(inputs)
         before = task.cut
-        features = task.features(examples, False)
+        features = self._features(examples)
         cut = task.cut - before
         if task.name in READ_IN_WINDOWS:
             features, cut = self._first_windows(features)
         elif cut and not self.truncate:
             raise self._too_long(examples)
-        first = inputs[0]
-        of_words = isinstance(first, list) or (isinstance(first, Mapping) and "tokens" in first)
+        of_words = [isinstance(one, Mapping) and "tokens" in one for one in inputs]
         return Prepared(features, cut, (examples, options, of_words))
+
+    def _features(self, examples: Sequence[Any]) -> list[Feature]:
+        """Of single texts and of pairs, which a tokenizer does not take together."""
+        pairs = ["text_pair" in one.fields for one in examples]
+        if len({*pairs}) < 2:
+            return self.pipe.task.features(examples, False)
+        found = []
+        for kind in (False, True):
+            places = [place for place, is_pair in enumerate(pairs) if is_pair == kind]
+            of_kind = self.pipe.task.features([examples[place] for place in places], False)
+            found += [replace(one, example=places[one.example]) for one in of_kind]
+        return sorted(found, key=lambda one: one.example)
 
     def _too_long(self, examples: Sequence[Any]) -> UserError:
         task = self.pipe.task
@@ -126,7 +137,8 @@ class Predict(Work):
     def finish(self, prepared: Prepared, outputs: Sequence[Any]) -> list[Any]:
         examples, options, of_words = prepared.context
         found = self.pipe.task.predictions(examples, prepared.sequences, outputs)
-        return [told(one, of_words, options.get("top_k")) for one in found]
+        top_k = options.get("top_k")
+        return [told(one, words, top_k) for one, words in zip(found, of_words, strict=True)]
 
 
 class Embed(Predict):

@@ -6,6 +6,7 @@ import random
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,11 @@ def test_predictions_are_those_of_the_pipeline(root: Path, kind: str) -> None:
             found = running.right("/predict", {"inputs": given})
             wanted = pipe(tuple(one["tokens"]) if words else one)
             assert close(found["predictions"], [wanted]), one
-        alike = [one for one in INPUTS[kind] if isinstance(one, type(INPUTS[kind][0]))][:15]
-        found = running.right("/predict", {"inputs": alike})
-        assert close(found["predictions"], pipe(alike))
+        # All at once, of whichever kinds they are.
+        found = running.right("/predict", {"inputs": INPUTS[kind]})
+        for one, given in zip(INPUTS[kind], found["predictions"], strict=True):
+            words = isinstance(one, dict) and "tokens" in one
+            assert close(given, pipe(tuple(one["tokens"]) if words else one))
 
 
 def test_masks_are_filled_as_by_the_command(root: Path, masked: Running) -> None:
@@ -197,7 +200,7 @@ def test_a_text_that_is_read_in_windows_is_read_as_far_as_allowed(root: Path) ->
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"", 400, "no JSON"),
+        (b"", 422, "body: field required"),
         (b"{", 400, "no JSON"),
         (b'{"inputs": "a"', 400, "no JSON"),
         (b'{"inputs": "\xff"}', 400, "no JSON"),
@@ -216,7 +219,6 @@ def test_a_text_that_is_read_in_windows_is_read_as_far_as_allowed(root: Path) ->
         (b'{"inputs": [["a"]]}', 422, "inputs[0]: input should be"),
         (b'{"inputs": [{"text": 1}]}', 422, "inputs[0].text: input should be"),
         (b'{"inputs": [{"text_pair": "a"}]}', 422, "inputs[0].text: field required"),
-        (b'{"inputs": ["a", {"text": "a", "text_pair": "b"}]}', 422, "inputs[1]: has text_pair"),
         (b'{"inputs": "a", "more": 1}', 422, "more: extra inputs are not permitted"),
         (b'{"inputs": "a", "top_k": 0}', 422, "top_k"),
         (b'{"inputs": "a", "top_k": 1.5}', 422, "top_k"),
@@ -490,19 +492,10 @@ def test_a_slow_or_endless_head_ends_its_connection(
             assert client.recv(100) == b""
     monkeypatch.setattr("fastbert.serve.server._HEAD_SECONDS", 20.0)
     with socket.create_connection(classify.address, timeout=20) as client:
-        client.sendall(b"GET / HTTP/1.1\r\n")
         answer = b""
-        for number in range(3000):
-            client.sendall(b"x-%d: %s\r\n" % (number, b"a" * 1000))
-            client.setblocking(False)
-            try:
-                answer = client.recv(100)
-            except BlockingIOError:
-                pass
-            except ConnectionError:
-                break
-            client.settimeout(20)
-            if answer:
-                break
-        assert number < 500  # 0.5 MB, and not 3
+        with suppress(ConnectionError):  # it may close before all is sent
+            client.sendall(b"GET / HTTP/1.1\r\n" + b"x: " + b"a" * 10**8)
+        with suppress(ConnectionError):
+            answer = client.recv(100)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
     assert classify.right("/predict", {"inputs": "a"})

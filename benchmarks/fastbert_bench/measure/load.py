@@ -1,14 +1,16 @@
 """Clients that ask a service over HTTP, each its next question once it has its answer.
 
-As light as can be, because they run on the cores that the service needs: bytes are made before,
-and of an answer only status and length are read.
+As light as can be, because they run on the cores that the service needs: requests are bytes that
+were made before, and of an answer only status and length are looked at.
 """
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -22,21 +24,19 @@ class Load:
     Attributes:
         seconds: for which they asked.
         latencies: (n,) seconds of each answer, in the order in which they came.
+        in_time: answers that came while they asked; the others came after.
         refused: answers with status 429.
     """
 
     seconds: float
     latencies: np.ndarray
+    in_time: int
     refused: int
 
     @property
     def rate(self) -> float:
         """Answers a second."""
-        return len(self.latencies) / self.seconds
-
-    def percentile(self, share: float) -> float:
-        """Seconds within which this share of the answers came."""
-        return float(np.quantile(self.latencies, share))
+        return self.in_time / self.seconds
 
 
 def post(path: str, body: bytes, host: str = "localhost") -> bytes:
@@ -65,8 +65,8 @@ def run_clients(
 async def _run(
     address: tuple[str, int], requests: Sequence[bytes], clients: int, seconds: float
 ) -> Load:
-    places, latencies = count(), []
-    refused = 0
+    places, latencies = count(), list[float]()
+    in_time = refused = 0
     began = time.perf_counter()
     until = began + seconds
 
@@ -75,14 +75,15 @@ async def _run(
             yield requests[next(places) % len(requests)]
 
     async def client() -> None:
-        nonlocal refused
+        nonlocal in_time, refused
         reader, writer = await asyncio.open_connection(*address)
         for request in next_request():
             asked = time.perf_counter()
             writer.write(request)
-            status = await _answer(reader)
+            status, _ = await _answer(reader)
             if status == 200:
                 latencies.append(time.perf_counter() - asked)
+                in_time += time.perf_counter() < until
             elif status == 429:
                 refused += 1
             else:
@@ -90,16 +91,35 @@ async def _run(
         writer.close()
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    return Load(time.perf_counter() - began, np.array(latencies), refused)
+    return Load(seconds, np.array(latencies), in_time, refused)
 
 
-async def _answer(reader: asyncio.StreamReader) -> int:
-    """The status of an answer, whose body is read and left."""
+def ask_once(address: tuple[str, int], request: bytes) -> Any:
+    """The JSON of one answer.
+
+    Raises:
+        RunError: it is an error.
+    """
+
+    async def ask() -> tuple[int, bytes]:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(request)
+        found = await _answer(reader)
+        writer.close()
+        return found
+
+    status, body = asyncio.run(ask())
+    if status != 200:
+        raise RunError(f"{address[0]}:{address[1]}: answered with status {status}: {body[:200]!r}")
+    return json.loads(body)
+
+
+async def _answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    """Status and body of an answer."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.IncompleteReadError:
         raise RunError("the service has closed a connection") from None
     lines = head.lower().split(b"\r\n")
     length = next(line[15:] for line in lines if line.startswith(b"content-length:"))
-    await reader.readexactly(int(length))
-    return int(head[9:12])
+    return int(head[9:12]), await reader.readexactly(int(length))

@@ -31,6 +31,7 @@ TITLES = {
     "convergence": "Loss over wall time",
     "dropin": "One line in Trainer",
     "finetune": "Fine-tuning",
+    "serve": "Service under load",
     "profile-step": "Where a step's time goes",
     "profile-kernel": "One kernel over sizes",
     "estimate": "Estimates: computed, not measured",

@@ -232,6 +232,30 @@ def _finetune(page: Page, result: Result) -> None:
         page.picture(drawn, conditions(result))
 
 
+def _serve(page: Page, result: Result) -> None:
+    """How many texts a second, and how long each waits, by the number of clients."""
+    page.heading(3, result.label)
+    names = list(dict.fromkeys(row["contender"] for row in result.rows))
+    for key, unit, title in (
+        ("sequences_per_second", "texts a second", "Throughput"),
+        ("latency_ms_p50", "milliseconds", "Half of the answers come within"),
+    ):
+        curves = {
+            name: [(row["clients"], row[key]) for row in result.rows if row["contender"] == name]
+            for name in names
+        }
+        drawn = figures.lines(
+            f"{result.stem}-{key}", f"{title}: {result.label}", curves, "clients", unit, points=True
+        )
+        page.picture(drawn, conditions(result))
+    page.table(
+        ("clients", "contender", "texts a second", "p50 ms", "p99 ms", "ours is"),
+        [(row["clients"], row["contender"], number(row["sequences_per_second"]),
+          number(row["latency_ms_p50"]), number(row["latency_ms_p99"]), f"{row['ratio']:.2f}x")
+         for row in result.rows],
+    )  # fmt: skip
+
+
 def _profile_step(page: Page, result: Result) -> None:
     _rates(page, result)
     page.text("First what is worth attacking first: sorted by the time above the floor.")
@@ -288,6 +312,7 @@ SECTIONS: dict[str, Callable[[Page, Result], None]] = {
     "convergence": _convergence,
     "dropin": _rates,
     "finetune": _finetune,
+    "serve": _serve,
     "profile-step": _profile_step,
     "profile-kernel": _profile_kernel,
     "estimate": _estimate,
