@@ -392,8 +392,8 @@ class ServeBenchConfig:
 
     model: str = engine.model_setting(BENCH, "mini")
     name: str = _bench("", "what the result calls it (empty = as it was given)")
-    lengths: str = _bench(
-        "short", "of the texts, 5 to 256 tokens: short = most of them are, even = all as likely",
+    texts: str = _bench(
+        "short", "of 5 to 256 tokens: short = most of them are, even = each length as likely",
         choices=("short", "even"),
     )  # fmt: skip
     clients: str = _bench("1,8,64", "that ask at once, separated by commas")

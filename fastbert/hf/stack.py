@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from fastbert.hf import layers
+from fastbert.hf.frozen import PackedLayer, why_not
 from fastbert.hf.packing import Plan, attend
 from fastbert.hf.recorded import is_traced
 
@@ -91,6 +92,9 @@ class Stack:
         readable = all(map(_Parts.can_be_read, stack.layer))
         self.parts = [_Parts(layer) for layer in stack.layer] if readable else []
         self.read = list(chain.from_iterable(part.parameters for part in self.parts))
+        self.packed: list[PackedLayer] = []
+        self.dtype = torch.float32
+        """That `packed` computes in."""
 
     def __reduce__(self) -> Any:
         """A copy, or what is read from a file, begins without one."""
@@ -127,12 +131,49 @@ class Stack:
             and list(map(type, self.modules)) == self.kinds
         )
 
+    def pack(self, dtype: torch.dtype) -> None:
+        """Lays out the weights for products in `dtype`; what changes them ends that."""
+        self.packed = [PackedLayer(part.parameters, dtype) for part in self.parts]
+        self.dtype = dtype
+
     def __call__(self, x: Tensor, plan: Plan) -> Tensor:  # (T, H) -> (T, H), or what is wanted
         """The last hidden states."""
-        for part in self.parts:
+        packed = self._usable(x)
+        for place, part in enumerate(self.parts):
             wanted = plan.wanted if plan.last is part.layer else None
-            x = _layer(part, x, plan, wanted)
+            if packed:
+                x = _packed_layer(part, packed[place], x, plan, wanted)
+            else:
+                x = _layer(part, x, plan, wanted)
         return x
+
+    def _usable(self, x: Tensor) -> list[PackedLayer]:
+        if not self.packed or torch.is_grad_enabled() or layers.product_dtype(x) != self.dtype:
+            return []
+        if not all(map(PackedLayer.is_current, self.packed)):
+            self.packed = []
+        return self.packed
+
+
+def _packed_layer(
+    part: _Parts, packed: PackedLayer, x: Tensor, plan: Plan, wanted: Tensor | None
+) -> Tensor:
+    norm, last_norm = (part.parameters[place]["_parameters"] for place in (4, 7))
+    dtype = packed.out.bias.dtype
+    x = x.to(dtype)
+    q, k, v = packed.joined(x).chunk(3, dim=1)
+    heads, scale = part.attention.num_attention_heads, part.attention.scaling
+    context = attend(plan, q, k, v, heads, 0.0, scale)
+    if wanted is not None:
+        context, x = context.index_select(0, wanted), x.index_select(0, wanted)
+    x = _norm(packed.out.plus(context, x), norm, part.norms[0])
+    activation = part.intermediate.intermediate_act_fn
+    approximate = layers.gelu_of(activation)
+    if approximate is None:
+        inner = activation(packed.up(x))
+    else:
+        inner = packed.up.gelu(x, approximate)
+    return _norm(packed.down.plus(inner, x), last_norm, part.norms[1])
 
 
 def _layer(part: _Parts, x: Tensor, plan: Plan, wanted: Tensor | None) -> Tensor:
@@ -156,6 +197,32 @@ def _layer(part: _Parts, x: Tensor, plan: Plan, wanted: Tensor | None) -> Tensor
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: dict[str, Any], module: nn.LayerNorm) -> Tensor:
-    return torch.layer_norm(
-        x + residual, module.normalized_shape, norm["weight"], norm["bias"], module.eps
-    )
+    return _norm(x + residual, norm, module)
+
+
+def _norm(x: Tensor, norm: dict[str, Any], module: nn.LayerNorm) -> Tensor:
+    return torch.layer_norm(x, module.normalized_shape, norm["weight"], norm["bias"], module.eps)
+
+
+def freeze(model: nn.Module, dtype: torch.dtype = torch.float32) -> str:
+    """Lays out the weights of an accelerated model's encoder for a CPU, where that helps.
+
+    Outputs stay what they were, but for rounding. Where a weight is changed in place or exchanged,
+    the model goes on without; nothing notices a change through `.data`.
+
+    Args:
+        model: whose weights are to stay as they are.
+        dtype: that it will be computed in: fp32, or bf16 by autocast.
+
+    Returns:
+        Why nothing was done; "" otherwise.
+    """
+    for owner in (module for module in model.modules() if hasattr(module, "last_states")):
+        stack = owner._stack()  # type: ignore[operator]
+        device = next(stack.parameters()).device
+        why = why_not(next(stack.parameters()), dtype)
+        read = None if why else Stack.of(owner, stack, device)
+        if read is None:
+            return why or "its layers are called, not read"
+        read.pack(dtype)
+    return ""

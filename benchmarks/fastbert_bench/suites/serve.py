@@ -194,7 +194,7 @@ def run(config: ServeBenchConfig) -> dict[str, Any]:
     sizes = model_config(config.model)
     check_weights(config.model, sizes, CPU, 4)
     rng = np.random.default_rng(config.seed)
-    lengths = text_lengths(config.lengths, TEXTS, rng)
+    lengths = text_lengths(config.texts, TEXTS, rng)
     keep_freed_memory()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastbert-bench-")))
@@ -230,7 +230,7 @@ def table(result: dict[str, Any]) -> str:
 def asked(config: ServeBenchConfig, result: dict[str, Any]) -> str:
     """The settings that matter, in words."""
     return (
-        f"{result['settings']['model']}, texts of {SHORTEST} to {LONGEST} tokens ({config.lengths},"
+        f"{result['settings']['model']}, texts of {SHORTEST} to {LONGEST} tokens ({config.texts},"
         f" {result['mean_tokens']:.0f} on average), probabilities agree within "
         f"{result['difference']:.1e}"
     )
