@@ -1,4 +1,4 @@
-"""The page of a service in a real browser: what is clicked, what it shows, and what it never does."""
+"""The page of a service in a real browser: what it shows at a click, and what it never does."""
 
 import json
 import shlex
@@ -227,6 +227,8 @@ def test_entities_are_marked_where_they_stand(visit: Callable[..., Tab]) -> None
     assert not tip.is_visible()
     tab.of("mark").nth(0).focus()
     assert percent(found[0]["score"]) in tip.inner_text()
+    tab.page.keyboard.press("Escape")
+    assert not tip.is_visible()
 
 
 def test_each_type_of_entity_has_its_colour(visit: Callable[..., Tab]) -> None:
