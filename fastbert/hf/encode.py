@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fastbert.hf.accelerate import accelerate, decelerate
 from fastbert.hf.load import load_model, load_tokenizer
 from fastbert.hf.models import Encoder
+from fastbert.hf.stack import freeze
 from fastbert.hf.together import end_to_end, means
 from fastbert.progress import progress_bar
 
@@ -89,6 +90,7 @@ def encode(
     if folder is not None:
         model = load_model(folder, dtype=dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        freeze(accelerate(model.to(device)))
     if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
         source = folder if tokenizer is None else tokenizer
         if source is None:

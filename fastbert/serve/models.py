@@ -11,6 +11,7 @@ from fastbert.finetune.predict import Pipeline, compute_dtype, make_task, pipeli
 from fastbert.hf.encode import TOKENS_PER_BATCH
 from fastbert.hf.fill_mask import MaskFiller
 from fastbert.hf.load import longest_sequence, saved_head
+from fastbert.hf.stack import freeze
 from fastbert.hf.together import encoder_of
 from fastbert.serve.config import ServeConfig
 from fastbert.serve.work import Embed, FillMask, Predict, Work
@@ -75,6 +76,7 @@ def load(config: ServeConfig) -> Served:
     if asked == "fill-mask" or (asked == "auto" and (saved == "MaskedLM" or is_whole)):
         fill = MaskFiller(where)
         model, tokenizer = fill.model.to(place, torch.float32), fill.tokenizer
+        freeze(model, dtype)
         works["fill-mask"] = FillMask(fill, dtype)
     elif asked != "embed" and (saved or asked != "auto"):
         name = None if asked == "auto" else asked
