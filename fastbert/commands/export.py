@@ -12,7 +12,7 @@ from fastbert.commands.options import Commands, given
 from fastbert.commands.predict import COLUMNS, column, named
 from fastbert.errors import UserError
 from fastbert.serve.config import TASKS
-from fastbert.settings import Config, Group, check_fields, setting
+from fastbert.settings import Config, Group, check_fields, setting, settings
 from fastbert.train.interrupts import held_signals
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ RUN = Group("run", "what is exported, as what, and where it goes")
 EMBED = Group("embed", "of an encoder: what makes a vector of its states")
 GRAPH = Group("graph", "of ONNX")
 
-_ONNX_ONLY = ("quantize", "opset", "eval")
 _FILE = "safetensors"
 
 
@@ -83,6 +82,14 @@ class ExportConfig(Config):
         at_most=1000,
         aka=("opset_version",),
     )
+    tolerance: float = setting(
+        1e-4,
+        "largest difference from torch, in any output, that is let through",
+        GRAPH,
+        more_than=0,
+        at_most=1,
+        aka=("atol",),
+    )
     quantize: str = setting(
         "none",
         "a second graph with weights in int8; --eval measures what it loses",
@@ -116,14 +123,16 @@ class ExportConfig(Config):
         check_fields(self)
         if not self.model:
             raise UserError("model = '': give --model DIR, the folder of a model")
-        if not self.to:
-            raise UserError("to = '': give --to onnx, --to hf or --to safetensors")
         if not self.out:
             what = "FILE, which" if self.to == _FILE else "DIR, the folder that"
             raise UserError(f"out = '': give --out {what} is to be made")
-        for name in _ONNX_ONLY:
-            if self.to != "onnx" and getattr(self, name) not in ("", 0, "none"):
-                raise UserError(f"{name}: is for --to onnx: leave it out")
+        for one in settings(type(self)):
+            if getattr(self, one.name) == one.default:
+                continue
+            if self.to != "onnx" and one.group in (GRAPH, COLUMNS):
+                raise UserError(f"{one.name}: is for --to onnx: leave it out")
+            if not self.eval and (one.group is COLUMNS or one.name == "format"):
+                raise UserError(f"{one.name}: is of the rows of --eval FILE: give it, too")
         if self.to == "onnx" and self.dtype not in ("auto", "fp32"):
             raise UserError(f"dtype = {self.dtype!r}: a graph is fp32 (--quantize int8 for less)")
         if 0 < self.opset < 18:
@@ -173,14 +182,14 @@ def run(args: Namespace) -> None:
         torch.set_num_threads(config.num_threads)
     source = export.read_source(config.model, config.task, config.pooling, config.normalize)
     _say(f"model: {config.model}: {source.config.model_type}, {source.task}{_pooled(source)}")
-    out = Path(config.out)
+    out = Path(os.path.realpath(config.out))
     if config.to == "hf":
         export.export_hf(source, out, config.dtype, _say)
     elif config.to == _FILE:
         export.export_safetensors(source, out, config.dtype, _say)
     else:
         judge = _judge(config, source) if config.quantize == "int8" else None
-        export.export_onnx(source, out, config.opset, judge, _say, print)
+        export.export_onnx(source, out, config.opset, config.tolerance, judge, _say, print)
 
 
 def _say(line: str) -> None:

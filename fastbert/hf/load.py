@@ -334,11 +334,13 @@ def sentence_layout(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def longest_sequence(folder: str | os.PathLike[str], tokenizer: Any) -> int:
     """Tokens that a folder's model and its tokenizer take, special ones included."""
-    config = saved_head(folder)[1]
-    positions = getattr(config, "max_position_embeddings", LONGEST)
-    if config.model_type in _COUNT_FROM_PADDING:
-        positions -= config.pad_token_id + 1
-    return min(positions, tokenizer.model_max_length)
+    return min(positions(saved_head(folder)[1]), tokenizer.model_max_length)
+
+
+def positions(config: Any) -> int:
+    """Tokens that a model of this configuration takes."""
+    found: int = getattr(config, "max_position_embeddings", LONGEST)
+    return found - (config.pad_token_id + 1 if config.model_type in _COUNT_FROM_PADDING else 0)
 
 
 _COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")

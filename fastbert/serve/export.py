@@ -34,6 +34,7 @@ from fastbert.hf.load import (
     load_tokenizer,
     load_whole,
     longest_sequence,
+    positions,
     saved_head,
 )
 from fastbert.hf.onnx import (
@@ -55,6 +56,7 @@ Say = Callable[[str], None]
 GRAPH, QUANTIZED = "onnx/model.onnx", "onnx/model_quantized.onnx"
 """Where transformers.js, Optimum, sentence-transformers and text-embeddings-inference look."""
 FILL_MASK = "fill-mask"
+_LONGEST = 1024  # tokens of a sequence that graphs are checked with: attention's memory is squared
 _MASKED = 0.15
 _LOGITS = 2**25  # of masked words that are held at once: 128 MB
 
@@ -80,11 +82,6 @@ class Source:
     config: Any
     tokenizer: Any
     description: Mapping[str, Any]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of a sequence that the model takes."""
-        return longest_sequence(self.folder, self.tokenizer)
 
 
 def read_source(
@@ -169,7 +166,7 @@ def export_hf(source: Source, out: Path, dtype: str, say: Say) -> None:
     with replaced(out) as temporary:
         write_model(temporary, model, source.tokenizer, source.description)
         _beside(source, temporary)
-        say(_written(temporary, out))
+    say(_written(out))
 
 
 def export_safetensors(source: Source, out: Path, dtype: str, say: Say) -> None:
@@ -230,14 +227,14 @@ def _beside(source: Source, folder: Path) -> None:
         shutil.copyfile(source.folder / PROMPTS, folder / PROMPTS)
 
 
-def _written(folder: Path, out: Path) -> str:
+def _written(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     shown = ", ".join(
         f"{path.relative_to(folder).as_posix()} {_size(path.stat().st_size)}"
         for path in files
         if path.suffix in (".safetensors", ".onnx", ".data")
     )
-    return f"wrote {out}: {len(files)} files: {shown}"
+    return f"wrote {folder}: {len(files)} files: {shown}"
 
 
 def _size(number: int) -> str:
@@ -245,7 +242,13 @@ def _size(number: int) -> str:
 
 
 def export_onnx(
-    source: Source, out: Path, opset: int, judge: "Judge | None", say: Say, result: Say
+    source: Source,
+    out: Path,
+    opset: int,
+    tolerance: float,
+    judge: "Judge | None",
+    say: Say,
+    result: Say,
 ) -> None:
     """Writes a folder with a graph, once it says what torch says.
 
@@ -253,6 +256,7 @@ def export_onnx(
         source: what is exported; weights in fp32.
         out: the folder, which is made.
         opset: of ONNX; 0: the newest that torch writes and ONNX Runtime runs.
+        tolerance: see `fastbert.hf.onnx.check_graph`.
         judge: measures what int8 loses; None: there is no graph in int8.
         say: gets a line for each thing that was done.
         result: gets a line for each thing that was measured.
@@ -278,10 +282,11 @@ def export_onnx(
             f"graph: opset {opset}, {', '.join(exported.graph.inputs)} ({axes}) -> "
             f"{', '.join(exported.graph.outputs)}"
         )
-        worst, largest = check_graph(exported, graph, source.longest)
+        longest = min(positions(source.config), _LONGEST)
+        worst, largest = check_graph(exported, graph, longest, tolerance)
         result(
             f"largest difference from torch: {worst:.2g} (of values up to {largest:.3g}, batches "
-            f"up to 2 x {source.longest} tokens)"
+            f"up to 2 x {longest} tokens)"
         )
         if judge is not None:
             quantize(graph, small)
@@ -291,7 +296,7 @@ def export_onnx(
                 result(line)
         write_beside(temporary, model, source.tokenizer, source.description)
         _beside(source, temporary)
-        say(_written(temporary, out))
+    say(_written(out))
 
 
 class Judge:
@@ -319,6 +324,9 @@ class Judge:
         for one, kind in ((table.skipped, "file"), (skipped, "row")):
             if one.total:
                 say(one.line(table.path, kind))
+        if self.labelled:  # a label that no one knows is told before a graph is made
+            task = self._task()
+            task.meet([task.example(row, self.columns, True) for row in self.rows])
 
     def lines(self, fp32: Path, int8: Path) -> list[str]:
         """What is said of both graphs on the same rows."""
