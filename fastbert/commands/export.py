@@ -75,8 +75,7 @@ class ExportConfig(Config):
 
     opset: int = setting(
         0,
-        "version of the operators (0 = the newest that the installed torch writes and ONNX Runtime "
-        "runs)",
+        "version of the operators (0 = the newest up to 23 that the installed ONNX Runtime runs)",
         GRAPH,
         at_least=0,
         at_most=1000,

@@ -1,8 +1,6 @@
 """A model as a graph of ONNX: made, checked against torch in ONNX Runtime, quantised, called.
 
 The graph is that of transformers' own modules, padded, with every axis but the hidden ones free.
-
-B sequences padded to S, C choices of each, H hidden size, V vocabulary.
 """
 
 import logging

@@ -3,7 +3,7 @@
 Whatever is written is whole or not there, and a graph is there only once ONNX Runtime has said the
 same as torch.
 
-N texts, T tokens of a batch, H hidden size, V vocabulary.
+N texts, M masked tokens, H hidden size, V vocabulary.
 """
 
 import os
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-import fastbert
+from fastbert import __version__
 from fastbert.errors import RunError, UserError
 from fastbert.finetune.columns import Columns, detect, usable
 from fastbert.finetune.data import class_order
@@ -190,7 +190,7 @@ def export_safetensors(source: Source, out: Path, dtype: str, say: Say) -> None:
         "format": "pt",
         "architecture": type(model).__name__,
         "source": os.path.basename(os.path.abspath(source.where)),
-        "writer": f"fastbert {fastbert.__version__}",
+        "writer": f"fastbert {__version__}",
     }
     temporary = out.with_name(f".{out.name}.tmp")
     try:
@@ -235,6 +235,11 @@ def _written(folder: Path) -> str:
         if path.suffix in (".safetensors", ".onnx", ".data")
     )
     return f"wrote {folder}: {len(files)} files: {shown}"
+
+
+def _bytes(graph: Path) -> int:
+    """Of a graph, and of its weights where they stand beside it."""
+    return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
 
 
 def _size(number: int) -> str:
@@ -290,7 +295,7 @@ def export_onnx(
         )
         if judge is not None:
             quantize(graph, small)
-            a, b = (path.stat().st_size for path in (graph, small))
+            a, b = map(_bytes, (graph, small))
             result(f"int8: {_size(b)}, fp32: {_size(a)} ({b / a:.0%})")
             for line in judge.lines(graph, small):
                 result(line)
