@@ -99,7 +99,7 @@ def pipeline(
             raise UserError(f"threshold = {threshold:g}: {where} gives no several labels")
         if not 0 < threshold < 1:
             raise UserError(f"threshold = {threshold:g} must be more than 0 and less than 1")
-        made.threshold = threshold  # type: ignore[attr-defined]
+        made.threshold = threshold
     if top_k is not None and (name != "classify" or top_k < 1):
         raise UserError(f"top_k = {top_k}: must be at least 1, and the task classify")
     place = choose_device(device or "auto")
