@@ -17,6 +17,7 @@ from fastbert import __version__
 from fastbert.commands import (
     doctor,
     explain,
+    export,
     fill_mask,
     finetune,
     glue,
@@ -31,7 +32,10 @@ from fastbert.train.interrupts import Interrupted, interruptible, raise_lost
 BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
 INTERRUPTED = 130
 BENCH = "fastbert_bench"
-OURS = ("pretrain", "finetune", "predict", "glue", "explain", "fill-mask", "serve", "doctor")
+OURS = (
+    *("pretrain", "finetune", "predict", "glue", "explain", "fill-mask", "serve", "export"),
+    "doctor",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,6 +135,7 @@ def _dispatch(argv: list[str]) -> None:
     fill_mask.add(commands)
     explain.add(commands)
     serve.add(commands)
+    export.add(commands)
     ours = argv[:1] in ([name] for name in OURS)  # whatever befalls the bench
     missing = {} if ours else _add_bench(commands)
     doctor.add(commands)

@@ -40,7 +40,7 @@ LONGEST = (
     *("train/test_loop.py", "packaging/test_wheel.py", "bench/gpu/test_step.py"),
     *("bench/suites/test_kernels.py", "test_bad_input.py", "kernels/test_ops.py"),
     *("finetune/test_finetune_command.py", "finetune/test_glue.py", "finetune/test_predict.py"),
-    *("finetune/test_demo.py", "finetune/test_loop.py"),
+    *("finetune/test_demo.py", "finetune/test_loop.py", "serve/test_export.py"),
 )
 
 

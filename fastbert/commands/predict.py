@@ -38,7 +38,8 @@ _LABELS = ("label_column", "tags_column", "answers_column", "negative_column", "
 _MOST_COUNTED = 2**31  # bytes of a file whose lines are counted for the bar: a second
 
 
-def _column(what: str) -> str:
+def column(what: str) -> str:
+    """A setting that names a column."""
     return setting("", f"column of {what}", COLUMNS)
 
 
@@ -100,19 +101,19 @@ class PredictConfig(Config):
         0, "CPU threads of one operation (0 = torch's choice)", RUN, at_least=0, at_most=1024
     )
 
-    text_column: str = _column("the text")
-    text_pair_column: str = _column("a second text, for pairs")
-    tokens_column: str = _column("the words, a list")
-    question_column: str = _column("the question")
-    context_column: str = _column("the paragraph")
-    choices_columns: str = _column("the list of choices, or columns of one each: a,b,c")
-    id_column: str = _column("what names a row in the output")
-    label_column: str = _column("the label, for a report")
+    text_column: str = column("the text")
+    text_pair_column: str = column("a second text, for pairs")
+    tokens_column: str = column("the words, a list")
+    question_column: str = column("the question")
+    context_column: str = column("the paragraph")
+    choices_columns: str = column("the list of choices, or columns of one each: a,b,c")
+    id_column: str = column("what names a row in the output")
+    label_column: str = column("the label, for a report")
     label_separator: str = setting("", "between several labels in a field of text", COLUMNS)
-    tags_column: str = _column("the tags, for a report")
-    answers_column: str = _column("the answers, for a report")
-    negative_column: str = _column("a text that does not belong, for a report")
-    score_column: str = _column("the similarity, for a report")
+    tags_column: str = column("the tags, for a report")
+    answers_column: str = column("the answers, for a report")
+    negative_column: str = column("a text that does not belong, for a report")
+    score_column: str = column("the similarity, for a report")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -204,16 +205,23 @@ def _check_files(config: PredictConfig) -> None:
         raise UserError(f"output = {config.output!r}: is what --input reads: name another file")
 
 
-def _named(config: PredictConfig, pipe: "Pipeline") -> dict[str, str]:
-    """What the flags of columns say, by role; refuses those of another task."""
+def named(config: Any, task: str) -> dict[str, str]:
+    """What the flags of columns say, by role.
+
+    Args:
+        config: with a `model`, and settings of the group `COLUMNS`.
+        task: that the model is for.
+
+    Raises:
+        UserError: a flag of another task.
+    """
     from fastbert.finetune.data import named_columns
 
-    task = pipe.task.name
     ours = {one.name for one in fields(CONFIGS[task])} | {"id_column"}
     if task == "tag":
         ours.add("text_column")
-    for one in fields(PredictConfig):
-        is_column = one.metadata["group"] is COLUMNS
+    for one in fields(config):
+        is_column = one.metadata.get("group") is COLUMNS
         if is_column and getattr(config, one.name) and one.name not in ours:
             raise UserError(f"{one.name}: {config.model} is for {task}, which has none")
     return named_columns(config)
@@ -226,7 +234,7 @@ def _predict(config: PredictConfig, pipe: "Pipeline") -> None:
     name = "standard input" if config.input == _STDIN else config.input
     format = None if config.format == "auto" else config.format
     table, rows = peek(stream_rows(config.input, format=format), name)
-    columns = detect(table, pipe.task.name, _named(config, pipe), with_labels=False)
+    columns = detect(table, pipe.task.name, named(config, pipe.task.name), with_labels=False)
     if pipe.task.name == "embed":
         columns = _without_pair(columns)
     keep = _kept(config.keep, table.columns)
@@ -378,7 +386,7 @@ def _report(config: PredictConfig, pipe: "Pipeline") -> None:
 
     format = None if config.format == "auto" else config.format
     table = read_table(config.input, "input", format=format)
-    columns = detect(table, pipe.task.name, _named(config, pipe))
+    columns = detect(table, pipe.task.name, named(config, pipe.task.name))
     pipe.task.order = class_order(table, columns)
     if isinstance(pipe.task, Classify):
         pipe.task.separator = config.label_separator

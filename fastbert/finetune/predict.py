@@ -100,7 +100,7 @@ def pipeline(
             raise UserError(f"threshold = {threshold:g}: {where} gives no several labels")
         if not 0 < threshold < 1:
             raise UserError(f"threshold = {threshold:g} must be more than 0 and less than 1")
-        made.threshold = threshold  # type: ignore[attr-defined]
+        made.threshold = threshold
     if top_k is not None and (name != "classify" or top_k < 1):
         raise UserError(f"top_k = {top_k}: must be at least 1, and the task classify")
     place = choose_device(device or "auto")
@@ -474,19 +474,30 @@ class Pipeline:
         from fastbert.finetune.loop import worst_mistakes
 
         task = self.task
-        examples = [task.example(row, columns, True) for row in rows]
-        task.meet(examples)
-        # Only pairs need to be told that they are: a loss is not reported.
-        features = task.features(examples, isinstance(task, Embed))
-        raws = self._finite(examples, features, _Rows(progress, len(rows), len(features)))
-        predictions = task.predictions(examples, features, raws)
-        found: Evaluation = task.evaluate(examples, features, raws, predictions)
+        examples, predictions, found = self.judge(rows, columns, progress)
         mistakes = worst_mistakes(task, examples, predictions)
         write_report(
             folder,
             Report(title, task.kind, settings, found, mistakes=mistakes, notes=list(notes)),
         )
         return found
+
+    def judge(
+        self, rows: Sequence[Row], columns: Columns, progress: Any = None
+    ) -> tuple[list[Example], list[Prediction], Evaluation]:
+        """As `evaluate`, without a page.
+
+        Returns:
+            The rows as the task reads them, what is said of each, and what that is worth.
+        """
+        task = self.task
+        examples = [task.example(row, columns, True) for row in rows]
+        task.meet(examples)
+        # Only pairs need to be told that they are: a loss is not reported.
+        features = task.features(examples, isinstance(task, Embed))
+        raws = self._finite(examples, features, _Rows(progress, len(rows), len(features)))
+        predictions = task.predictions(examples, features, raws)
+        return examples, predictions, task.evaluate(examples, features, raws, predictions)
 
 
 def told(prediction: Prediction, with_tags: bool, top_k: int | None) -> Prediction:

@@ -87,6 +87,22 @@ def load_head(folder: str | os.PathLike[str], head: str) -> nn.Module:
     return model
 
 
+def load_whole(folder: str | os.PathLike[str], head: str) -> nn.Module:
+    """A model with all that was saved of it, in evaluation, in the dtype that it was saved in.
+
+    Args:
+        folder: as in `load_model`.
+        head: one of `HEADS`, "PreTraining", or "" for the encoder, with its pooler if it has one.
+
+    Raises:
+        UserError: there is no such model, or one that lacks weights.
+    """
+    if head:
+        return load_head(folder, head)
+    model, lacking = _load(folder, AutoModel, {}, pooler=True)
+    return load_model(folder) if lacking else model
+
+
 def begin_head(
     folder: str | os.PathLike[str],
     head: str,
@@ -191,9 +207,9 @@ def add_markers(model: Any, tokenizer: Any, markers: Sequence[str]) -> None:
 
 
 def _load(
-    folder: str | os.PathLike[str], auto: Any, options: dict[str, Any]
+    folder: str | os.PathLike[str], auto: Any, options: dict[str, Any], *, pooler: bool = False
 ) -> tuple[nn.Module, list[str]]:
-    """A model, and the names of the weights that its folder lacks."""
+    """A model, and the names of the weights that its folder lacks; of encoders with a pooler?"""
     where = _place(folder)
     try:
         config = AutoConfig.from_pretrained(where)
@@ -201,7 +217,7 @@ def _load(
         if kind is None:
             raise UserError(f"{where}: {config.model_type} has no {auto.__name__[9:]} head")
         if auto is AutoModel and "add_pooling_layer" in inspect.signature(kind).parameters:
-            options = options | {"add_pooling_layer": False}
+            options = options | {"add_pooling_layer": pooler}
         with quiet():  # of what is left behind
             model, found = auto.from_pretrained(where, output_loading_info=True, **options)
     except _BROKEN as error:
@@ -318,11 +334,13 @@ def sentence_layout(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def longest_sequence(folder: str | os.PathLike[str], tokenizer: Any) -> int:
     """Tokens that a folder's model and its tokenizer take, special ones included."""
-    config = saved_head(folder)[1]
-    positions = getattr(config, "max_position_embeddings", LONGEST)
-    if config.model_type in _COUNT_FROM_PADDING:
-        positions -= config.pad_token_id + 1
-    return min(positions, tokenizer.model_max_length)
+    return min(positions(saved_head(folder)[1]), tokenizer.model_max_length)
+
+
+def positions(config: Any) -> int:
+    """Tokens that a model of this configuration takes."""
+    found: int = getattr(config, "max_position_embeddings", LONGEST)
+    return found - (config.pad_token_id + 1 if config.model_type in _COUNT_FROM_PADDING else 0)
 
 
 _COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")

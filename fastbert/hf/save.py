@@ -15,6 +15,8 @@ from fastbert.hf.load import quiet
 
 DESCRIPTION = "fastbert"
 """The key of config.json that holds what a task needs to know beside transformers' settings."""
+PROMPTS = "config_sentence_transformers.json"
+"""What sentence-transformers puts before texts, and how it compares vectors."""
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, description: Mapping[str, Any]) -> None:
@@ -30,12 +32,50 @@ def save_model(folder: Path, model: Any, tokenizer: Any, description: Mapping[st
     Raises:
         RunError: it cannot be written.
     """
-    setattr(model.config, DESCRIPTION, dict(description))
-    with replaced(folder) as temporary, quiet():
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if "pooling" in description:
-            _write_layout(temporary, model.config.hidden_size, description)
+    with replaced(folder) as temporary:
+        write_model(temporary, model, tokenizer, description)
+
+
+def write_model(folder: Path, model: Any, tokenizer: Any, description: Mapping[str, Any]) -> None:
+    """As `save_model`, into a folder whose caller sees to it that it is whole or not there."""
+    with quiet():
+        model.save_pretrained(folder, max_shard_size=_ONE_FILE)
+    write_beside(folder, model, tokenizer, description)
+
+
+_ONE_FILE = "1000GB"  # transformers would make several of a large model
+
+
+def write_beside(folder: Path, model: Any, tokenizer: Any, description: Mapping[str, Any]) -> None:
+    """Writes all that stands beside a model's weights, see `save_model`.
+
+    Args:
+        folder: made if missing.
+        model, tokenizer: as in `save_model`.
+        description: the same; an empty one leaves what `model.config` has.
+    """
+    config, kind = model.config, type(model).__name__
+    if description:
+        setattr(config, DESCRIPTION, dict(description))
+    config.architectures = [kind]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    with quiet():
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if kind.endswith("Classification"):
+        _name_labels(folder / "config.json", config.id2label)
+    if "pooling" in description:
+        _write_layout(folder, config.hidden_size, description)
+
+
+def _name_labels(path: Path, labels: Mapping[int, str]) -> None:
+    """Labels that transformers leaves out where they have the names it would give them itself."""
+    content = {
+        "id2label": {str(number): name for number, name in labels.items()},
+        "label2id": {name: number for number, name in labels.items()},
+    }
+    content |= json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -90,11 +130,18 @@ def _write_layout(folder: Path, width: int, description: Mapping[str, Any]) -> N
         "pooling_mode_cls_token": pooling == "cls",
         "pooling_mode_mean_tokens": pooling == "mean",
         "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,  # which text-embeddings-inference asked for
     }
     files = {
         "modules.json": modules,
         "1_Pooling/config.json": pooled,
         "sentence_bert_config.json": {"max_seq_length": description["max_seq_length"]},
+        PROMPTS: {
+            "model_type": "SentenceTransformer",
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
     }
     for path in filter(None, kinds.values()):
         (folder / path).mkdir()
