@@ -397,9 +397,7 @@ class ServeBenchConfig:
         choices=("short", "even"),
     )  # fmt: skip
     clients: str = _bench("1,8,64", "that ask at once, separated by commas")
-    seconds: float = _bench(
-        10.0, "for which they ask, each time", at_least=0.1, at_most=3600.0
-    )
+    seconds: float = _bench(10.0, "for which they ask, each time", at_least=0.1, at_most=3600.0)
     rounds: int = _rounds()
     json: str = _json(BENCH)
     seed: int = engine.seed_setting(BENCH, "weights and texts")

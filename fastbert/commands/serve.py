@@ -8,7 +8,7 @@ from argparse import Namespace
 from fastbert.commands.checks import check_path
 from fastbert.commands.options import Commands, given
 from fastbert.errors import UserError
-from fastbert.serve.config import ServeConfig
+from fastbert.serve.config import LIBRARIES, ServeConfig
 from fastbert.settings import read_text
 from fastbert.train.interrupts import held_signals
 
@@ -33,7 +33,7 @@ def run(args: Namespace) -> None:
     with held_signals():
         from fastbert.finetune.needs import needs
 
-        for module in ("fastapi", "uvicorn", "httptools", "prometheus_client", "orjson"):
+        for module in LIBRARIES:
             needs(module)
         import torch
 

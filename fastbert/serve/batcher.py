@@ -229,16 +229,17 @@ class Batcher:
         return left if left > 0 else None
 
     def _prepare(self, job: Job) -> None:
+        failed = None
+        prepared = job.prepared
         try:
             prepared = job.work.prepare(job.inputs, job.options)
         except Exception as error:
-            prepared = error
+            failed = error
         with self._changed:
             self._preparing = False
+            if failed is not None:
+                self._fail(job, failed)
             if job.ended:
-                return
-            if isinstance(prepared, Exception):
-                self._fail(job, prepared)
                 return
             job.inputs, job.prepared = (), prepared
             job.outputs = [None] * len(prepared.sequences)

@@ -20,6 +20,7 @@ BATCHES = Group("batches", "how requests are computed together")
 LIMITS = Group("limits", "what is refused rather than computed")
 SERVER = Group("server", "where it listens, and for whom")
 
+LIBRARIES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "orjson")
 TASKS = ("classify", "tag", "answer", "choose", "embed", "fill-mask")
 
 

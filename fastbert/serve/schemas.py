@@ -64,6 +64,9 @@ class Question(Strict):
     context: Text
 
 
+_ABSENT: Any = Field(None, validate_default=False)  # so that null is no text
+
+
 class Choice(Strict):
     """Answers to choose from; the question, the context or both say what for."""
 
@@ -71,13 +74,13 @@ class Choice(Strict):
         json_schema_extra={"anyOf": [{"required": ["question"]}, {"required": ["context"]}]}
     )
 
-    question: Text = Field(None, validate_default=False)
-    context: Text = Field(None, validate_default=False)
+    question: Text = _ABSENT
+    context: Text = _ABSENT
     choices: Annotated[list[Text], Field(min_length=2)]
 
     @model_validator(mode="after")
     def _asks(self) -> Self:
-        if self.question is None and self.context is None:
+        if not {"question", "context"} & self.model_fields_set:
             raise ValueError("has neither question nor context")
         return self
 
@@ -238,6 +241,7 @@ class Requests:
         self.fill_mask = request("FillMaskRequest", _masked(served.mask_token), top_k=guesses)
         self.embed = request("EmbedRequest", Text, normalize=(bool | None, None))
         width = served.hidden_size
+        encoding: Any = Literal["float", "base64"]
         self.openai_embed = create_model(
             "OpenAIEmbeddingsRequest",
             __base__=Strict,
@@ -249,7 +253,7 @@ class Requests:
                 ...,
             ),
             model=(str, ...),
-            encoding_format=(Literal["float", "base64"], "float"),
+            encoding_format=(encoding, "float"),
             dimensions=(Annotated[int, Field(ge=width, le=width)] | None, None),
             user=(str | None, None),
         )

@@ -116,7 +116,7 @@ class Predict(Work):
 
     def _first_windows(self, features: Sequence[Feature]) -> tuple[list[Feature], int]:
         """Windows of each text until it has been read as far as allowed; texts with more."""
-        kept, cut, read = [], set(), {}
+        kept, cut, read = [], set[int](), dict[int, int]()
         for feature in features:
             before = read.get(feature.example, 0)
             read[feature.example] = before + feature.length

@@ -77,18 +77,20 @@ async def _run(
     async def client() -> None:
         nonlocal in_time, refused
         reader, writer = await asyncio.open_connection(*address)
-        for request in next_request():
-            asked = time.perf_counter()
-            writer.write(request)
-            status, _ = await _answer(reader)
-            if status == 200:
-                latencies.append(time.perf_counter() - asked)
-                in_time += time.perf_counter() < until
-            elif status == 429:
-                refused += 1
-            else:
-                raise RunError(f"{address[0]}:{address[1]}: answered with status {status}")
-        writer.close()
+        try:
+            for request in next_request():
+                asked = time.perf_counter()
+                writer.write(request)
+                status, _ = await _answer(reader)
+                if status == 200:
+                    latencies.append(time.perf_counter() - asked)
+                    in_time += time.perf_counter() < until
+                elif status == 429:
+                    refused += 1
+                else:
+                    raise RunError(f"{address[0]}:{address[1]}: answered with status {status}")
+        finally:
+            writer.close()
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return Load(seconds, np.array(latencies), in_time, refused)
@@ -103,10 +105,11 @@ def ask_once(address: tuple[str, int], request: bytes) -> Any:
 
     async def ask() -> tuple[int, bytes]:
         reader, writer = await asyncio.open_connection(*address)
-        writer.write(request)
-        found = await _answer(reader)
-        writer.close()
-        return found
+        try:
+            writer.write(request)
+            return await _answer(reader)
+        finally:
+            writer.close()
 
     status, body = asyncio.run(ask())
     if status != 200:

@@ -1,9 +1,8 @@
 """Services to be asked by clients, each a process: `python -m fastbert_bench.suites.services WAY`.
 
 All are `fastbert serve` with its batcher; what differs is how a batch is computed and how much is
-in one. `fastbert` and `fastbert-single` compute sequences end to end, `hf-padded` and `hf-single`
-by transformers' own classes, padded to the longest of the batch. The single ones take one text at a
-time.
+in one. Those of fastbert compute sequences end to end, `hf-padded` and `hf-single` by transformers'
+own classes, padded to the longest of the batch. The single ones take one text at a time.
 """
 
 import re
@@ -13,16 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fastbert.errors import RunError
-from fastbert.hf.accelerate import decelerate
-from fastbert.serve.app import Service
 from fastbert.serve.config import ServeConfig
-from fastbert.serve.models import load
-from fastbert.serve.server import serve
-from fastbert.serve.work import Predict
 from fastbert.train.device import keep_freed_memory
 from fastbert_bench.measure.places import importable, module_command
 
-SERVICES = ("fastbert", "hf-padded", "fastbert-single", "hf-single")
+SERVICES = ("fastbert", "fastbert-bf16", "hf-padded", "fastbert-single", "hf-single")
 Address = tuple[str, int]
 
 
@@ -49,18 +43,25 @@ def service(way: str, model: str) -> Iterator[Address]:
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.communicate(timeout=20)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def main(way: str, model: str) -> None:
     """Serves one way until a signal."""
-    engine, _, batches = way.partition("-")
+    from fastbert.hf.accelerate import decelerate  # a bench without a service lacks its libraries
+    from fastbert.serve.app import Service
+    from fastbert.serve.models import load
+    from fastbert.serve.server import serve
+    from fastbert.serve.work import Predict
+
+    engine, _, kind = way.partition("-")
     config = ServeConfig(
         model=model, port=0, access_log=False, shutdown_delay=0.0, timeout=600.0,
-        max_batch_tokens=1 if batches == "single" else 0,
+        precision="bf16" if kind == "bf16" else "fp32",
+        max_batch_tokens=1 if kind == "single" else 0,
     )  # fmt: skip
     served = load(config)
     keep_freed_memory()
