@@ -88,6 +88,8 @@ class Result:
             known.append(f"at most {asked['max_seq_length']} tokens")
         if "lengths" in asked:
             known.append(f"{Path(str(asked['lengths'])).name} lengths")
+        if self.kind == "serve":
+            known.append(f"{asked['texts']} texts")
         if self.kind == "finetune":
             known.append(f"{asked['seeds']} seed{'s' * (asked['seeds'] != 1)}")
         if "dtype" in self.more:

@@ -98,6 +98,10 @@ def _figure(row: Row) -> str:
     """What a row says in one number, and how it compares with the first."""
     if "seconds_to_target" in row and row["seconds_to_target"] is None:
         return "never reached the target loss"
+    if "clients" in row:
+        waits = (f"{_number(row[f'latency_ms_{part}'])} ms" for part in ("p50", "p99"))
+        rate = f"{_number(row['sequences_per_second'])} texts/s{_compared(row)}"
+        return "{}, p50 {}, p99 {}".format(rate, *waits)
     if "metric_mean" in row:
         time = f", {_number(row['ms'] / 1e3)} s{_compared(row)}" if "ms" in row else ""
         return metric(row) + time
