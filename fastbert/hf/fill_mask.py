@@ -16,6 +16,7 @@ from fastbert.errors import UserError
 from fastbert.hf.accelerate import accelerate
 from fastbert.hf.load import load_model, load_tokenizer
 from fastbert.hf.models import Encoder
+from fastbert.hf.stack import freeze
 from fastbert.hf.together import end_to_end
 
 Guesses = tuple[np.ndarray, np.ndarray]
@@ -58,6 +59,7 @@ class MaskFiller:
             accelerate(self.model)
         except ValueError as error:
             raise UserError(f"{os.fspath(folder)}: {error}") from None
+        freeze(self.model)
         self.encoder: Any = next(m for m in self.model.modules() if isinstance(m, Encoder))
 
     @property
