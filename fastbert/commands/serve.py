@@ -44,7 +44,7 @@ def run(args: Namespace) -> None:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     served = load(config)
-    if served.device == "cpu":
+    if served.device.type == "cpu":
         keep_freed_memory()
     if not tokens and config.host not in ("127.0.0.1", "localhost", "::1"):
         logging.getLogger("fastbert").warning(

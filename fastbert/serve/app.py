@@ -220,14 +220,15 @@ class _Api:
         @self.app.get("/info", response_model=schemas.Info)
         async def info() -> Response:
             """What is served, and its limits."""
-            names = ("task", "labels", "mask_token", "max_seq_length", "hidden_size", "device")
+            names = ("task", "labels", "mask_token", "max_seq_length", "hidden_size", "dtype")
             limits = ("max_texts", "max_body_kb", "truncate")
             return _answer(
                 {
                     "model": served.name,
                     "version": __version__,
                     "endpoints": sorted(f"/{name}" for name in served.works),
-                    **{name: getattr(served, name) for name in (*names, "dtype")},
+                    **{name: getattr(served, name) for name in names},
+                    "device": str(served.device),
                     "max_batch_tokens": self.batcher.batch_tokens,
                     **{name: getattr(config, name) for name in limits},
                 }

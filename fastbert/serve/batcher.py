@@ -32,6 +32,7 @@ QUANTUM = 64
 """Tokens that a visit grants a request: a sixteenth of a CPU's batch."""
 _CHARACTERS_OF_TOKEN = 4  # about, of text that is not tokenized yet
 _LONGEST_WAIT = 60  # seconds that a client is told to wait at most
+_CPU = torch.device("cpu")
 
 
 class QueueFullError(FastbertError):
@@ -105,7 +106,7 @@ class Batcher:
         max_wait: seconds for which a batch that is not full waits for more.
         max_queue: inputs that may wait or be computed; more are refused.
         observer: is told of batches.
-        device: whose memory is given back where it was short.
+        device: of the model: each thread's kernels are launched on one that it has chosen.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Batcher:
         max_wait: float = 0.0,
         max_queue: int = 1024,
         observer: Observer | None = None,
-        device: str = "cpu",
+        device: torch.device = _CPU,
     ) -> None:
         self.batch_tokens, self.max_wait, self.max_queue = batch_tokens, max_wait, max_queue
         self.observer, self.device = observer or Observer(), device
@@ -185,6 +186,8 @@ class Batcher:
     # Threads
 
     def _run(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         while True:
             with self._changed:
                 step = self._step()
@@ -312,7 +315,7 @@ class Batcher:
             return work.compute([job.prepared.sequences[place] for job, place in batch])
         except Exception as error:
             short = is_out_of_memory(error)
-            if short and self.device != "cpu":
+            if short and self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if len(batch) == 1:
                 failed = error

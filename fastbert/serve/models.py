@@ -48,7 +48,7 @@ class Served:
     max_seq_length: int
     hidden_size: int
     vocab_size: int
-    device: str
+    device: torch.device
     dtype: str
     batch_tokens: int
 
@@ -107,7 +107,7 @@ def load(config: ServeConfig) -> Served:
         max_seq_length=one.task.max_length if one else longest_sequence(where, tokenizer),
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
-        device=place.type,
+        device=place,
         dtype=str(dtype).removeprefix("torch."),
         batch_tokens=config.max_batch_tokens or _BATCH_TOKENS[place.type],
     )
