@@ -49,12 +49,13 @@ def page(served: Served, needs_token: bool) -> Response:
         served: what it can be asked for.
         needs_token: whether it must ask for a bearer token.
     """
-    names = ("task", "labels", "mask_token", "max_seq_length", "hidden_size", "device", "dtype")
+    names = ("task", "labels", "mask_token", "max_seq_length", "hidden_size", "dtype")
     told = {
         "model": served.name,
         "version": __version__,
         "works": list(served.works),
         "needs_token": needs_token,
+        "device": str(served.device),
         **{name: getattr(served, name) for name in names},
     }
     # ASCII, and no "<" that could end the element it stands in.
