@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,8 +80,8 @@ def load(config: ServeConfig) -> Served:
         freeze(model, dtype)
         works["fill-mask"] = FillMask(fill, dtype)
     elif asked != "embed" and (saved or asked != "auto"):
-        name = None if asked == "auto" else asked
-        pipe = pipeline(name, where, threshold=config.threshold, **options)
+        task = None if asked == "auto" else asked
+        pipe = pipeline(task, where, threshold=config.threshold, **options)
         model, tokenizer = pipe.model, pipe.task.tokenizer
         works["predict"] = Predict(pipe, config.truncate, config.max_text_tokens)
     if config.threshold is not None and pipe is None:
@@ -90,15 +91,17 @@ def load(config: ServeConfig) -> Served:
             vectors = pipeline("embed", where, **options)
             model, tokenizer = vectors.model, vectors.task.tokenizer
         else:
-            task = make_task("embed", where, of_model, tokenizer, config.max_seq_length)
-            vectors = Pipeline(task, encoder_of(model), dtype)
+            of_vectors = make_task("embed", where, of_model, tokenizer, config.max_seq_length)
+            vectors = Pipeline(of_vectors, encoder_of(model), dtype)
         works["embed"] = Embed(vectors, config.truncate)
-    folder = os.path.basename(os.path.abspath(where))
-    is_auto = config.served_model_name == "auto"
+    folder = Path(where).resolve()
+    name = config.served_model_name
+    if name == "auto":  # of a run, rather than of its folder hf
+        name = folder.parent.name if folder.name == "hf" else folder.name
     one = pipe or vectors
     labelled = pipe is not None and pipe.task.name in ("classify", "tag")
     return Served(
-        name=folder if is_auto else config.served_model_name,
+        name=name,
         works=works,
         task=pipe.task.name if pipe else "",
         problem=getattr(pipe.task, "problem", "") if pipe else "",

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ import torch
 import fastbert
 from fastbert.errors import RunError
 from fastbert.hf.fill_mask import MaskFiller
+from fastbert.serve.config import ServeConfig
+from fastbert.serve.models import load
 from fastbert.serve.work import FillMask, Predict
 
 from . import served
@@ -134,6 +137,14 @@ def test_openai_clients_get_what_they_expect(root: Path) -> None:
         )
         (model,) = running.ask("/v1/models")[1]["data"]
         assert (model["id"], model["object"]) == ("tiny", "model")
+
+
+def test_a_model_is_called_as_its_folder_or_its_run(root: Path, tmp_path: Path) -> None:
+    for given, name in (
+        (saved(root, "embed"), "embed-64-2"),
+        (str(shutil.copytree(saved(root, "embed"), tmp_path / "other" / "hf")), "other"),
+    ):
+        assert load(ServeConfig(model=given)).name == name
 
 
 def test_lists_of_tokens_are_texts_too(root: Path) -> None:
