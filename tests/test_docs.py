@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-REASONS = ("needs a GPU", "downloads a model", "downloads data")
+REASONS = ("needs a GPU", "downloads a model", "downloads data", "needs the package openai")
 _BLOCK = re.compile(r"(?:^<!-- not run: (.*) -->\n+)?^```python\n(.*?)^```$", re.M | re.S)
 TEXT = "a student of this city reads the long book while her friends play a good game"
 

@@ -51,7 +51,8 @@ def test_its_description_and_its_requirements_hold(installed):
         assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.suffix for path in installed.distributions) == [".gz", ".whl"]
     with tarfile.open(installed.distributions[1]) as source:
-        assert any(name.endswith("/docs/python.md") for name in source.getnames())
+        for needed in ("/docs/python.md", "/deploy/Dockerfile"):
+            assert any(name.endswith(needed) for name in source.getnames())
     information = next(installed.site.glob("fastbert_engine-*.dist-info")) / "METADATA"
     metadata = email.message_from_string(information.read_text())
     assert metadata["Description-Content-Type"] == "text/markdown"
