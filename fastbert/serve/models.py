@@ -94,7 +94,7 @@ def load(config: ServeConfig) -> Served:
             of_vectors = make_task("embed", where, of_model, tokenizer, config.max_seq_length)
             vectors = Pipeline(of_vectors, encoder_of(model), dtype)
         works["embed"] = Embed(vectors, config.truncate)
-    folder = Path(where).resolve()
+    folder = Path(os.path.abspath(where))  # a link keeps its name, whatever it leads to
     name = config.served_model_name
     if name == "auto":  # of a run, rather than of its folder hf
         name = folder.parent.name if folder.name == "hf" else folder.name
