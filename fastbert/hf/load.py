@@ -352,6 +352,9 @@ def _place(folder: str | os.PathLike[str]) -> str:
 
 def _complaint(where: str, what: str, error: Exception) -> str:
     if os.path.isdir(where):
+        for path in sorted(Path(where).glob("*")):  # safetensors says that they are not there
+            if path.exists() and not os.access(path, os.R_OK):
+                return f"{path}: this user may not read it"
         why = f"no {what} to load: "
     else:
         why = "not a folder, and not to be had from a hub: "

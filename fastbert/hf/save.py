@@ -41,6 +41,8 @@ def write_model(folder: Path, model: Any, tokenizer: Any, description: Mapping[s
     with quiet():
         model.save_pretrained(folder, max_shard_size=_ONE_FILE)
     write_beside(folder, model, tokenizer, description)
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)  # safetensors lets its own user alone read
 
 
 _ONE_FILE = "1000GB"  # transformers would make several of a large model

@@ -5,6 +5,7 @@ Folders are read and written without transformers; only a hub's cache is asked t
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -111,6 +112,8 @@ def save_folder(
             folder / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"})
         )
         _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+        # safetensors lets its own user alone read, but services run as others.
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder}: cannot write the model: {error}") from None
 

@@ -195,7 +195,10 @@ def export_safetensors(source: Source, out: Path, dtype: str, say: Say) -> None:
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(state, temporary, metadata)
+        temporary.chmod(mode)  # safetensors lets its own user alone read
         os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out}: cannot be written: {error}") from None

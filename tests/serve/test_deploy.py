@@ -1,23 +1,31 @@
 """The files of deploy/ and docs/serve.md say what is so of `fastbert serve`.
 
-Options, ports, paths, limits of time, names of metrics and fields of the log.
+Options, ports, paths, limits of time, names of metrics and fields of the log; and a service of
+another user may read what training wrote.
 """
 
 import json
 import logging
+import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # transformers brings it
 
+import fastbert
+from fastbert.cli import main
 from fastbert.commands import serve
 from fastbert.commands.options import Commands, Parser, given
+from fastbert.errors import UserError
+from fastbert.hf.load import load_model, load_tokenizer
+from fastbert.hf.save import save_model
 from fastbert.serve.config import ServeConfig
 from fastbert.serve.gate import ALWAYS
 from fastbert.serve.server import Server
@@ -224,3 +232,40 @@ def test_the_page_names_every_metric_status_and_field_of_the_log(
     told_names = {re.sub("_total$", "", one) for one in names if not one.endswith("_created")}
     named = set(re.findall(r"`(fastbert_\w+)`", PAGE))
     assert named == {one for one in told_names if one.startswith("fastbert_")}
+
+
+# Models
+
+
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def test_other_users_may_read_what_is_written(tmp_path: Path, usual_umask: None) -> None:
+    where = Path(saved(tmp_path, "embed"))
+    model, tokenizer = load_model(where), load_tokenizer(where)
+    save_model(tmp_path / "tuned", model, tokenizer, {})
+    fastbert.save_pretrained(fastbert.load_pretrained(where), tmp_path / "own")
+    command = ["export", "--model", str(where), "--to", "safetensors", "--out"]
+    assert main([*command, str(tmp_path / "one.safetensors")]) == 0
+    written = [*tmp_path.glob("own/*"), *tmp_path.glob("tuned/*"), tmp_path / "one.safetensors"]
+    assert sum(path.suffix == ".safetensors" for path in written) == 3
+    for path in written:
+        assert path.stat().st_mode & 0o777 == 0o644, path
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = Path(saved(tmp_path, "embed"))
+    (where / "model.safetensors").write_bytes(b"")
+    ask = os.access
+    name = "model.safetensors"
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != name and ask(path, mode)
+    )
+    with pytest.raises(UserError, match=r"model\.safetensors: this user may not read it"):
+        load_model(where)
