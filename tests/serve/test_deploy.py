@@ -35,7 +35,7 @@ from .served import saved, serving
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-HOSTS = {"download.pytorch.org", "pypi.org"}
+HOSTS = {"download.pytorch.org"}
 PAGE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
 
 
