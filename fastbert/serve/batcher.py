@@ -201,7 +201,7 @@ class Batcher:
             except BaseException:  # a mistake of ours: requests would wait for ever in silence
                 logger.exception("the batcher broke down")
                 self.broken = True
-                raise
+                return
 
     def _step(self) -> Callable[[], None] | None:
         """What is to be done next. Preparing comes first, until a batch is full."""
@@ -231,8 +231,8 @@ class Batcher:
     def _prepare(self, job: Job) -> None:
         try:
             prepared = job.work.prepare(job.inputs, job.options)
-        except Exception as error:
-            prepared = error
+        except BaseException as error:
+            prepared = _ordinary(error)
         with self._changed:
             self._preparing = False
             if job.ended:
@@ -309,12 +309,12 @@ class Batcher:
         """Of each sequence its output, or why it has none: halves, until the guilty is alone."""
         try:
             return work.compute([job.prepared.sequences[place] for job, place in batch])
-        except Exception as error:
+        except BaseException as error:
             short = is_out_of_memory(error)
             if short and self.device != "cpu":
                 torch.cuda.empty_cache()
             if len(batch) == 1:
-                failed = error
+                failed = _ordinary(error)
                 if short:
                     failed = RunError(f"out of memory with {self._tokens(batch)} tokens at once")
                 return [failed]
@@ -327,9 +327,9 @@ class Batcher:
     def _finish(self, job: Job) -> None:
         try:
             answers = job.work.finish(job.prepared, job.outputs)
-        except Exception as error:
+        except BaseException as error:
             with self._changed:
-                self._fail(job, error)
+                self._fail(job, _ordinary(error))
             return
         prepared = job.prepared
         waited = (job.began or job.came) - job.came
@@ -350,6 +350,13 @@ class Batcher:
     def _end(self, job: Job) -> None:
         job.ended = True
         self.inputs -= job.size
+
+
+def _ordinary(error: BaseException) -> Exception:
+    # A panic of Rust (tokenizers) is no Exception, and a future takes no StopIteration.
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    return RunError(f"failed: {type(error).__name__}")
 
 
 def _waiting(job: Job) -> int:
