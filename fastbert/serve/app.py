@@ -117,7 +117,8 @@ class _Api:
             (Exception, _unexpected),
         ):
             self.app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
-        self.paths = [route.path for route in self.app.routes]  # type: ignore[attr-defined]
+        routes: Any = self.app.routes
+        self.paths = {route.path: route.methods for route in routes}
         if needs_token:
             document = self.app.openapi()  # kept, and given from now on
             parts = document.setdefault("components", {})

@@ -11,7 +11,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +79,7 @@ class Gate:
         config: its limits.
         metrics: are told of each request.
         tokens: one of which a request must bear; none: it need not.
-        endpoints: paths that metrics name; others are one.
+        endpoints: paths that metrics name, and their methods; others are one.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Gate:
         config: ServeConfig,
         metrics: Metrics,
         tokens: Sequence[str],
-        endpoints: Sequence[str],
+        endpoints: Mapping[str, Collection[str]],
     ) -> None:
         self.app, self.config, self.metrics = app, config, metrics
         self.tokens = [token.encode() for token in tokens]
-        self.endpoints = frozenset(endpoints)
+        self.endpoints = endpoints
         self.in_flight = 0
         self.draining = False
         """Whether the service is shutting down: connections are not kept."""
@@ -149,7 +149,7 @@ class Gate:
             if self.in_flight > self.config.max_requests:
                 raise RefusedError(429, f"{self.in_flight} requests at once", retry_after="1")
             self._check_token(headers.get(b"authorization", b""))
-        if method != "POST" or path not in self.endpoints:
+        if method != "POST" or method not in self.endpoints.get(path, ()):
             return b""
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise RefusedError(415, "a body must not be compressed", accept_encoding="identity")

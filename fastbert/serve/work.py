@@ -157,7 +157,6 @@ class Embed(Predict):
         last = len(special) - special[::-1].index(0)
         ids = found["input_ids"]
         self._around = ids[:first], ids[last:]
-        self.vocab_size = len(pipe.task.tokenizer)
 
     def prepare(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> Prepared:
         if isinstance(inputs[0], str):
@@ -169,11 +168,6 @@ class Embed(Predict):
                 if not self.truncate:
                     raise _refused(f"inputs[{number}]", self.pipe.task.max_length)
                 cut += 1
-            if max(tokens) >= self.vocab_size:
-                raise UserError(
-                    f"inputs[{number}]: token {max(tokens)} is none of the {self.vocab_size} of "
-                    "this model: give the text itself"
-                )
             ids = [*self._around[0], *tokens[:longest], *self._around[1]]
             features.append(Feature(number, [{"input_ids": ids}]))
         return Prepared(features, cut, (None, options))
