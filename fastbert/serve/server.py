@@ -256,7 +256,7 @@ def serve(service: Service, config: ServeConfig) -> None:
         log.setLevel(logging.INFO if name.startswith("fastbert") else logging.WARNING)
     try:
         Server(service, config).run()
-    except SystemExit:  # uvicorn has logged why
+    except (SystemExit, UnicodeError):  # uvicorn has logged why; or it is no name of a host
         raise RunError(f"cannot listen at {config.host}:{config.port}") from None
     finally:
         service.close()

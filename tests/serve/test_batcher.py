@@ -211,6 +211,32 @@ def test_a_request_that_cannot_be_read_or_finished_fails_alone() -> None:
     assert isinstance(b, UserError) and isinstance(c, ValueError)
 
 
+class Panic(BaseException):
+    """As Rust's panics come to Python."""
+
+
+def test_what_is_no_exception_fails_only_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*args: Any) -> Any:
+        raise Panic("of a text")
+
+    async def play(batcher: Batcher, fake: Fake) -> list[Any]:
+        found = []
+        for step in ("prepare", "compute", "finish"):
+            with monkeypatch.context() as patch:
+                patch.setattr(fake, step, panic)
+                job = batcher.submit(fake, [("a", 5)], {})
+                found += await asyncio.gather(job.future, return_exceptions=True)
+        fake.computed = lambda names: next(iter([]))
+        job = batcher.submit(fake, [("a", 5)], {})
+        found += await asyncio.gather(job.future, return_exceptions=True)
+        fake.computed = lambda names: None
+        return [*found, await batcher.submit(fake, [("b", 5)], {}).future]
+
+    (*failed, fine), _ = answered(play)
+    assert [str(one) for one in failed] == ["failed: Panic"] * 3 + ["failed: StopIteration"]
+    assert fine.answers == ["b"]
+
+
 def test_where_memory_is_short_batches_become_smaller_and_nothing_is_lost() -> None:
     async def play(batcher: Batcher, fake: Fake) -> Any:
         def short(names: list[Any]) -> None:

@@ -2,8 +2,10 @@
 
 import base64
 import json
+import logging
 import random
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +19,7 @@ import torch
 import fastbert
 from fastbert.errors import RunError
 from fastbert.hf.fill_mask import MaskFiller
+from fastbert.serve.gate import JsonLines
 from fastbert.serve.work import FillMask, Predict
 
 from . import served
@@ -223,6 +226,7 @@ def test_a_text_that_is_read_in_windows_is_read_as_far_as_allowed(root: Path) ->
         (b'{"inputs": "a", "top_k": 0}', 422, "top_k"),
         (b'{"inputs": "a", "top_k": 1.5}', 422, "top_k"),
         (b'{"inputs": "a", "top_k": "3"}', 422, "top_k"),
+        (b'{"inputs": "a", "top_k": true}', 422, "top_k"),
         (b'{"inputs": "a", "top_k": 1e400}', 422, "top_k"),
         (b"{}", 422, "inputs: field required"),
         (b"null", 422, "body"),
@@ -236,6 +240,44 @@ def test_what_cannot_be_read_is_refused_in_a_line(
     assert message in found
     assert "\n" not in found and len(found) < 300
     assert classify.right("/predict", {"inputs": "a cat"})
+
+
+def test_an_integer_may_be_written_with_a_point(classify: Running) -> None:
+    (found,) = classify.right("/predict", {"inputs": "a", "top_k": 2.0})["predictions"]
+    assert len(found["probabilities"]) == 2
+
+
+def test_an_error_names_the_field(classify: Running) -> None:
+    _, found, _ = classify.ask("/predict", {"inputs": ["a", 3]})
+    message = found["error"].pop("message")
+    assert message.startswith("inputs[1]: ")
+    assert found["error"] == {"type": "invalid_request", "param": "inputs[1]", "code": None}
+
+
+def test_guesses_of_a_request_are_bounded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    with serving(saved(root, "masked")) as running:
+        fill = running.service.served.works["fill-mask"].fill  # type: ignore[attr-defined]
+        most = len(fill.tokenizer)
+        found = running.wrong("/fill-mask", {"inputs": ["[MASK]" * 40] * 30, "top_k": most})
+        assert f"inputs: {40 * 30 * most:,} guesses" in found
+        words = fill.words
+        monkeypatch.setattr(fill, "words", lambda one: decoded.append(len(one[0])) or words(one))
+        inputs = {"inputs": ["a [MASK]"] * 100}
+        with ThreadPoolExecutor(2) as pool:  # only what was asked for, whatever shares its batch
+            list(pool.map(lambda k: running.right("/fill-mask", inputs | {"top_k": k}), [1, 50]))
+        assert sorted({*decoded}) == [1, 50]
+
+
+def test_a_trace_in_the_log_holds_no_message() -> None:
+    try:
+        raise ValueError("Lovelace")
+    except ValueError:
+        record = logging.LogRecord("x", 40, "", 0, "failed", (), sys.exc_info())
+    line = JsonLines().format(record)
+    assert "Lovelace" not in line
+    told = json.loads(line)
+    assert told["error"] == "ValueError" and __file__ in told["trace"][-1]
 
 
 def test_too_many_texts_or_bytes_are_refused(classify: Running) -> None:
