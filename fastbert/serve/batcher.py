@@ -31,6 +31,7 @@ logger = logging.getLogger("fastbert.serve")
 QUANTUM = 64
 """Tokens that a visit grants a request: a sixteenth of a CPU's batch."""
 _CHARACTERS_OF_TOKEN = 4  # about, of text that is not tokenized yet
+_READING = 2.5e-6  # seconds that tokenizing a character takes at most, as of punctuation
 _LONGEST_WAIT = 60  # seconds that a client is told to wait at most
 
 
@@ -69,11 +70,15 @@ class Answered:
 
 
 class Job:
-    """A request on its way; `future` is of the event loop that submitted it."""
+    """A request on its way; `future` is of the event loop that submitted it.
+
+    Requests are tokenized in the order of `due`: one of 1 MB as if it had come 2.5 s later, as so
+    long those behind it may have to wait.
+    """
 
     __slots__ = (
         *("work", "inputs", "options", "size", "future", "loop", "came", "began", "computed"),
-        *("prepared", "next", "credit", "outputs", "missing", "ended"),
+        *("prepared", "next", "credit", "outputs", "missing", "ended", "characters", "due"),
     )
 
     def __init__(
@@ -83,6 +88,8 @@ class Job:
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Answered] = self.loop.create_future()
         self.came = time.perf_counter()
+        self.characters = _characters(inputs)
+        self.due = self.came + _READING * self.characters
         self.began = self.computed = 0.0
         self.prepared: Prepared = Prepared(())
         self.next = self.credit = self.missing = 0
@@ -176,9 +183,7 @@ class Batcher:
             thread.join()
 
     def _until_room(self) -> int:
-        waiting = self.tokens + sum(_characters(job.inputs) for job in self._new) // (
-            _CHARACTERS_OF_TOKEN
-        )
+        waiting = self.tokens + sum(job.characters for job in self._new) // _CHARACTERS_OF_TOKEN
         seconds = waiting / self._rate if self._rate else 1.0
         return min(max(math.ceil(seconds / 2), 1), _LONGEST_WAIT)  # half of it makes room
 
@@ -208,7 +213,8 @@ class Batcher:
         full = self.tokens >= self.batch_tokens
         if self._new and not self._preparing and not (full and not self._computing):
             self._preparing = True
-            job = self._new.popleft()
+            job = min(self._new, key=lambda one: one.due)
+            self._new.remove(job)
             return lambda: self._prepare(job)
         if self._ring and not self._computing and self._patience() is None:
             self._computing = True

@@ -138,6 +138,30 @@ def test_a_large_request_does_not_delay_a_small_one() -> None:
     assert where["large 299"] == len(fake.batches) - 1
 
 
+def test_a_huge_text_is_read_after_short_ones_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free, read = threading.Event(), []
+    prepare = Fake.prepare
+
+    def slowly(self: Fake, inputs: Sequence[Any], options: Mapping[str, Any]) -> Prepared:
+        assert free.wait(10)
+        read.append(inputs[0][0][0])
+        return prepare(self, inputs, options)
+
+    async def play(batcher: Batcher, fake: Fake) -> None:
+        monkeypatch.setattr(Fake, "prepare", slowly)
+        jobs = [batcher.submit(fake, [(name, 1)], {}) for name in ("a", "b" * 1_000_000, "c")]
+        await asyncio.sleep(0.3)
+        jobs += [batcher.submit(fake, [(name, 1)], {}) for name in ("d" * 1_000_000, "e")]
+        jobs[1].due -= 2.5  # as after so long
+        free.set()
+        await asyncio.gather(*(job.future for job in jobs))
+
+    answered(play)
+    assert read == ["a", "b", "c", "e", "d"]
+
+
 def test_short_and_long_requests_get_the_same_tokens() -> None:
     served = {"short": 0, "long": 0}
 
@@ -150,7 +174,7 @@ def test_short_and_long_requests_get_the_same_tokens() -> None:
     for batch in fake.batches[1:9]:  # both wait all the while
         for name in batch:
             served[name] += {"short": 5, "long": 50}[name]
-        assert abs(served["short"] - served["long"]) <= 164  # a visit of each, and a sequence
+        assert abs(served["short"] - served["long"]) <= 200  # what two batches hold
 
 
 def test_two_kinds_of_work_take_turns() -> None:
