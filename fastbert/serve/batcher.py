@@ -31,6 +31,8 @@ logger = logging.getLogger("fastbert.serve")
 QUANTUM = 64
 """Tokens that a visit grants a request: a sixteenth of a CPU's batch."""
 _CHARACTERS_OF_TOKEN = 4  # about, of text that is not tokenized yet
+_MOST_TOKENS = 2**19  # that wait tokenized, which takes 440 bytes each where windows overlap
+_SHORT = 16_384  # characters of a request that is tokenized beyond them
 _READING = 2.5e-6  # seconds that tokenizing a character takes at most, as of punctuation
 _LONGEST_WAIT = 60  # seconds that a client is told to wait at most
 
@@ -211,9 +213,9 @@ class Batcher:
     def _step(self) -> Callable[[], None] | None:
         """What is to be done next. Preparing comes first, until a batch is full."""
         full = self.tokens >= self.batch_tokens
-        if self._new and not self._preparing and not (full and not self._computing):
+        may_prepare = not self._preparing and not (full and not self._computing)
+        if may_prepare and (job := self._next_to_prepare()):
             self._preparing = True
-            job = min(self._new, key=lambda one: one.due)
             self._new.remove(job)
             return lambda: self._prepare(job)
         if self._ring and not self._computing and self._patience() is None:
@@ -225,6 +227,11 @@ class Batcher:
             return lambda: self._finish(job)
         return None
 
+    def _next_to_prepare(self) -> Job | None:
+        has_room = self.tokens < max(_MOST_TOKENS, 2 * self.batch_tokens)
+        jobs = (job for job in self._new if has_room or job.characters <= _SHORT)
+        return min(jobs, key=lambda job: job.due, default=None)
+
     def _patience(self) -> float | None:
         """Seconds for which a batch waits for more; None: for none."""
         if not self._ring or self._closed or not self.max_wait:
@@ -235,6 +242,7 @@ class Batcher:
         return left if left > 0 else None
 
     def _prepare(self, job: Job) -> None:
+        prepared: Prepared | Exception
         try:
             prepared = job.work.prepare(job.inputs, job.options)
         except BaseException as error:

@@ -109,7 +109,7 @@ class Gate:
         call = Call(name, began + self.config.timeout)
         # A HEAD is a GET of which uvicorn, whose scope stays as it is, sends no body.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        scope = scope | {"fastbert": call, "method": method}
+        scope = {**scope, "fastbert": call, "method": method}
         status = 0
 
         async def answer(message: Message) -> None:

@@ -87,13 +87,13 @@ class Choice(Strict):
         json_schema_extra={"anyOf": [{"required": ["question"]}, {"required": ["context"]}]}
     )
 
-    question: Text = Field(None, validate_default=False)
-    context: Text = Field(None, validate_default=False)
+    question: Text = Field(None, validate_default=False)  # type: ignore[assignment]
+    context: Text = Field(None, validate_default=False)  # type: ignore[assignment]
     choices: Annotated[list[Text], Field(min_length=2, fail_fast=True)]
 
     @model_validator(mode="after")
     def _asks(self) -> Self:
-        if self.question is None and self.context is None:
+        if not self.model_fields_set & {"question", "context"}:
             raise ValueError("has neither question nor context")
         return self
 
@@ -260,6 +260,7 @@ class Requests:
         self.fill_mask = request("FillMaskRequest", _masked(served.mask_token), top_k=guesses)
         self.embed = request("EmbedRequest", Text, normalize=(bool | None, None))
         width = served.hidden_size
+        formats: Any = Literal["float", "base64"] | None
         self.openai_embed = create_model(
             "OpenAIEmbeddingsRequest",
             __base__=Strict,
@@ -271,7 +272,7 @@ class Requests:
                 ...,
             ),
             model=(str, ...),
-            encoding_format=(Literal["float", "base64"] | None, None),
+            encoding_format=(formats, None),
             dimensions=(_whole(ge=width, le=width) | None, None),
             user=(str | None, None),
         )
@@ -293,11 +294,11 @@ class Fillings(Usage):
     predictions: list[Filled]
 
 
-def _whole(**bounds: int) -> Any:
+def _whole(**bounds: Any) -> Any:
     def of_json(number: Any) -> Any:  # to which 3.0 is an integer, but 3.5, "3" and true are none
         return int(number) if isinstance(number, float) and number.is_integer() else number
 
-    return Annotated[int, Field(**bounds), BeforeValidator(of_json)]  # type: ignore[arg-type]
+    return Annotated[int, Field(**bounds), BeforeValidator(of_json)]
 
 
 def _masked(mask: str) -> Any:

@@ -119,7 +119,8 @@ class Predict(Work):
 
     def _first_windows(self, features: Sequence[Feature]) -> tuple[list[Feature], int]:
         """Windows of each text until it has been read as far as allowed; texts with more."""
-        kept, cut, read = [], set(), {}
+        kept, cut = [], set()
+        read: dict[int, int] = {}
         for feature in features:
             before = read.get(feature.example, 0)
             read[feature.example] = before + feature.length

@@ -162,6 +162,31 @@ def test_a_huge_text_is_read_after_short_ones_but_not_for_ever(
     assert read == ["a", "b", "c", "e", "d"]
 
 
+def test_only_short_requests_are_tokenized_beyond_what_memory_may_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fastbert.serve.batcher._MOST_TOKENS", 300)
+    most = 0
+
+    async def play(batcher: Batcher, fake: Fake) -> list[Any]:
+        nonlocal most
+        fake.gate.clear()
+        jobs = [batcher.submit(fake, [("a" * 20_000, 200)], {}) for _ in range(9)]
+        await asyncio.to_thread(fake.started.wait, 10)
+        short = batcher.submit(fake, [("b", 1)], {})
+        limit = time.monotonic() + 10
+        while not short.prepared.sequences and time.monotonic() < limit:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        most = batcher.tokens
+        fake.gate.set()
+        return await asyncio.gather(*(job.future for job in [*jobs, short]))
+
+    found, _ = answered(play)
+    assert len(found) == 10
+    assert 400 <= most <= 401  # two long ones, and the short one if it is not computed yet
+
+
 def test_short_and_long_requests_get_the_same_tokens() -> None:
     served = {"short": 0, "long": 0}
 
