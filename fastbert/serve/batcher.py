@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import Condition, Thread
 from typing import Any
 
@@ -217,7 +218,7 @@ class Batcher:
         if may_prepare and (job := self._next_to_prepare()):
             self._preparing = True
             self._new.remove(job)
-            return lambda: self._prepare(job)
+            return partial(self._prepare, job)
         if self._ring and not self._computing and self._patience() is None:
             self._computing = True
             work, batch = self._take()
