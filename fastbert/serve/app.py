@@ -27,6 +27,7 @@ from fastbert.serve.schemas import Requests, listed
 
 logger = logging.getLogger("fastbert.serve")
 
+_LONGEST_NAME = 64  # of a field that a message repeats
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Refusal, "description": what}
     for status, what in {
@@ -97,6 +98,7 @@ class _Api:
             version=__version__,
             docs_url=None,  # their scripts are another host's
             redoc_url=None,
+            redirect_slashes=False,  # to whatever host a request names
             responses={401: _REFUSALS[401], 429: _REFUSALS[429]},
         )
         requests = Requests(served, config)
@@ -115,7 +117,8 @@ class _Api:
             (Exception, _unexpected),
         ):
             self.app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
-        self.paths = [route.path for route in self.app.routes]  # type: ignore[attr-defined]
+        routes: Any = self.app.routes
+        self.paths = {route.path: route.methods for route in routes}
         if needs_token:
             document = self.app.openapi()  # kept, and given from now on
             parts = document.setdefault("components", {})
@@ -275,8 +278,13 @@ def _base64(vector: np.ndarray) -> str:
 # Errors
 
 
-def _refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    content = orjson.dumps(problem(status, message))
+def _refusal(
+    status: int,
+    message: str,
+    headers: Mapping[str, str] | None = None,
+    field: str | None = None,
+) -> Response:
+    content = orjson.dumps(problem(status, message, field))
     return Response(content, status, headers, media_type="application/json")
 
 
@@ -288,7 +296,8 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
         return _refusal(400, f"the body is no JSON: character {place}")
     # Of the kinds that an input may be, the one of which most was right.
     nearest = max(errors, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
-    return _refusal(422, f"{_where(nearest['loc'])}: {_what(nearest)}")
+    where = _where(nearest["loc"])
+    return _refusal(422, f"{where}: {_what(nearest)}", field=where)
 
 
 def _where(loc: Sequence[Any]) -> str:
@@ -299,7 +308,8 @@ def _where(loc: Sequence[Any]) -> str:
 
 
 def _is_field(name: str) -> bool:
-    return name.isidentifier() and name.islower() and name not in ("str", "int", "bool")
+    is_name = name.isidentifier() and name.islower() and len(name) <= _LONGEST_NAME
+    return is_name and name not in ("str", "int", "bool")
 
 
 def _what(error: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import Condition, Thread
 from typing import Any
 
@@ -31,6 +32,9 @@ logger = logging.getLogger("fastbert.serve")
 QUANTUM = 64
 """Tokens that a visit grants a request: a sixteenth of a CPU's batch."""
 _CHARACTERS_OF_TOKEN = 4  # about, of text that is not tokenized yet
+_MOST_TOKENS = 2**19  # that wait tokenized, which takes 440 bytes each where windows overlap
+_SHORT = 16_384  # characters of a request that is tokenized beyond them
+_READING = 2.5e-6  # seconds that tokenizing a character takes at most, as of punctuation
 _LONGEST_WAIT = 60  # seconds that a client is told to wait at most
 _CPU = torch.device("cpu")
 
@@ -70,11 +74,15 @@ class Answered:
 
 
 class Job:
-    """A request on its way; `future` is of the event loop that submitted it."""
+    """A request on its way; `future` is of the event loop that submitted it.
+
+    Requests are tokenized in the order of `due`: one of 1 MB as if it had come 2.5 s later, as so
+    long those behind it may have to wait.
+    """
 
     __slots__ = (
         *("work", "inputs", "options", "size", "future", "loop", "came", "began", "computed"),
-        *("prepared", "next", "credit", "outputs", "missing", "ended"),
+        *("prepared", "next", "credit", "outputs", "missing", "ended", "characters", "due"),
     )
 
     def __init__(
@@ -84,6 +92,8 @@ class Job:
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Answered] = self.loop.create_future()
         self.came = time.perf_counter()
+        self.characters = _characters(inputs)
+        self.due = self.came + _READING * self.characters
         self.began = self.computed = 0.0
         self.prepared: Prepared = Prepared(())
         self.next = self.credit = self.missing = 0
@@ -177,9 +187,7 @@ class Batcher:
             thread.join()
 
     def _until_room(self) -> int:
-        waiting = self.tokens + sum(_characters(job.inputs) for job in self._new) // (
-            _CHARACTERS_OF_TOKEN
-        )
+        waiting = self.tokens + sum(job.characters for job in self._new) // _CHARACTERS_OF_TOKEN
         seconds = waiting / self._rate if self._rate else 1.0
         return min(max(math.ceil(seconds / 2), 1), _LONGEST_WAIT)  # half of it makes room
 
@@ -204,15 +212,16 @@ class Batcher:
             except BaseException:  # a mistake of ours: requests would wait for ever in silence
                 logger.exception("the batcher broke down")
                 self.broken = True
-                raise
+                return
 
     def _step(self) -> Callable[[], None] | None:
         """What is to be done next. Preparing comes first, until a batch is full."""
         full = self.tokens >= self.batch_tokens
-        if self._new and not self._preparing and not (full and not self._computing):
+        may_prepare = not self._preparing and not (full and not self._computing)
+        if may_prepare and (job := self._next_to_prepare()):
             self._preparing = True
-            job = self._new.popleft()
-            return lambda: self._prepare(job)
+            self._new.remove(job)
+            return partial(self._prepare, job)
         if self._ring and not self._computing and self._patience() is None:
             self._computing = True
             work, batch = self._take()
@@ -221,6 +230,11 @@ class Batcher:
             job = self._done.popleft()
             return lambda: self._finish(job)
         return None
+
+    def _next_to_prepare(self) -> Job | None:
+        has_room = self.tokens < max(_MOST_TOKENS, 2 * self.batch_tokens)
+        jobs = (job for job in self._new if has_room or job.characters <= _SHORT)
+        return min(jobs, key=lambda job: job.due, default=None)
 
     def _patience(self) -> float | None:
         """Seconds for which a batch waits for more; None: for none."""
@@ -236,8 +250,8 @@ class Batcher:
         prepared = job.prepared
         try:
             prepared = job.work.prepare(job.inputs, job.options)
-        except Exception as error:
-            failed = error
+        except BaseException as error:
+            failed = _ordinary(error)
         with self._changed:
             self._preparing = False
             if failed is not None:
@@ -313,12 +327,12 @@ class Batcher:
         """Of each sequence its output, or why it has none: halves, until the guilty is alone."""
         try:
             return work.compute([job.prepared.sequences[place] for job, place in batch])
-        except Exception as error:
+        except BaseException as error:
             short = is_out_of_memory(error)
             if short and self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if len(batch) == 1:
-                failed = error
+                failed = _ordinary(error)
                 if short:
                     failed = RunError(f"out of memory with {self._tokens(batch)} tokens at once")
                 return [failed]
@@ -331,9 +345,9 @@ class Batcher:
     def _finish(self, job: Job) -> None:
         try:
             answers = job.work.finish(job.prepared, job.outputs)
-        except Exception as error:
+        except BaseException as error:
             with self._changed:
-                self._fail(job, error)
+                self._fail(job, _ordinary(error))
             return
         prepared = job.prepared
         waited = (job.began or job.came) - job.came
@@ -354,6 +368,13 @@ class Batcher:
     def _end(self, job: Job) -> None:
         job.ended = True
         self.inputs -= job.size
+
+
+def _ordinary(error: BaseException) -> Exception:
+    # A panic of Rust (tokenizers) is no Exception, and a future takes no StopIteration.
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    return RunError(f"failed: {type(error).__name__}")
 
 
 def _waiting(job: Job) -> int:

@@ -79,7 +79,7 @@ class ServeConfig(Config):
         at_most=10_000,
     )
     max_queue: int = setting(
-        1024, "texts that may wait; beyond, 429", BATCHES, at_least=1, at_most=10**6
+        4096, "texts that may wait; beyond, 429", BATCHES, at_least=1, at_most=10**6
     )
 
     truncate: bool = setting(True, "cut texts that are too long, rather than refuse them", LIMITS)
@@ -91,7 +91,12 @@ class ServeConfig(Config):
         at_most=MOST_TOKENS,
     )
     max_texts: int = setting(
-        512, "texts of a request", LIMITS, at_least=1, at_most=10**6, aka=("max_client_batch_size",)
+        2048,
+        "texts of a request",
+        LIMITS,
+        at_least=1,
+        at_most=10**6,
+        aka=("max_client_batch_size",),
     )
     max_body_kb: int = setting(
         1024, "kilobytes of a request", LIMITS, at_least=1, at_most=2**20, aka=("payload_limit",)

@@ -11,7 +11,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +79,7 @@ class Gate:
         config: its limits.
         metrics: are told of each request.
         tokens: one of which a request must bear; none: it need not.
-        endpoints: paths that metrics name; others are one.
+        endpoints: paths that metrics name, and their methods; others are one.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Gate:
         config: ServeConfig,
         metrics: Metrics,
         tokens: Sequence[str],
-        endpoints: Sequence[str],
+        endpoints: Mapping[str, Collection[str]],
     ) -> None:
         self.app, self.config, self.metrics = app, config, metrics
         self.tokens = [token.encode() for token in tokens]
-        self.endpoints = frozenset(endpoints)
+        self.endpoints = endpoints
         self.in_flight = 0
         self.draining = False
         """Whether the service is shutting down: connections are not kept."""
@@ -107,7 +107,9 @@ class Gate:
         asked = headers.get(b"x-request-id", b"").decode("latin-1")
         name = asked if _ID.fullmatch(asked) else os.urandom(8).hex()
         call = Call(name, began + self.config.timeout)
-        scope["fastbert"] = call
+        # A HEAD is a GET of which uvicorn, whose scope stays as it is, sends no body.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        scope = {**scope, "fastbert": call, "method": method}
         status = 0
 
         async def answer(message: Message) -> None:
@@ -140,11 +142,14 @@ class Gate:
         self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, call: Call
     ) -> bytes:
         path, method = scope["path"], scope["method"]
+        hosts = sum(name == b"host" for name, _ in scope["headers"])
+        if hosts > 1 or (not hosts and scope["http_version"] == "1.1"):
+            raise RefusedError(400, f"has {hosts} headers named host, not one")
         if path not in ALWAYS:
             if self.in_flight > self.config.max_requests:
                 raise RefusedError(429, f"{self.in_flight} requests at once", retry_after="1")
             self._check_token(headers.get(b"authorization", b""))
-        if method != "POST" or path not in self.endpoints:
+        if method != "POST" or method not in self.endpoints.get(path, ()):
             return b""
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise RefusedError(415, "a body must not be compressed", accept_encoding="identity")
@@ -233,10 +238,13 @@ class Gate:
 
 
 def _note(error: Exception, call: Call) -> None:
-    """Tells where, and nothing that might be a text."""
+    logger.error("failed", extra={"told": {"request": call.id, **_outline(error)}})
+
+
+def _outline(error: BaseException) -> dict[str, Any]:
+    """Tells where, and nothing that might be a text, as a message might."""
     frames = [f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)]
-    told = {"request": call.id, "error": type(error).__name__, "trace": frames[-8:]}
-    logger.error("failed", extra={"told": told})
+    return {"error": type(error).__name__, "trace": frames[-8:]}
 
 
 async def refuse(send: Send, error: RefusedError) -> None:
@@ -262,10 +270,10 @@ _KINDS = {
 }
 
 
-def problem(status: int, message: str) -> dict[str, Any]:
-    """The body of an answer that is none."""
+def problem(status: int, message: str, field: str | None = None) -> dict[str, Any]:
+    """The body of an answer that is none; clients of OpenAI's API look for `param` and `code`."""
     kind = _KINDS.get(status, "invalid_request" if status < 500 else "internal_error")
-    return {"error": {"type": kind, "message": message}}
+    return {"error": {"type": kind, "message": message, "param": field, "code": None}}
 
 
 class JsonLines(logging.Formatter):
@@ -280,6 +288,6 @@ class JsonLines(logging.Formatter):
             "event": record.getMessage(),
             **getattr(record, "told", {}),
         }
-        if record.exc_info:
-            line["trace"] = self.formatException(record.exc_info)
+        if record.exc_info and record.exc_info[1]:
+            line |= _outline(record.exc_info[1])
         return json.dumps(line, ensure_ascii=False)

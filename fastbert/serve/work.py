@@ -18,6 +18,9 @@ from fastbert.finetune.predict import READ_IN_WINDOWS, Pipeline, told
 from fastbert.finetune.tasks.base import Feature
 from fastbert.hf.fill_mask import Guesses, MaskFiller
 
+_MOST_GUESSES = 50_000
+"""Of a request: 3 MB of JSON, for which a second is taken; 1 MB of masks could ask for 9 GB."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -154,7 +157,6 @@ class Embed(Predict):
         last = len(special) - special[::-1].index(0)
         ids = found["input_ids"]
         self._around = ids[:first], ids[last:]
-        self.vocab_size = len(pipe.task.tokenizer)
 
     def prepare(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> Prepared:
         if isinstance(inputs[0], str):
@@ -166,11 +168,6 @@ class Embed(Predict):
                 if not self.truncate:
                     raise _refused(f"inputs[{number}]", self.pipe.task.max_length)
                 cut += 1
-            if max(tokens) >= self.vocab_size:
-                raise UserError(
-                    f"inputs[{number}]: token {max(tokens)} is none of the {self.vocab_size} of "
-                    "this model: give the text itself"
-                )
             ids = [*self._around[0], *tokens[:longest], *self._around[1]]
             features.append(Feature(number, [{"input_ids": ids}]))
         return Prepared(features, cut, (None, options))
@@ -206,6 +203,13 @@ class FillMask(Work):
         names = [f"inputs[{number}]" for number in range(len(inputs))]
         top_k = options.get("top_k") or 5
         tokens = self.fill.tokens(inputs, names)
+        mask = self.fill.tokenizer.mask_token_id
+        guesses = top_k * sum(one.count(mask) for one in tokens)
+        if guesses > _MOST_GUESSES:
+            raise UserError(
+                f"inputs: {guesses:,} guesses are asked for (masks x top_k), more than "
+                f"{_MOST_GUESSES:,}"
+            )
         return Prepared([_Masked(one, top_k) for one in tokens])
 
     def compute(self, sequences: Sequence[Any]) -> list[Any]:
@@ -223,9 +227,9 @@ class FillMask(Work):
                 "masks": [
                     [
                         dict(zip(names, guess, strict=True))
-                        for guess in self.fill.words(guesses)[: one.top_k]
+                        for guess in self.fill.words((ids[: one.top_k], chances[: one.top_k]))
                     ]
-                    for guesses in text
+                    for ids, chances in text
                 ]
             }
             for one, text in zip(prepared.sequences, outputs, strict=True)

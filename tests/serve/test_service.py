@@ -2,9 +2,11 @@
 
 import base64
 import json
+import logging
 import random
 import shutil
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +21,7 @@ import fastbert
 from fastbert.errors import RunError
 from fastbert.hf.fill_mask import MaskFiller
 from fastbert.serve.config import ServeConfig
+from fastbert.serve.gate import JsonLines
 from fastbert.serve.models import load
 from fastbert.serve.work import FillMask, Predict
 
@@ -163,7 +166,7 @@ def test_lists_of_tokens_are_texts_too(root: Path) -> None:
         assert np.abs(vectors[1] - one[0]).max() < 1e-6
         assert of_text["usage"] == of_tokens["usage"]
         size = len(tokenizer)
-        assert f"token {size} is none" in running.wrong(
+        assert f"input[1][0]: input should be less than {size}" in running.wrong(
             "/v1/embeddings", ask | {"input": [[1], [size]]}
         )
 
@@ -234,6 +237,7 @@ def test_a_text_that_is_read_in_windows_is_read_as_far_as_allowed(root: Path) ->
         (b'{"inputs": "a", "top_k": 0}', 422, "top_k"),
         (b'{"inputs": "a", "top_k": 1.5}', 422, "top_k"),
         (b'{"inputs": "a", "top_k": "3"}', 422, "top_k"),
+        (b'{"inputs": "a", "top_k": true}', 422, "top_k"),
         (b'{"inputs": "a", "top_k": 1e400}', 422, "top_k"),
         (b"{}", 422, "inputs: field required"),
         (b"null", 422, "body"),
@@ -249,10 +253,48 @@ def test_what_cannot_be_read_is_refused_in_a_line(
     assert classify.right("/predict", {"inputs": "a cat"})
 
 
+def test_an_integer_may_be_written_with_a_point(classify: Running) -> None:
+    (found,) = classify.right("/predict", {"inputs": "a", "top_k": 2.0})["predictions"]
+    assert len(found["probabilities"]) == 2
+
+
+def test_an_error_names_the_field(classify: Running) -> None:
+    _, found, _ = classify.ask("/predict", {"inputs": ["a", 3]})
+    message = found["error"].pop("message")
+    assert message.startswith("inputs[1]: ")
+    assert found["error"] == {"type": "invalid_request", "param": "inputs[1]", "code": None}
+
+
+def test_guesses_of_a_request_are_bounded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    with serving(saved(root, "masked")) as running:
+        fill = running.service.served.works["fill-mask"].fill  # type: ignore[attr-defined]
+        most = len(fill.tokenizer)
+        found = running.wrong("/fill-mask", {"inputs": ["[MASK]" * 40] * 30, "top_k": most})
+        assert f"inputs: {40 * 30 * most:,} guesses" in found
+        words = fill.words
+        monkeypatch.setattr(fill, "words", lambda one: decoded.append(len(one[0])) or words(one))
+        inputs = {"inputs": ["a [MASK]"] * 100}
+        with ThreadPoolExecutor(2) as pool:  # only what was asked for, whatever shares its batch
+            list(pool.map(lambda k: running.right("/fill-mask", inputs | {"top_k": k}), [1, 50]))
+        assert sorted({*decoded}) == [1, 50]
+
+
+def test_a_trace_in_the_log_holds_no_message() -> None:
+    try:
+        raise ValueError("Lovelace")
+    except ValueError:
+        record = logging.LogRecord("x", 40, "", 0, "failed", (), sys.exc_info())
+    line = JsonLines().format(record)
+    assert "Lovelace" not in line
+    told = json.loads(line)
+    assert told["error"] == "ValueError" and __file__ in told["trace"][-1]
+
+
 def test_too_many_texts_or_bytes_are_refused(classify: Running) -> None:
-    assert "at most 512 items" in classify.wrong("/predict", {"inputs": ["a"] * 10_000})
+    assert "at most 2048 items" in classify.wrong("/predict", {"inputs": ["a"] * 10_000})
     assert "1,048,576 bytes" in classify.wrong("/predict", {"inputs": "a" * 10_000_000}, 413)
-    assert classify.right("/predict", {"inputs": ["a"] * 512})["tokens"] == 3 * 512
+    assert classify.right("/predict", {"inputs": ["a"] * 2048})["tokens"] == 3 * 2048
 
 
 def test_a_body_without_a_length_is_counted_as_it_comes(classify: Running) -> None:
@@ -499,8 +541,8 @@ def test_a_slow_or_endless_head_ends_its_connection(
     for begin in (b"", b"POST /pre", b"GET / HTTP/1.1\r\nhost: x\r\n"):
         with socket.create_connection(classify.address, timeout=20) as client:
             client.sendall(begin)
-            assert client.recv(100).startswith(b"HTTP/1.1 408 ")
-            assert client.recv(100) == b""
+            assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
+            assert client.recv(1000) == b""
     monkeypatch.setattr("fastbert.serve.server._HEAD_SECONDS", 20.0)
     with socket.create_connection(classify.address, timeout=20) as client:
         answer = b""
