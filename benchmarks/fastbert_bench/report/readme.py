@@ -32,7 +32,9 @@ def section(results: Path = RESULTS) -> Iterator[str]:
             here = [one for one in found if one.device == device and one.on_gpu == on_gpu]
             yield from _steps([one for one in here if one.kind == "step"], results)
             for one in here:
-                if one.kind != "step":
+                if one.kind == "serve":
+                    yield from _service(one, results)
+                elif one.kind != "step":
                     yield from _rows(one, results)
     for line in refused:
         yield f"Left out: {line.replace(f'{results}/', '')}"
@@ -70,6 +72,25 @@ def _rate(row: Row) -> str:
     return rate if row.get("ratio", 1) == 1 else f"{rate} ({row['ratio']:.1f}x)"
 
 
+def _service(result: Result, results: Path) -> Iterator[str]:
+    """One table of a service: a column for each number of clients, a row a contender."""
+    clients = sorted({row["clients"] for row in result.rows})
+    what = "texts/s (fastbert is … as fast), p50 / p99"
+    yield f"| service: {result.workload}: {what}; {_link(result, results)} |" + "".join(
+        f" {count} client{'s' * (count > 1)} |" for count in clients
+    )
+    yield "|---|" + "--:|" * len(clients)
+    cells = {(row["contender"], row["clients"]): _wait(row) for row in result.rows}
+    for name in dict.fromkeys(row["contender"] for row in result.rows):
+        yield f"| {name} | {' | '.join(cells.get((name, count), '-') for count in clients)} |"
+    yield ""
+
+
+def _wait(row: Row) -> str:
+    waits = " / ".join(_number(row[f"latency_ms_{part}"]) for part in ("p50", "p99"))
+    return f"{_number(row['sequences_per_second'])}{_compared(row)}, {waits} ms"
+
+
 def _rows(result: Result, results: Path) -> Iterator[str]:
     """One table of any other file."""
     if result.kind.startswith("profile") or result.kind == "estimate":
@@ -98,10 +119,6 @@ def _figure(row: Row) -> str:
     """What a row says in one number, and how it compares with the first."""
     if "seconds_to_target" in row and row["seconds_to_target"] is None:
         return "never reached the target loss"
-    if "clients" in row:
-        waits = (f"{_number(row[f'latency_ms_{part}'])} ms" for part in ("p50", "p99"))
-        rate = f"{_number(row['sequences_per_second'])} texts/s{_compared(row)}"
-        return "{}, p50 {}, p99 {}".format(rate, *waits)
     if "metric_mean" in row:
         time = f", {_number(row['ms'] / 1e3)} s{_compared(row)}" if "ms" in row else ""
         return metric(row) + time
