@@ -26,9 +26,11 @@ if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton"):
     importlib.import_module("triton.language")
     del os.environ["TRITON_INTERPRET"]
 
-# A shell that runs the tests in the background has them ignore Ctrl-C, and their processes as well.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that runs the tests in the background has them ignore Ctrl-C, and their processes as well;
+# nohup the end of a terminal.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # More than 20 s of CPU time each, the longest first: two workers that take file by file end
 # together.
@@ -41,6 +43,8 @@ LONGEST = (
     *("bench/suites/test_kernels.py", "test_bad_input.py", "kernels/test_ops.py"),
     *("finetune/test_finetune_command.py", "finetune/test_glue.py", "finetune/test_predict.py"),
     *("finetune/test_demo.py", "finetune/test_loop.py", "serve/test_export.py"),
+    *("serve/test_page.py", "serve/test_service.py", "serve/test_openapi.py"),
+    *("bench/suites/test_serve.py", "serve/test_shutdown.py"),
 )
 
 
