@@ -281,6 +281,12 @@ def precision_setting(
     return setting("auto", help, group, choices=choices, aka=aka)
 
 
+def num_threads_setting(group: Group) -> Any:
+    """Of a CPU."""
+    help = "CPU threads of one operation (0 = torch's choice)"
+    return setting(0, help, group, at_least=0, at_most=1024)
+
+
 def step_setting(group: Group) -> Any:
     """Eager, or recorded."""
     help = "how a step is launched (auto = as one CUDA graph on a GPU)"
@@ -423,9 +429,7 @@ class PretrainConfig(Config):
         at_least=0,
         at_most=MOST_STEPS,
     )
-    num_threads: int = setting(
-        0, "CPU threads of one operation (0 = torch's choice)", RUN, at_least=0, at_most=1024
-    )
+    num_threads: int = num_threads_setting(RUN)
     dataloader_num_workers: int | None = setting(
         None,
         "processes that pack and mask batches (none = 1 for a GPU, else 0)",

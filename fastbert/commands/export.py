@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fastbert.commands.checks import check_folder, check_output, check_path
 from fastbert.commands.options import Commands, given
 from fastbert.commands.predict import COLUMNS, column, named
+from fastbert.config import num_threads_setting
 from fastbert.errors import UserError
 from fastbert.serve.config import TASKS
 from fastbert.settings import Config, Group, check_fields, setting, settings
@@ -58,9 +59,7 @@ class ExportConfig(Config):
         choices=("auto", "fp32", "bf16", "fp16"),
         aka=("torch_dtype", "precision"),
     )
-    num_threads: int = setting(
-        0, "CPU threads of one operation (0 = torch's choice)", RUN, at_least=0, at_most=1024
-    )
+    num_threads: int = num_threads_setting(RUN)
 
     pooling: str = setting(
         "auto",

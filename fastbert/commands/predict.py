@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from fastbert.commands.checks import check_folder, check_output, check_path
 from fastbert.commands.options import Commands, given
-from fastbert.config import device_setting, precision_setting
+from fastbert.config import device_setting, num_threads_setting, precision_setting
 from fastbert.errors import FastbertError, RunError, UserError, did_you_mean
 from fastbert.finetune.config import CONFIGS
 from fastbert.progress import progress_bar
@@ -97,9 +97,7 @@ class PredictConfig(Config):
         otherwise=", on a CPU fp32",
     )  # fmt: skip
     device: str = device_setting(RUN)
-    num_threads: int = setting(
-        0, "CPU threads of one operation (0 = torch's choice)", RUN, at_least=0, at_most=1024
-    )
+    num_threads: int = num_threads_setting(RUN)
 
     text_column: str = column("the text")
     text_pair_column: str = column("a second text, for pairs")

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from fastbert.config import (
     device_setting,
+    num_threads_setting,
     precision_setting,
     seed_setting,
     steps_of,
@@ -93,9 +94,7 @@ class FinetuneConfig(Config):
     precision: str = precision_setting(
         RUN, ("auto", "fp32", "bf16", "fp16"), otherwise=", on a CPU fp32"
     )
-    num_threads: int = setting(
-        0, "CPU threads of one operation (0 = torch's choice)", RUN, at_least=0, at_most=1024
-    )
+    num_threads: int = num_threads_setting(RUN)
 
     format: str = setting(
         "auto",

@@ -219,9 +219,11 @@ def freeze(model: nn.Module, dtype: torch.dtype = torch.float32) -> str:
     """
     for owner in (module for module in model.modules() if hasattr(module, "last_states")):
         stack = owner._stack()  # type: ignore[operator]
-        device = next(stack.parameters()).device
-        why = why_not(next(stack.parameters()), dtype)
-        read = None if why else Stack.of(owner, stack, device)
+        weight = next(stack.parameters(), None)
+        if weight is None:
+            return "it has no layers"
+        why = why_not(weight, dtype)
+        read = None if why else Stack.of(owner, stack, weight.device)
         if read is None:
             return why or "its layers are called, not read"
         read.pack(dtype)

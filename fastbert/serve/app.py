@@ -19,7 +19,7 @@ from fastbert.errors import FastbertError, UserError
 from fastbert.serve import schemas
 from fastbert.serve.batcher import Answered, Batcher, ClosedError, QueueFullError
 from fastbert.serve.config import ServeConfig
-from fastbert.serve.gate import GONE, Call, Gate, GoneError, RefusedError, problem
+from fastbert.serve.gate import GONE, Call, Gate, GoneError, RefusedError, refusal
 from fastbert.serve.metrics import Metrics
 from fastbert.serve.models import Served
 from fastbert.serve.page import page
@@ -278,26 +278,16 @@ def _base64(vector: np.ndarray) -> str:
 # Errors
 
 
-def _refusal(
-    status: int,
-    message: str,
-    headers: Mapping[str, str] | None = None,
-    field: str | None = None,
-) -> Response:
-    content = orjson.dumps(problem(status, message, field))
-    return Response(content, status, headers, media_type="application/json")
-
-
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
     """Says where and what, and repeats nothing of what was sent."""
     errors = error.errors()
     if any(one["type"] == "json_invalid" for one in errors):
         place = errors[0]["loc"][-1]
-        return _refusal(400, f"the body is no JSON: character {place}")
+        return refusal(400, f"the body is no JSON: character {place}")
     # Of the kinds that an input may be, the one of which most was right.
     nearest = max(errors, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     where = _where(nearest["loc"])
-    return _refusal(422, f"{where}: {_what(nearest)}", field=where)
+    return refusal(422, f"{where}: {_what(nearest)}", field=where)
 
 
 def _where(loc: Sequence[Any]) -> str:
@@ -321,28 +311,28 @@ async def _of_http(request: Request, error: HTTPException) -> Response:
     message = str(error.detail)
     if error.status_code == 400:  # FastAPI: bytes that are no text, or too deep
         message = "the body is no JSON"
-    return _refusal(error.status_code, message, error.headers)
+    return refusal(error.status_code, message, error.headers)
 
 
 async def _of_ours(request: Request, error: FastbertError) -> Response:
     if isinstance(error, RefusedError):
-        return _refusal(error.status, str(error), error.headers)
+        return refusal(error.status, str(error), error.headers)
     if isinstance(error, GoneError):
         return Response(status_code=GONE)
     if isinstance(error, QueueFullError):
-        return _refusal(429, str(error), {"retry-after": str(error.retry_after)})
+        return refusal(429, str(error), {"retry-after": str(error.retry_after)})
     if isinstance(error, ClosedError):
-        return _refusal(503, str(error), {"retry-after": "5", "connection": "close"})
+        return refusal(503, str(error), {"retry-after": "5", "connection": "close"})
     if isinstance(error, UserError):
-        return _refusal(422, str(error))
+        return refusal(422, str(error))
     logger.error("failed", extra={"told": {"error": str(error)}})
-    return _refusal(500, str(error))
+    return refusal(500, str(error))
 
 
 async def _too_late(request: Request, error: TimeoutError) -> Response:
-    return _refusal(504, "it took too long: the service is busy, or the request too large")
+    return refusal(504, "it took too long: the service is busy, or the request too large")
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     """A mistake of ours, which the gate puts into the log."""
-    return _refusal(500, f"failed: {type(error).__name__}")
+    return refusal(500, f"failed: {type(error).__name__}")

@@ -85,10 +85,8 @@ class Job:
         *("prepared", "next", "credit", "outputs", "missing", "ended", "characters", "due"),
     )
 
-    def __init__(
-        self, work: Work, inputs: Sequence[Any], options: Mapping[str, Any], size: int
-    ) -> None:
-        self.work, self.inputs, self.options, self.size = work, inputs, options, size
+    def __init__(self, work: Work, inputs: Sequence[Any], options: Mapping[str, Any]) -> None:
+        self.work, self.inputs, self.options, self.size = work, inputs, options, len(inputs)
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Answered] = self.loop.create_future()
         self.came = time.perf_counter()
@@ -124,7 +122,7 @@ class Batcher:
         batch_tokens: int,
         *,
         max_wait: float = 0.0,
-        max_queue: int = 1024,
+        max_queue: int = 4096,
         observer: Observer | None = None,
         device: torch.device = _CPU,
     ) -> None:
@@ -156,7 +154,7 @@ class Batcher:
             QueueFullError: `max_queue` inputs wait already.
             ClosedError: after `close`.
         """
-        job = Job(work, inputs, options, len(inputs))
+        job = Job(work, inputs, options)
         with self._changed:
             if self._closed:
                 raise ClosedError("the service is shutting down")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastbert.config import device_setting, precision_setting
+from fastbert.config import device_setting, num_threads_setting, precision_setting
 from fastbert.errors import UserError
 from fastbert.settings import (
     LONGEST,
@@ -50,9 +50,7 @@ class ServeConfig(Config):
         MODEL, ("auto", "fp32", "bf16", "fp16"), otherwise=", on a CPU fp32"
     )
     device: str = device_setting(MODEL)
-    num_threads: int = setting(
-        0, "CPU threads of one operation (0 = torch's choice)", MODEL, at_least=0, at_most=1024
-    )
+    num_threads: int = num_threads_setting(MODEL)
     max_seq_length: int | None = setting(
         None, "longest sequence, tokens (none = as the model was trained)", MODEL, at_least=8,
         at_most=LONGEST, aka=("max_length", "max_len", "seq_length"),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+from starlette.responses import Response
 
 from fastbert.errors import FastbertError
 from fastbert.serve.config import ServeConfig
@@ -131,7 +132,7 @@ class Gate:
         except GoneError:
             status = GONE
         except RefusedError as error:
-            await refuse(answer, error)
+            await refusal(error.status, str(error), error.headers)(scope, receive, answer)
         except Exception as error:  # a mistake of ours, which the application has answered
             _note(error, call)
         finally:
@@ -247,16 +248,6 @@ def _outline(error: BaseException) -> dict[str, Any]:
     return {"error": type(error).__name__, "trace": frames[-8:]}
 
 
-async def refuse(send: Send, error: RefusedError) -> None:
-    """Answers with an error's status and message."""
-    content = orjson.dumps(problem(error.status, str(error)))
-    headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
-    headers += [(b"content-type", b"application/json")]
-    headers += [(b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
-
-
 _KINDS = {
     401: "unauthorized",
     404: "not_found",
@@ -274,6 +265,14 @@ def problem(status: int, message: str, field: str | None = None) -> dict[str, An
     """The body of an answer that is none; clients of OpenAI's API look for `param` and `code`."""
     kind = _KINDS.get(status, "invalid_request" if status < 500 else "internal_error")
     return {"error": {"type": kind, "message": message, "param": field, "code": None}}
+
+
+def refusal(
+    status: int, message: str, headers: Mapping[str, str] | None = None, field: str | None = None
+) -> Response:
+    """An answer that is none, see `problem`."""
+    content = orjson.dumps(problem(status, message, field))
+    return Response(content, status, headers, media_type="application/json")
 
 
 class JsonLines(logging.Formatter):

@@ -157,6 +157,7 @@ class Embed(Predict):
         last = len(special) - special[::-1].index(0)
         ids = found["input_ids"]
         self._around = ids[:first], ids[last:]
+        self._has_types = "token_type_ids" in found
 
     def prepare(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> Prepared:
         if isinstance(inputs[0], str):
@@ -169,7 +170,8 @@ class Embed(Predict):
                     raise _refused(f"inputs[{number}]", self.pipe.task.max_length)
                 cut += 1
             ids = [*self._around[0], *tokens[:longest], *self._around[1]]
-            features.append(Feature(number, [{"input_ids": ids}]))
+            types = {"token_type_ids": [0] * len(ids)} if self._has_types else {}  # as texts have
+            features.append(Feature(number, [{"input_ids": ids} | types]))
         return Prepared(features, cut, (None, options))
 
     def finish(self, prepared: Prepared, outputs: Sequence[Any]) -> list[Any]:

@@ -129,6 +129,8 @@ def test_why_nothing_is_packed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not on a CPU" in freeze(model().to("meta"))
     with torch.inference_mode():
         assert "inference mode" in freeze(model())
+    bare = transformers.BertModel(transformers.BertConfig(num_hidden_layers=0, hidden_size=24))
+    assert freeze(fastbert.accelerate(bare.eval())) == "it has no layers"
     assert freeze(model().train()) == "its layers are called, not read"
     monkeypatch.setattr(Product, "plus", lambda self, x, residual: self(x))
     assert "off by" in freeze(made) and not packed(made)

@@ -51,6 +51,17 @@ def texts(count: int, longest: int = 80, seed: int = 0) -> list[str]:
     return [" ".join(draw.choices(served.WORDS, k=draw.randint(1, longest))) for _ in range(count)]
 
 
+def slow_down(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Makes every batch take so much longer."""
+    compute = Predict.compute
+
+    def slowly(self: Predict, sequences: Any) -> Any:
+        time.sleep(seconds)
+        return compute(self, sequences)
+
+    monkeypatch.setattr(Predict, "compute", slowly)
+
+
 def close(found: Any, wanted: Any) -> bool:
     """Equal but for rounding, which depends on what is computed together."""
     if isinstance(wanted, float):
@@ -169,6 +180,15 @@ def test_lists_of_tokens_are_texts_too(root: Path) -> None:
         assert f"input[1][0]: input should be less than {size}" in running.wrong(
             "/v1/embeddings", ask | {"input": [[1], [size]]}
         )
+
+
+def test_texts_and_tokens_share_a_batch(root: Path) -> None:
+    works = load(ServeConfig(model=saved(root, "embed"))).works
+    texts_, tokens = (works["embed"].prepare(one, {}).sequences for one in (["a cat"], [[7, 8, 9]]))
+    alone = [works["embed"].compute(one)[0] for one in (texts_, tokens)]
+    for both, wanted in (([*texts_, *tokens], alone), ([*tokens, *texts_], alone[::-1])):
+        found = works["embed"].compute(both)
+        assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(found, wanted, strict=True))
 
 
 def test_two_thousand_requests_of_many_clients_are_answered_as_offline(root: Path) -> None:
@@ -338,13 +358,7 @@ def test_paths_and_methods_that_are_not_there(classify: Running) -> None:
 
 
 def test_a_client_that_has_gone_is_forgotten(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = Predict.compute
-
-    def slowly(self: Predict, sequences: Any) -> Any:
-        time.sleep(0.05)
-        return compute(self, sequences)
-
-    monkeypatch.setattr(Predict, "compute", slowly)
+    slow_down(monkeypatch, 0.05)
     with serving(saved(root, "classify"), max_batch_tokens=64) as running:
         body = json.dumps({"inputs": texts(500, 50)}).encode()
         head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -380,16 +394,10 @@ def test_a_body_that_does_not_come_is_waited_for_no_longer_than_allowed(root: Pa
 def test_a_request_that_takes_too_long_is_told_so(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = Predict.compute
-
-    def slowly(self: Predict, sequences: Any) -> Any:
-        time.sleep(0.4)
-        return compute(self, sequences)
-
-    monkeypatch.setattr(Predict, "compute", slowly)
+    slow_down(monkeypatch, 0.4)
     with serving(saved(root, "classify"), timeout=0.2) as running:
         assert "too long" in running.wrong("/predict", {"inputs": "a"}, 504)
-        monkeypatch.setattr(Predict, "compute", compute)
+        monkeypatch.undo()
         time.sleep(0.4)
         assert running.right("/predict", {"inputs": "a"})
 
@@ -430,13 +438,7 @@ def test_outputs_that_are_not_finite_are_no_answer(root: Path, tmp_path: Path) -
 
 
 def test_a_full_queue_says_when_to_come_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = Predict.compute
-
-    def slowly(self: Predict, sequences: Any) -> Any:
-        time.sleep(0.2)
-        return compute(self, sequences)
-
-    monkeypatch.setattr(Predict, "compute", slowly)
+    slow_down(monkeypatch, 0.2)
     settings = {"max_queue": 8, "max_texts": 8, "max_batch_tokens": 8}
     with serving(saved(root, "classify"), **settings) as running, ThreadPoolExecutor(30) as clients:
         answers = list(clients.map(lambda _: running.ask("/predict", {"inputs": "a"}), range(30)))

@@ -76,10 +76,9 @@ class Choose(Task):
         return torch.tensor([one.label for one in features])
 
     def outputs(self, model: nn.Module, batch: dict[str, Any], unpad: bool) -> Tensor:
-        inputs = {
-            name: value[None] if isinstance(value, Tensor) else value  # (1, N, S), or (1, 1, T)
-            for name, value in model_inputs(batch).items()
-        }
+        inputs = model_inputs(batch)
+        # (1, N, S), or (1, 1, T): of the ids alone: DistilBERT leaves positions as they come.
+        inputs["input_ids"] = inputs["input_ids"][None]
         logits = model(**inputs).logits.float().flatten().split(batch["sizes"].tolist())
         return nn.utils.rnn.pad_sequence(list(logits), batch_first=True, padding_value=_LEAST)
 
